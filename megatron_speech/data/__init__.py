@@ -1,0 +1,1 @@
+"""Datasets on disk, and the road from them to batches: blend, packing, loader."""

@@ -1,0 +1,130 @@
+"""The typed part of a recipe that the data path reads: which datasets, and how a stage draws on them.
+
+`training.recipe` embeds :class:`DataConfig` as the recipe's `data` section and extends
+:class:`StageDataConfig` with what the optimizer needs. Types and ranges of single fields are checked here;
+what depends on the datasets (a task without data, a language nobody speaks) is checked by `data.blend`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Share = float
+"""A relative mass: any positive number; the masses of a stage are divided by their sum."""
+
+
+class StrictConfig(BaseModel):
+    """Base of every section: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DataConfig(StrictConfig):
+    """Recipe section `data`: the datasets of a run, shared by all of its stages."""
+
+    datasets: list[str] | dict[str, str] = Field(
+        description="dataset prefixes P (of P.bin, P.idx, …), as a list (named by the prefix's last part) or name: prefix"
+    )
+    validation_fraction: float = Field(
+        default=0.01, ge=0.0, lt=1.0, description="share of the sources that is held out and never trained on"
+    )
+    split_seed: int = Field(default=0, description="seed of the hash that draws the validation sources")
+    cache_dir: str | None = Field(
+        default=None, description="folder of built sequence indices; null: `index_cache` in the run directory"
+    )
+    prefetch: int = Field(default=2, ge=1, description="global batches prepared ahead of the step that uses them")
+
+
+class LossConfig(StrictConfig):
+    """Stage section `loss`: the weight of a position by what its label is."""
+
+    text: float = Field(default=1.0, ge=0.0)
+    audio: float = Field(default=1.0, ge=0.0)
+    special: float = Field(default=1.0, ge=0.0)
+    prompt: float = Field(
+        default=1.0,
+        ge=0.0,
+        description="factor of everything up to and including the first <speech_start>; 0 makes the stage an SFT stage",
+    )
+
+
+class PackingConfig(StrictConfig):
+    """Stage section `packing`: how documents fill sequences of `seq_length` tokens."""
+
+    mode: Literal["auto", "cut", "fit"] = Field(
+        default="auto",
+        description="cut: documents run on over sequence edges, no padding; fit: a document is never cut; "
+        "auto: fit where loss.prompt is 0, else cut",
+    )
+    oversize: Literal["refuse", "drop"] = Field(
+        default="refuse", description="fit only: what to do with documents longer than seq_length"
+    )
+    open_sequences: int = Field(
+        default=64, ge=1, description="fit only: sequences kept open for a document that fits; more pads less, shuffles more"
+    )
+
+
+class StratumConfig(StrictConfig):
+    """One explicit stratum of a stage: the documents that pass every filter given, and their mass."""
+
+    task: str
+    mass: Share
+    name: str | None = Field(default=None, description="name in the report; null: made of the filters")
+    datasets: list[str] | None = Field(default=None, description="names of datasets; null: every dataset of the task")
+    languages: list[str] | None = Field(default=None, description="languages; null: all")
+    sources: list[str] | None = Field(default=None, description="values of dataset_source; null: all")
+
+
+class StageDataConfig(StrictConfig):
+    """What the data path needs of a stage. `training.recipe.Stage` extends it."""
+
+    name: str
+    task_mass: dict[str, Share] | None = Field(
+        default=None, description="task: share of the tokens trained on; give this or `strata`"
+    )
+    strata: list[StratumConfig] | None = Field(default=None, description="explicit strata; give this or `task_mass`")
+    language_temperature: float = Field(
+        default=1.0, ge=0.0, le=1.0, description="a language's share of its task ∝ tokens^T: 1 natural, 0 equal"
+    )
+    source_caps: dict[str, float] = Field(
+        default_factory=dict,
+        description="dataset_source: greatest share of the stage's tokens, 0 < cap <= 1; the surplus goes to the others",
+    )
+    max_epochs: float = Field(
+        default=4.0, gt=0.0, description="a stratum repeated more often than this is warned about, never refused"
+    )
+    tokens: int = Field(gt=0, description="budget: positions fed to the model, padding included")
+    seq_length: int = Field(gt=0)
+    global_batch_tokens: int = Field(gt=0, description="positions per optimizer step; a multiple of seq_length")
+    packing: PackingConfig = Field(default_factory=PackingConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    allow_text_in_sft: bool = Field(default=False, description="let text_lm documents into a stage with loss.prompt 0")
+
+    @property
+    def is_sft(self) -> bool:
+        """Whether prompts are given, not learned: proportions then count target tokens only."""
+        return self.loss.prompt == 0.0
+
+    @property
+    def packing_mode(self) -> Literal["cut", "fit"]:
+        """The packing mode with `auto` resolved."""
+        if self.packing.mode != "auto":
+            return self.packing.mode
+        return "fit" if self.is_sft else "cut"
+
+    @property
+    def global_batch_sequences(self) -> int:
+        """Sequences per optimizer step, over all data-parallel ranks."""
+        return self.global_batch_tokens // self.seq_length
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the budget pays for (whole global batches)."""
+        return self.tokens // self.global_batch_tokens
+
+    @property
+    def n_sequences(self) -> int:
+        """Sequences that the stage trains on: `steps` whole global batches."""
+        return self.steps * self.global_batch_sequences
