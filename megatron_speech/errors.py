@@ -1,0 +1,41 @@
+"""The one error that users cause, and how every command reports it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: a file, a field, a flag, a recipe.
+
+    The message is one sentence (or a few) that names the file or field, what was found there, what was
+    needed, and what to do about it. Commands print it without a traceback and exit with status 2.
+    """
+
+
+def command(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Wrap a command's `main` so that bad input prints one sentence and exits 2.
+
+    The wrapped function returns the exit status: 0 (also for None), 2 on :class:`InputError`, 130 on an
+    interrupt. Any other exception is a failure of our own: it keeps its traceback and exits 1.
+    """
+
+    @functools.wraps(main)
+    def run(*args: object, **kwargs: object) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            # The reader of our stdout went away (`| head`): not an error of the data or of ours.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
+    return run
