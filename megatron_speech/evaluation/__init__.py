@@ -1,0 +1,1 @@
+"""What a checkpoint says: canaries, scorers and the report."""
