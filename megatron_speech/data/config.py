@@ -25,7 +25,7 @@ class DataConfig(StrictConfig):
     """Recipe section `data`: the datasets of a run, shared by all of its stages."""
 
     datasets: list[str] | dict[str, str] = Field(
-        description="dataset prefixes P (of P.bin, P.idx, …), as a list (named by the prefix's last part) or name: prefix"
+        description="prefixes P (of P.bin, P.idx, …): a list, each named by the last part of its path, or name: prefix"
     )
     validation_fraction: float = Field(
         default=0.01, ge=0.0, lt=1.0, description="share of the sources that is held out and never trained on"
@@ -62,7 +62,9 @@ class PackingConfig(StrictConfig):
         default="refuse", description="fit only: what to do with documents longer than seq_length"
     )
     open_sequences: int = Field(
-        default=64, ge=1, description="fit only: sequences kept open for a document that fits; more pads less, shuffles more"
+        default=64,
+        ge=1,
+        description="fit only: sequences kept open for a document that fits; more pads less, reorders more",
     )
 
 
@@ -90,7 +92,7 @@ class StageDataConfig(StrictConfig):
     )
     source_caps: dict[str, float] = Field(
         default_factory=dict,
-        description="dataset_source: greatest share of the stage's tokens, 0 < cap <= 1; the surplus goes to the others",
+        description="dataset_source: greatest share of the stage's tokens, 0 < cap <= 1; the others take the surplus",
     )
     max_epochs: float = Field(
         default=4.0, gt=0.0, description="a stratum repeated more often than this is warned about, never refused"
