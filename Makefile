@@ -1,0 +1,35 @@
+# Two commands for a fresh machine: `make quickstart` (data → training → speech) and `make test`.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Where the quickstart leaves its corpus, datasets, run and report, and how long its two stages train.
+OUT ?= quickstart-out
+DATA ?=
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart test venv lint clean
+
+quickstart: venv
+	$(BIN)/python examples/quickstart/run.py --output-dir $(OUT) $(if $(DATA),--data $(DATA))
+
+test: venv
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests
+
+venv: $(STAMP)
+
+# torch comes first and by its exact pin: every other package then finds its requirement met.
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	touch $(STAMP)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m megatron_speech.ops.compile_check
+
+clean:
+	rm -rf $(VENV) build *.egg-info $(OUT) megatron_speech/*.so

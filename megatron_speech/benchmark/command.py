@@ -1,0 +1,24 @@
+"""`megatron-speech benchmark WHAT`: one module per figure, all reporting through `environment`-stamped JSON."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+# what → module with add_arguments(parser) and run(args)
+BENCHMARKS = {
+    "train": ("megatron_speech.benchmark.train", "tokens/s of a recipe on its own data"),
+    "loss-mask": ("megatron_speech.benchmark.loss_mask", "the loss-mask kernels against each other"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    subparsers = parser.add_subparsers(dest="benchmark", required=True, metavar="WHAT")
+    for name, (module, summary) in BENCHMARKS.items():
+        importlib.import_module(module).add_arguments(
+            subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    return importlib.import_module(BENCHMARKS[args.benchmark][0]).run(args)

@@ -1,0 +1,54 @@
+"""The console script `megatron-speech`: one subcommand per room, each imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from megatron_speech import __version__
+from megatron_speech.errors import InputError, command
+
+# name → (module with add_arguments(parser) and run(args), one line of help)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "token-space": ("megatron_speech.commands.token_space", "fix the id space: text | specials | audio codes"),
+    "blend": ("megatron_speech.data.blend_command", "target and realised proportions of a recipe's stages"),
+    "inspect": ("megatron_speech.data.inspect_command", "what a dataset is; --verify reads every byte"),
+    "train": ("megatron_speech.training.command", "train the stages of a recipe, or continue a run"),
+    "generate": ("megatron_speech.generation.command", "speech from a checkpoint"),
+    "evaluate": ("megatron_speech.evaluation.command", "what a checkpoint says on fixed canaries: report.json, report.html"),
+    "benchmark": ("megatron_speech.benchmark.command", "measured figures, with device, versions and commit"),
+}
+
+
+def build_parser(name: str | None) -> argparse.ArgumentParser:
+    """The parser; only subcommand `name` gets its arguments, so that no other room is imported."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-speech", description="A Megatron-style training stack for speech language models."
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-speech {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for key, (module, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(key, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if key == name:
+            importlib.import_module(module).add_arguments(subparser)
+    return parser
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `megatron-speech ARGUMENTS` (the process's own by default) and return the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = next((word for word in arguments if not word.startswith("-")), None)
+    if name is not None and name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"needed: one of {', '.join(COMMANDS)}"
+        raise InputError(f"megatron-speech has no command {name!r}; {hint}")
+    args = build_parser(name).parse_args(arguments)
+    return importlib.import_module(COMMANDS[args.command][0]).run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""Fixtures that every room's tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Two test workers share two cores: one thread each. Set before torch is imported anywhere.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def fsdd() -> Path:
+    """samples.jsonl of real spoken digits, kept beside the checkout and not in it (CC BY-SA)."""
+    path = REPOSITORY.parent / "shared" / "data" / "fsdd" / "samples.jsonl"
+    if not path.is_file():
+        pytest.skip(f"the spoken-digit recordings are not at {path}")
+    return path
