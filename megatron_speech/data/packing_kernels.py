@@ -1,0 +1,157 @@
+"""The two ways to lay documents into sequences of `seq_length` tokens: cut them, or fit them whole.
+
+Each has a C++ kernel (csrc/sequence_index.cpp) and a NumPy/Python fallback here that gives the same arrays,
+element for element. A segment is a run of tokens of one document inside one sequence.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_speech.errors import InputError
+from megatron_speech.ops.extension import extension
+
+_MAX_SEQ_LENGTH = 2**30
+
+
+class PackedSegments(NamedTuple):
+    """Sequence i holds the segments `seq_ptr[i]:seq_ptr[i + 1]`, in this order, from its first token on.
+
+    seq_ptr: int64 [sequences + 1]; position: int64 [segments], index into the `lengths` that were packed;
+    start: int32 [segments], first token of the segment inside its document; length: int32 [segments], tokens.
+    """
+
+    seq_ptr: np.ndarray
+    position: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+
+
+def _checked(lengths: np.ndarray, seq_length: int) -> np.ndarray:
+    array = np.ascontiguousarray(lengths, dtype=np.int32)
+    if array.ndim != 1:
+        raise InputError(f"document lengths have {array.ndim} dimensions; one length per document is needed")
+    if not 1 <= seq_length <= _MAX_SEQ_LENGTH:
+        raise InputError(f"seq_length is {seq_length}; it must lie between 1 and {_MAX_SEQ_LENGTH} tokens")
+    if array.size and int(array.min()) < 0:
+        first = int(np.argmax(array < 0))
+        raise InputError(f"document {first} has length {int(array[first])}; lengths are token counts of at least 0")
+    return array
+
+
+def pack_cut(lengths: np.ndarray, seq_length: int) -> PackedSegments:
+    """Cut the stream of documents, laid end to end, into sequences of exactly `seq_length` tokens.
+
+    Documents of length 0 are skipped. Only the last sequence may be shorter (the loader pads it). Segments of
+    one document follow each other; every token lies in exactly one segment.
+
+    Args:
+        lengths: int32 [N], tokens of each document in the order of training.
+        seq_length: tokens of a sequence.
+
+    Raises:
+        InputError: a negative length, or a seq_length outside 1..2^30.
+    """
+    lengths = _checked(lengths, seq_length)
+    compiled = extension()
+    if compiled is not None:
+        return PackedSegments(*compiled.pack_cut(lengths, seq_length))
+    return _pack_cut_numpy(lengths, seq_length)
+
+
+def pack_fit(lengths: np.ndarray, seq_length: int, *, open_bins: int) -> tuple[PackedSegments, np.ndarray]:
+    """Lay whole documents into sequences of at most `seq_length` tokens by bounded best fit.
+
+    Documents are taken in order; each goes to the open sequence that it fills best (least room left; of equals
+    the one that has had that much room the longest). When none has room a new one is opened, and if then more
+    than `open_bins` are open, the fullest is closed. So a sequence holds documents that lie near each other,
+    and the result is a pure function of the arguments. Sequences are ordered by their first document, segments
+    in a sequence by document. Best fit with bounded space: Csirik & Johnson, "Bounded Space On-Line Bin
+    Packing: Best is Better than First" (2001).
+
+    Args:
+        lengths: int32 [N], tokens of each document in the order of training; documents of length 0 are skipped.
+        seq_length: tokens of a sequence.
+        open_bins: how many sequences may be open at a time, at least 1; 1024 wastes less than 1 % on speech.
+
+    Returns:
+        The segments (each a whole document, start 0), and the positions, int64 [M], of the documents that are
+        longer than `seq_length` and lie in no sequence: the caller has to refuse or report them.
+
+    Raises:
+        InputError: a negative length, a seq_length outside 1..2^30, or open_bins below 1.
+    """
+    lengths = _checked(lengths, seq_length)
+    if open_bins < 1:
+        raise InputError(f"open_bins is {open_bins}; at least 1 sequence has to be open while packing")
+    compiled = extension()
+    if compiled is not None:
+        *segments, oversize = compiled.pack_fit(lengths, seq_length, open_bins)
+        return PackedSegments(*segments), oversize
+    return _pack_fit_python(lengths, seq_length, open_bins)
+
+
+def _pack_cut_numpy(lengths: np.ndarray, seq_length: int) -> PackedSegments:
+    ends = np.cumsum(lengths, dtype=np.int64)
+    total = int(ends[-1]) if ends.size else 0
+    sequences = -(-total // seq_length)
+    # Segment borders are the union of document ends and sequence ends.
+    cuts = np.arange(1, sequences, dtype=np.int64) * seq_length
+    borders = np.union1d(ends[lengths > 0], cuts)
+    begins = np.concatenate([np.zeros(min(1, total), np.int64), borders[:-1]])
+    position = np.searchsorted(ends, begins, side="right")
+    sequence_begins = np.arange(sequences, dtype=np.int64) * seq_length
+    return PackedSegments(
+        seq_ptr=np.append(np.searchsorted(begins, sequence_begins), begins.size).astype(np.int64),
+        position=position.astype(np.int64),
+        start=(begins - (ends - lengths)[position]).astype(np.int32),
+        length=(borders - begins).astype(np.int32),
+    )
+
+
+def _pack_fit_python(lengths: np.ndarray, seq_length: int, open_bins: int) -> tuple[PackedSegments, np.ndarray]:
+    bin_of = np.full(lengths.size, -1, np.int64)
+    waiting: dict[int, deque[int]] = {}  # room left -> open sequences with that room, longest waiting first
+    rooms: list[int] = []  # the keys of `waiting`, sorted
+    is_open = sequences = 0
+
+    def take(index: int) -> tuple[int, int]:
+        room = rooms[index]
+        chosen = waiting[room].popleft()
+        if not waiting[room]:
+            del waiting[room], rooms[index]
+        return room, chosen
+
+    for document, length in enumerate(lengths.tolist()):
+        if length == 0 or length > seq_length:
+            continue
+        index = bisect.bisect_left(rooms, length)
+        if index < len(rooms):
+            room, chosen = take(index)
+            is_open -= 1
+        else:
+            room, chosen = seq_length, sequences
+            sequences += 1
+        bin_of[document] = chosen
+        room -= length
+        if room == 0:
+            continue
+        if room not in waiting:
+            waiting[room] = deque()
+            bisect.insort(rooms, room)
+        waiting[room].append(chosen)
+        is_open += 1
+        if is_open > open_bins:
+            take(0)
+            is_open -= 1
+
+    packed = np.flatnonzero(bin_of >= 0)
+    order = packed[np.argsort(bin_of[packed], kind="stable")]
+    seq_ptr = np.zeros(sequences + 1, np.int64)
+    np.cumsum(np.bincount(bin_of[packed], minlength=sequences), out=seq_ptr[1:])
+    segments = PackedSegments(seq_ptr, order.astype(np.int64), np.zeros(order.size, np.int32), lengths[order])
+    return segments, np.flatnonzero(lengths > seq_length).astype(np.int64)
