@@ -1,0 +1,594 @@
+"""Blend: from a stage's masses to one deterministic order of documents.
+
+    task masses / explicit strata ─ resolve ─► leaf strata with shares ─ draw ─► (stratum, document) in order
+
+A leaf stratum is what one group of the recipe (a task, or an explicit stratum) takes from one dataset, language
+and source. Its share is a share of the *tokens trained on*: every document token in pretraining; in an SFT stage,
+where prompts are not learned, the tokens after the prompt (`target_tokens`; all tokens of a text document).
+
+The order interleaves the strata by WF²Q (Bennett & Zhang, "WF²Q: Worst-case Fair Weighted Fair Queueing", 1996),
+with documents as packets and tokens as bits: of the strata that are not ahead of their share, the one whose next
+document would be through first goes next. After any prefix of T tokens a stratum k of share w_k has had
+
+    w_k·T - (longest document)  <=  tokens of k  <=  w_k·T + (1 - w_k)·(longest document of k).
+
+Everything is arrays, one element per document. Shuffles are sorts by a hash of the document's index, so the order
+depends on the seed, the stage, the stratum and the epoch, and on nothing else: not on the other strata, the token
+budget, the library versions or the number of ranks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import heapq
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from megatron_speech.data.config import DataConfig, StageDataConfig, StratumConfig
+from megatron_speech.data.split import held_out, splitmix64
+from megatron_speech.errors import InputError
+from megatron_speech.files import canonical_json, sha256_hex
+from megatron_speech.ops.extension import extension
+from megatron_speech.tasks import TASKS
+
+if TYPE_CHECKING:
+    from megatron_speech.data.indexed import TokenDataset
+
+# A leaf per value of `dataset_source` and language: a corpus name, not a file name. More than this is a mistake.
+MAX_STRATA = 10_000
+UNKNOWN_LANGUAGE = "und"  # BCP-47 for "undetermined"
+UNKNOWN_SOURCE = "unknown"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
+
+
+# ---- what a stage asks for
+
+
+def check_stage(stage: StageDataConfig) -> list[StratumConfig]:
+    """Check what can be checked of a stage without data, and return its groups (one per task, or as listed).
+
+    Raises:
+        InputError: masses that are not positive, an unknown task, text in SFT, a batch that does not divide, …
+    """
+    where = f"stage {stage.name!r}"
+    if (stage.task_mass is None) == (stage.strata is None):
+        found = "both task_mass and strata" if stage.strata is not None else "neither task_mass nor strata"
+        raise InputError(f"{where} gives {found}; give exactly one of them")
+    if stage.strata is not None:
+        groups = list(stage.strata)
+    else:
+        groups = [StratumConfig(task=task, mass=mass, name=task) for task, mass in (stage.task_mass or {}).items()]
+    field = "strata" if stage.strata is not None else "task_mass"
+    if not groups:
+        raise InputError(f"{where}: {field} is empty; name at least one task and its mass")
+    for group in groups:
+        if group.task not in TASKS:
+            raise InputError(f"{where}: {field} names the unknown task {group.task!r}; {_nearest(group.task, TASKS)}")
+        if not (0.0 < group.mass < float("inf")):
+            raise InputError(
+                f"{where}: the mass of {group.name or group.task} is {group.mass:g}; a mass is a positive number "
+                "(leave out what is not wanted)"
+            )
+        if stage.is_sft and group.task == "text_lm" and not stage.allow_text_in_sft:
+            raise InputError(
+                f"{where}: text_lm has mass {group.mass:g} in a stage whose loss.prompt is 0 (SFT); text-only data "
+                "belongs in pretraining: take it out, or say allow_text_in_sft: true"
+            )
+    if stage.is_sft and stage.packing_mode == "cut":
+        raise InputError(
+            f"{where}: packing.mode is cut but loss.prompt is 0 (SFT): a document that lost its prompt cannot be "
+            "told from one; use packing.mode fit"
+        )
+    for source, cap in stage.source_caps.items():
+        if not 0.0 < cap <= 1.0:
+            raise InputError(f"{where}: source_caps.{source} is {cap:g}; a cap is a share, above 0 and at most 1")
+    if stage.global_batch_tokens % stage.seq_length:
+        lower = stage.global_batch_tokens // stage.seq_length * stage.seq_length
+        near = f"{lower} or {lower + stage.seq_length}" if lower else f"{stage.seq_length}"
+        raise InputError(
+            f"{where}: global_batch_tokens {stage.global_batch_tokens} is not a multiple of seq_length "
+            f"{stage.seq_length}; nearest: {near}"
+        )
+    if stage.tokens < stage.global_batch_tokens:
+        raise InputError(
+            f"{where}: the budget of {stage.tokens} tokens is smaller than one global batch of "
+            f"{stage.global_batch_tokens}; raise tokens or lower global_batch_tokens"
+        )
+    return groups
+
+
+# ---- what the datasets hold
+
+
+@dataclass(frozen=True)
+class DocumentTable:
+    """One dataset's documents as the blend sees them: arrays of D elements.
+
+    lengths, targets: int32 tokens, and tokens after the prompt; seconds: float32 of audio; language, source: int32
+    codes into `languages`, `sources`; held_out: bool, True for validation documents.
+    """
+
+    name: str
+    task: str
+    lengths: np.ndarray
+    targets: np.ndarray
+    seconds: np.ndarray
+    language: np.ndarray
+    source: np.ndarray
+    languages: list[str]
+    sources: list[str]
+    held_out: np.ndarray
+
+    def counted(self, stage: StageDataConfig) -> np.ndarray:
+        """Tokens that a document counts for in the proportions of `stage`, int32 [D]."""
+        return self.targets if stage.is_sft and self.task != "text_lm" else self.lengths
+
+
+def _codes(column: pa.ChunkedArray, unknown: str) -> tuple[np.ndarray, list[str]]:
+    """A string column as int32 codes and its sorted distinct values; null and "" become `unknown`."""
+    encoded = column.combine_chunks().cast(pa.large_string()).fill_null("").dictionary_encode()
+    values = [value or unknown for value in encoded.dictionary.to_pylist()]
+    names = sorted(set(values))
+    rank = {name: code for code, name in enumerate(names)}
+    recode = np.array([rank[value] for value in values] or [0], dtype=np.int32)
+    return recode[encoded.indices.to_numpy(zero_copy_only=False)], names
+
+
+def _numbers(column: pa.ChunkedArray, dtype: type[np.generic]) -> np.ndarray:
+    return column.combine_chunks().fill_null(0).to_numpy(zero_copy_only=False).astype(dtype)
+
+
+def read_documents(name: str, dataset: TokenDataset, data: DataConfig) -> DocumentTable:
+    """Read what the blend needs of `dataset` from its documents table and its index."""
+    columns = dataset.columns(
+        "source_id", "sample_id", "language", "dataset_source", "target_tokens", "duration_seconds"
+    )
+    language, languages = _codes(columns["language"], UNKNOWN_LANGUAGE)
+    source, sources = _codes(columns["dataset_source"], UNKNOWN_SOURCE)
+    return DocumentTable(
+        name=name,
+        task=dataset.manifest.task,
+        lengths=np.asarray(dataset.lengths, dtype=np.int32),
+        targets=_numbers(columns["target_tokens"], np.int32),
+        seconds=_numbers(columns["duration_seconds"], np.float32),
+        language=language,
+        source=source,
+        languages=languages,
+        sources=sources,
+        held_out=held_out(columns, data.validation_fraction, data.split_seed),
+    )
+
+
+# ---- strata and shares
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """What one group takes from one dataset, language and source.
+
+    name: stable name, part of the shuffle's seed; group: index of the recipe's group; dataset: index of the dataset;
+    label: index into :attr:`Blend.labels`; share: target share of the stage's counted tokens; documents: int32, the
+    eligible documents in dataset order; tokens, counted: their totals.
+    """
+
+    name: str
+    group: int
+    task: str
+    dataset: int
+    language: str
+    source: str
+    label: int
+    share: float
+    documents: np.ndarray
+    tokens: int
+    counted: int
+
+
+@dataclass(frozen=True)
+class Blend:
+    """The strata of a stage for one side of the split, and what was left out, by reason and dataset name."""
+
+    strata: list[Stratum]
+    groups: list[str]
+    masses: list[float]
+    labels: list[tuple[str, str, str]]
+    excluded: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    group: int
+    dataset: int
+    language: int
+    source: int
+
+
+def group_name(group: StratumConfig) -> str:
+    """The name of a group in reports: its own, or made of its filters."""
+    if group.name is not None:
+        return group.name
+    filters = [",".join(values) for values in (group.datasets, group.languages, group.sources) if values is not None]
+    return "/".join([group.task, *filters])
+
+
+def _selected(group: StratumConfig, table: DocumentTable) -> np.ndarray:
+    """Which (language, source) cells of a table a group selects, bool [languages, sources]."""
+    if group.task != table.task or (group.datasets is not None and table.name not in group.datasets):
+        return np.zeros((len(table.languages), len(table.sources)), dtype=bool)
+    language = [group.languages is None or value in group.languages for value in table.languages]
+    source = [group.sources is None or value in group.sources for value in table.sources]
+    return np.outer(np.array(language, dtype=bool), np.array(source, dtype=bool))
+
+
+def _find_leaves(
+    where: str, groups: Sequence[StratumConfig], tables: Sequence[DocumentTable]
+) -> tuple[list[_Leaf], list[np.ndarray]]:
+    """The leaves of all groups, and the documents of each (dataset order), whatever their split or length."""
+    leaves: list[_Leaf] = []
+    documents: list[np.ndarray] = []
+    for index, table in enumerate(tables):
+        cells = len(table.languages) * len(table.sources)
+        if cells == 0:
+            continue
+        claims = np.stack([_selected(group, table).ravel() for group in groups])
+        if not claims.any():
+            continue
+        code = table.language.astype(np.int64) * len(table.sources) + table.source
+        present, counts = np.unique(code, return_counts=True)
+        claimed = claims[:, present].sum(axis=0)
+        if (claimed > 1).any():
+            cell = int(present[np.argmax(claimed > 1)])
+            both = [group_name(groups[k]) for k in np.flatnonzero(claims[:, cell])]
+            language, source = divmod(cell, len(table.sources))
+            raise InputError(
+                f"{where}: strata {' and '.join(both)} both take language {table.languages[language]}, source "
+                f"{table.sources[source]} of dataset {table.name}; filters must not overlap"
+            )
+        order = np.argsort(code, kind="stable").astype(np.int32)
+        ends = np.cumsum(counts)
+        for cell, end, count, taken in zip(present, ends, counts, claimed, strict=True):
+            if taken:
+                language, source = divmod(int(cell), len(table.sources))
+                leaves.append(_Leaf(int(np.argmax(claims[:, cell])), index, language, source))
+                documents.append(order[end - count : end])
+    if len(leaves) > MAX_STRATA:
+        raise InputError(
+            f"{where}: {len(leaves)} combinations of dataset, language and dataset_source, more than {MAX_STRATA}; "
+            "dataset_source is the name of a corpus, not of a recording: preprocess with fewer values"
+        )
+    return leaves, documents
+
+
+def _refuse_missing(where: str, groups: Sequence[StratumConfig], tables: Sequence[DocumentTable]) -> None:
+    """Refuse names in filters and caps that no dataset has, and groups without any dataset."""
+    names = {table.name for table in tables}
+    languages = {value for table in tables for value in table.languages}
+    sources = {value for table in tables for value in table.sources}
+    for group in groups:
+        for field, wanted, known in (
+            ("datasets", group.datasets, names),
+            ("languages", group.languages, languages),
+            ("sources", group.sources, sources),
+        ):
+            for value in wanted or ():
+                if value not in known:
+                    raise InputError(
+                        f"{where}: stratum {group_name(group)} names {value!r} in {field}, which no dataset has; "
+                        f"{_nearest(value, known)}"
+                    )
+        if not any(table.task == group.task for table in tables):
+            have = ", ".join(f"{table.name} ({table.task})" for table in tables) or "none"
+            raise InputError(
+                f"{where}: task {group.task} has mass {group.mass:g} but no dataset of that task is listed in "
+                f"data.datasets; there are: {have}"
+            )
+
+
+def _apply_caps(
+    where: str, shares: np.ndarray, strata_keys: Sequence[tuple[int, str, str]], caps: Mapping[str, float]
+) -> np.ndarray:
+    """Lower the capped sources to their caps; each group's surplus goes to its uncapped leaves.
+
+    `strata_keys` holds (group, language, source) of each leaf. The surplus stays in the same language while that
+    has an uncapped source, and always in the same group, so the masses of the groups are kept.
+    """
+    shares = shares.copy()
+    sources = np.array([key[2] for key in strata_keys])
+    free = np.ones(len(shares), dtype=bool)
+    while True:
+        over = [name for name, cap in caps.items() if shares[sources == name].sum() > cap * (1 + 1e-12)]
+        if not over:
+            return shares
+        surplus = np.zeros(len(shares))
+        for name in over:
+            leaf = sources == name
+            keep = caps[name] / shares[leaf].sum()
+            surplus[leaf] = shares[leaf] * (1 - keep)
+            shares[leaf] *= keep
+            free[leaf] = False
+        for index in np.flatnonzero(surplus):
+            group, language, _ = strata_keys[index]
+            near = [k for k in np.flatnonzero(free) if strata_keys[k][0] == group and strata_keys[k][1] == language]
+            near = near or [k for k in np.flatnonzero(free) if strata_keys[k][0] == group]
+            if not near:
+                raise InputError(
+                    f"{where}: source_caps ({', '.join(f'{name}: {cap:g}' for name, cap in caps.items())}) leave "
+                    f"{surplus[index]:.4g} of the stage's tokens without a source: every source of a group is capped "
+                    "below the group's mass; raise a cap, or add a source"
+                )
+            shares[near] += surplus[index] * shares[near] / shares[near].sum()
+
+
+def _leaf_shares(
+    where: str,
+    stage: StageDataConfig,
+    groups: Sequence[StratumConfig],
+    keys: Sequence[tuple[int, str, str]],
+    counted: np.ndarray,
+) -> np.ndarray:
+    """Target share of each leaf: group mass × language by tokens^T × natural inside the language, then the caps."""
+    total_mass = sum(group.mass for group in groups)
+    shares = np.zeros(len(keys))
+    for index, group in enumerate(groups):
+        members = np.array([key[0] == index for key in keys])
+        languages = sorted({key[1] for key, member in zip(keys, members, strict=True) if member})
+        cells = [np.array([key[:2] == (index, language) for key in keys]) for language in languages]
+        weights = np.array([counted[cell].sum() for cell in cells], dtype=np.float64) ** stage.language_temperature
+        for cell, weight in zip(cells, weights / weights.sum(), strict=True):
+            shares[cell] = group.mass / total_mass * weight * counted[cell] / counted[cell].sum()
+    return _apply_caps(where, shares, keys, stage.source_caps)
+
+
+def resolve(stage: StageDataConfig, tables: Sequence[DocumentTable], *, validation: bool = False) -> Blend:
+    """Turn a stage's masses into leaf strata with target shares and eligible documents.
+
+    Args:
+        stage: the stage.
+        tables: the datasets' documents, in the order in which datasets are numbered.
+        validation: take the held-out side of the split instead of the training side; strata may then be empty.
+
+    Raises:
+        InputError: what :func:`check_stage` refuses; a task without a dataset; unknown names in filters or caps;
+            overlapping or empty strata; documents that do not fit and may not be dropped; caps that cannot be met.
+    """
+    where = f"stage {stage.name!r}"
+    groups = check_stage(stage)
+    _refuse_missing(where, groups, tables)
+    leaves, documents = _find_leaves(where, groups, tables)
+    known_sources = {tables[leaf.dataset].sources[leaf.source] for leaf in leaves}
+    for name in stage.source_caps:
+        if name not in known_sources:
+            raise InputError(
+                f"{where}: source_caps names {name!r}, which no dataset of the stage has; "
+                f"{_nearest(name, known_sources)}"
+            )
+
+    excluded: dict[str, dict[str, int]] = {"oversize": {}, "without_target": {}, "other_side_of_split": {}}
+    longest = 0
+    kept_documents = []
+    for leaf, members in zip(leaves, documents, strict=True):
+        table = tables[leaf.dataset]
+
+        def leave_out(reason: str, kept: np.ndarray, members: np.ndarray, name: str = table.name) -> np.ndarray:
+            if not kept.all():
+                excluded[reason][name] = excluded[reason].get(name, 0) + int((~kept).sum())
+            return members[kept]
+
+        if stage.packing_mode == "fit":
+            fits = table.lengths[members] <= stage.seq_length
+            longest = max(longest, int(table.lengths[members].max(initial=0)))
+            members = leave_out("oversize", fits, members)
+        members = leave_out("without_target", table.counted(stage)[members] > 0, members)
+        members = leave_out("other_side_of_split", table.held_out[members] == validation, members)
+        kept_documents.append(members)
+    if excluded["oversize"] and stage.packing.oversize == "refuse":
+        counts = ", ".join(f"{count} of dataset {name}" for name, count in excluded["oversize"].items())
+        raise InputError(
+            f"{where}: {sum(excluded['oversize'].values())} documents are longer than seq_length {stage.seq_length} "
+            f"({counts}; the longest has {longest} tokens) and packing.mode fit never cuts; raise seq_length, or say "
+            "packing.oversize: drop"
+        )
+
+    labels = sorted(
+        {
+            (tables[leaf.dataset].task, tables[leaf.dataset].languages[leaf.language],
+             tables[leaf.dataset].sources[leaf.source])
+            for leaf in leaves
+        },
+        key=lambda label: (TASKS.index(label[0]), *label[1:]),
+    )  # fmt: skip
+    label_ids = {label: index for index, label in enumerate(labels)}
+
+    alive = [index for index, members in enumerate(kept_documents) if len(members)]
+    for index, group in enumerate(groups):
+        if not validation and not any(leaves[k].group == index for k in alive):
+            reasons = {reason: sum(counts.values()) for reason, counts in excluded.items() if counts}
+            raise InputError(
+                f"{where}: stratum {group_name(group)} has mass {group.mass:g} but no document to train on "
+                f"(left out over the whole stage: {reasons or 'nothing'}); change its filters, seq_length or "
+                "data.validation_fraction, or leave it out"
+            )
+
+    def key(leaf: _Leaf) -> tuple[int, str, str]:
+        table = tables[leaf.dataset]
+        return leaf.group, table.languages[leaf.language], table.sources[leaf.source]
+
+    def total(values: np.ndarray, members: np.ndarray) -> int:
+        return int(values[members].sum(dtype=np.int64))
+
+    counted = np.array([total(tables[leaves[k].dataset].counted(stage), kept_documents[k]) for k in alive], np.float64)
+    if validation:
+        # Held-out documents are read once each, in order: their proportions are what they are.
+        shares = counted / max(1.0, counted.sum())
+    else:
+        shares = _leaf_shares(where, stage, groups, [key(leaves[k]) for k in alive], counted)
+    strata = []
+    for position, k in enumerate(alive):
+        leaf, table = leaves[k], tables[leaves[k].dataset]
+        group, language, source = key(leaf)
+        strata.append(
+            Stratum(
+                name="/".join([group_name(groups[group]), table.name, language, source]),
+                group=group,
+                task=table.task,
+                dataset=leaf.dataset,
+                language=language,
+                source=source,
+                label=label_ids[(table.task, language, source)],
+                share=float(shares[position]),
+                documents=kept_documents[k],
+                tokens=total(table.lengths, kept_documents[k]),
+                counted=int(counted[position]),
+            )
+        )
+    mass = sum(group.mass for group in groups)
+    return Blend(
+        strata=strata,
+        groups=[group_name(group) for group in groups],
+        masses=[group.mass / mass for group in groups],
+        labels=labels,
+        excluded={reason: counts for reason, counts in excluded.items() if counts},
+    )
+
+
+# ---- the order
+
+
+def shuffled(count: int, *words: object) -> np.ndarray:
+    """A permutation of 0..count-1, int32, that depends on `words` (JSON-able) alone.
+
+    Indices are sorted by a 64-bit hash of themselves: no library's random generator takes part.
+    """
+    seed = np.uint64(int(sha256_hex(canonical_json(list(words)))[:16], 16))
+    with np.errstate(over="ignore"):
+        keys = splitmix64(splitmix64(np.arange(count, dtype=np.uint64)) + seed)
+    return np.argsort(keys, kind="stable").astype(np.int32)
+
+
+def _schedule_python(costs: np.ndarray, ptr: np.ndarray, shares: np.ndarray, stop: int) -> np.ndarray:
+    """Reference of :func:`schedule`, one document at a time."""
+    position, ends = ptr[:-1].tolist(), ptr[1:].tolist()
+    weights, cost_of = shares.tolist(), costs.tolist()
+    served = [0] * len(weights)
+    waiting = [(0.0, k) for k in range(len(weights))]  # by the time at which the next document may start
+    ready: list[tuple[float, int]] = []  # by the time at which it would be through
+    order: list[int] = []
+    total = 0
+    while total < stop:
+        # The second condition only ever holds by rounding: somebody is always at or behind its share.
+        while waiting and (waiting[0][0] <= total or not ready):
+            _, k = heapq.heappop(waiting)
+            if position[k] == ends[k]:
+                raise ValueError(f"stratum {k} ran out of documents after {total} of {stop} tokens")
+            heapq.heappush(ready, ((served[k] + cost_of[position[k]]) / weights[k], k))
+        _, k = heapq.heappop(ready)
+        order.append(position[k])
+        total += cost_of[position[k]]
+        served[k] += cost_of[position[k]]
+        position[k] += 1
+        heapq.heappush(waiting, (served[k] / weights[k], k))
+    return np.array(order, dtype=np.int64)
+
+
+def schedule(costs: np.ndarray, ptr: np.ndarray, shares: np.ndarray, stop: int) -> np.ndarray:
+    """Interleave strata by WF²Q until `stop` tokens are through.
+
+    Args:
+        costs: int32 [N], counted tokens of the strata's documents, one stratum after the other.
+        ptr: int64 [K + 1], stratum k holds costs[ptr[k]:ptr[k + 1]], to be taken in this order.
+        shares: float64 [K], positive, sum 1.
+        stop: tokens after which no further document is taken.
+
+    Returns:
+        int64 [M], indices into `costs` in order. A larger `stop` prolongs the order and changes nothing in it.
+
+    Raises:
+        ValueError: a stratum has fewer documents than its share of `stop` needs.
+    """
+    costs = np.ascontiguousarray(costs, dtype=np.int32)
+    ptr = np.ascontiguousarray(ptr, dtype=np.int64)
+    shares = np.ascontiguousarray(shares, dtype=np.float64)
+    compiled = extension()
+    if compiled is not None:
+        order: np.ndarray = compiled.blend_order(costs, ptr, shares, int(stop))
+        return order
+    return _schedule_python(costs, ptr, shares, int(stop))
+
+
+@dataclass(frozen=True)
+class Order:
+    """Documents in the order of training: stratum int32 [N], document int32 [N] (in the stratum's dataset)."""
+
+    stratum: np.ndarray
+    document: np.ndarray
+
+
+def _repeated(stratum: Stratum, costs: np.ndarray, needed: float, seed_words: Callable[[int], tuple]) -> np.ndarray:
+    """Documents of one stratum, epoch after epoch, until they hold `needed` counted tokens: int32 [n]."""
+    epochs = max(1, int(np.ceil(needed / stratum.counted)))
+    parts = [
+        stratum.documents[shuffled(len(stratum.documents), *seed_words(epoch))] for epoch in range(epochs)
+    ]  # fmt: skip
+    # Of the last epoch only the beginning is needed.
+    ends = np.cumsum(costs[parts[-1]], dtype=np.int64)
+    last = int(np.searchsorted(ends, needed - (epochs - 1) * stratum.counted)) + 1
+    parts[-1] = parts[-1][:last]
+    return np.concatenate(parts)
+
+
+def draw(stage: StageDataConfig, blend: Blend, tables: Sequence[DocumentTable], *, tokens: int, seed: int) -> Order:
+    """Just enough documents, in order, to hold `tokens` tokens (all tokens, not only the counted ones).
+
+    Raises:
+        InputError: the order would hold more documents than can be numbered.
+    """
+    strata = blend.strata
+    shares = np.array([stratum.share for stratum in strata], dtype=np.float64)
+    counted = [tables[stratum.dataset].counted(stage) for stratum in strata]
+    # Tokens per counted token, to guess how many counted tokens the budget comes to; the loop corrects the guess.
+    ratio = np.array([stratum.tokens / stratum.counted for stratum in strata])
+    longest = max(int(costs[stratum.documents].max()) for costs, stratum in zip(counted, strata, strict=True))
+    goal = int(tokens / float(shares @ ratio) * 1.01) + longest
+    while True:
+        lists = [
+            _repeated(
+                stratum,
+                costs,
+                share * (goal + longest) + 2 * longest,
+                lambda epoch, name=stratum.name: (seed, stage.name, name, epoch),  # type: ignore[misc]
+            )
+            for stratum, costs, share in zip(strata, counted, shares, strict=True)
+        ]
+        ptr = np.concatenate([[0], np.cumsum([len(part) for part in lists])]).astype(np.int64)
+        costs = np.concatenate([costs[part] for costs, part in zip(counted, lists, strict=True)])
+        picked = schedule(costs, ptr, shares, goal)
+        document = np.concatenate(lists)[picked]
+        which = (np.searchsorted(ptr, picked, side="right") - 1).astype(np.int32)
+        lengths = np.concatenate(
+            [tables[stratum.dataset].lengths[part] for stratum, part in zip(strata, lists, strict=True)]
+        )[picked]
+        ends = np.cumsum(lengths, dtype=np.int64)
+        if ends[-1] >= tokens:
+            count = int(np.searchsorted(ends, tokens)) + 1
+            return Order(which[:count], document[:count])
+        goal += int((tokens - int(ends[-1])) / float(shares @ ratio) * 1.1) + longest
+
+
+def in_order(blend: Blend) -> Order:
+    """Every document once: dataset after dataset, in dataset order. The order of validation."""
+    if not blend.strata:
+        return Order(np.zeros(0, np.int32), np.zeros(0, np.int32))
+    stratum = np.repeat(np.arange(len(blend.strata), dtype=np.int32), [len(s.documents) for s in blend.strata])
+    document = np.concatenate([s.documents for s in blend.strata])
+    dataset = np.array([s.dataset for s in blend.strata])[stratum]
+    order = np.lexsort((document, dataset))
+    return Order(stratum[order], document[order].astype(np.int32))
