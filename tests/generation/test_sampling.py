@@ -31,7 +31,9 @@ def naive_distribution(logits: list[float], config: SamplingConfig, seen: list[b
     scores = list(logits)
     for i, was_seen in enumerate(seen):
         if was_seen:
-            scores[i] = scores[i] / config.repetition_penalty if scores[i] > 0 else scores[i] * config.repetition_penalty
+            scores[i] = (
+                scores[i] / config.repetition_penalty if scores[i] > 0 else scores[i] * config.repetition_penalty
+            )
     order = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: the earlier id wins a tie
     if config.temperature == 0:
         return [float(i == order[0]) for i in range(len(scores))]
