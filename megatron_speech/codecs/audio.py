@@ -24,6 +24,10 @@ class AudioError(InputError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[AudioError], tuple[str, str]]:
+        """Both arguments, so that the error survives the way back from a worker process."""
+        return type(self), (self.reason, str(self))
+
 
 def read_audio(
     path: str | os.PathLike[str],
@@ -44,9 +48,9 @@ def read_audio(
         AudioError: with `reason` missing_file, unreadable, empty_audio, non_finite or bad_segment.
     """
     path = Path(path)
-    if not path.is_file():
-        raise AudioError("missing_file", f"{path} does not exist or is not a file; check wav_path")
     try:
+        if not path.is_file():
+            raise AudioError("missing_file", f"{path} does not exist or is not a file; check wav_path")
         with soundfile.SoundFile(path) as sound:
             rate = sound.samplerate
             start, stop = _segment(path, sound.frames / rate, start_time, end_time)
