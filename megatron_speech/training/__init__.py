@@ -1,0 +1,1 @@
+"""Training: a typed recipe, its stages, the loop, metrics, validation and checkpoints."""

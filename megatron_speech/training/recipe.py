@@ -1,0 +1,424 @@
+"""A recipe: one typed YAML file that says everything a run does.
+
+    base YAML(s) ← this YAML ← key=value overrides  →  Recipe (pydantic)  →  RUN/recipe.yaml
+
+A key that the schema does not know is refused with its full dotted path and the nearest valid name. Relative
+paths in a file are relative to that file; relative paths in `key=value` overrides are relative to the
+directory the command runs in. The resolved recipe holds absolute paths only and reads back unchanged.
+
+Light to import: no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
+
+from megatron_speech.data.config import DataConfig, StageDataConfig, StrictConfig
+from megatron_speech.errors import InputError
+from megatron_speech.files import write_text
+from megatron_speech.model.config import ModelConfig
+
+_HUMAN_NUMBER = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kKMGBT])")
+_HUMAN_FACTOR = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+
+
+def _human_integer(value: Any) -> Any:
+    """Turn "0.5M", "2k" or 2e6 into an integer; anything else is left to pydantic."""
+    if isinstance(value, str) and (match := _HUMAN_NUMBER.fullmatch(value.strip())):
+        value = float(match[1].replace("_", "")) * _HUMAN_FACTOR[match[2]]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+TokenCount = Annotated[int, BeforeValidator(_human_integer), Field(gt=0)]
+"""A positive count of tokens: 500000, 500_000, 5e5 or "0.5M"."""
+
+
+class LearningRateConfig(StrictConfig):
+    """Stage section `lr`: warm-up from 0 to `peak`, then down to `end` at the stage's last step.
+
+    Step k (1-based) of n, with w warm-up steps, trains with peak·k/w up to k = w and with
+    end + (peak - end)·½(1 + cos π(k - w)/(n - w)) after it (`cosine`; `linear` falls in a straight line,
+    `constant` stays at the peak).
+    """
+
+    peak: float = Field(gt=0.0, description="highest learning rate")
+    end: float | None = Field(default=None, ge=0.0, description="learning rate of the last step; null: peak / 10")
+    warmup: float = Field(
+        default=0.0, ge=0.0, description="warm-up: below 1 a share of the stage's steps, from 1 on a number of steps"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+
+    @property
+    def floor(self) -> float:
+        """The learning rate of the stage's last step."""
+        if self.schedule == "constant":
+            return self.peak
+        return self.peak / 10 if self.end is None else self.end
+
+    def warmup_steps(self, steps: int) -> int:
+        """Warm-up steps of a stage of `steps` steps; always below `steps`, as mcore's scheduler asks."""
+        warmup = round(self.warmup * steps) if self.warmup < 1.0 else int(self.warmup)
+        return min(warmup, steps - 1)
+
+    @model_validator(mode="after")
+    def _falls(self) -> LearningRateConfig:
+        if self.end is not None and self.end > self.peak:
+            raise ValueError(f"end {self.end:g} is above peak {self.peak:g}; a learning rate falls within a stage")
+        if self.warmup >= 1.0 and not self.warmup.is_integer():
+            raise ValueError(f"warmup {self.warmup:g} is neither a share below 1 nor a whole number of steps")
+        return self
+
+
+class StageConfig(StageDataConfig):
+    """One stage: what it trains on (see :class:`StageDataConfig`) and how."""
+
+    tokens: TokenCount = Field(description="budget: positions fed to the model, padding included")
+    seq_length: TokenCount
+    global_batch_tokens: TokenCount = Field(description="positions per optimizer step; a multiple of seq_length")
+    micro_batch_size: int = Field(default=1, gt=0, description="sequences per forward pass on one data-parallel rank")
+    lr: LearningRateConfig
+    carry_optimizer: bool = Field(
+        default=True, description="true: keep the optimizer's moments from the stage before; false: start them at zero"
+    )
+    allow_lr_increase: bool = Field(default=False, description="let this stage peak above the end of the stage before")
+
+
+class OptimizerConfig(StrictConfig):
+    """Recipe section `optimizer`: AdamW, decoupled weight decay, gradient clipping by global norm."""
+
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
+    eps: float = Field(default=1e-8, gt=0.0)
+    weight_decay: float = Field(default=0.1, ge=0.0, description="never on norms and biases")
+    decay_embeddings: bool = Field(default=True, description="false: no weight decay on embeddings and output head")
+    clip_grad: float = Field(default=1.0, ge=0.0, description="largest global gradient norm; 0: do not clip")
+
+
+class ParallelConfig(StrictConfig):
+    """Recipe section `parallel`: how the world is divided. What is left over is data-parallel."""
+
+    tensor: int = Field(default=1, ge=1)
+    pipeline: int = Field(default=1, ge=1)
+    virtual_pipeline: int | None = Field(
+        default=None, ge=2, description="model chunks per pipeline stage (interleaved schedule); null: one"
+    )
+    context: int = Field(default=1, ge=1)
+    sequence_parallel: bool = Field(default=False, description="shard norms and residuals over the tensor ranks")
+    distributed_optimizer: bool = Field(default=False, description="shard optimizer state over the data-parallel ranks")
+    overlap_grad_reduce: bool = Field(default=False, description="reduce gradients while the backward pass runs")
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+    @model_validator(mode="after")
+    def _sequence_needs_tensor(self) -> ParallelConfig:
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError("sequence_parallel needs tensor above 1; set it to false or raise tensor")
+        return self
+
+
+class CheckpointConfig(StrictConfig):
+    """Recipe section `checkpoint`. One is always written at the end of a stage."""
+
+    interval_steps: int = Field(default=1000, ge=0, description="steps between checkpoints; 0: only at stage ends")
+    keep_last: int = Field(default=2, ge=1, description="newest checkpoints kept; the best one is kept besides")
+
+
+class ValidationConfig(StrictConfig):
+    """Recipe section `validation`: loss on held-out sources, also run at every checkpoint and stage end."""
+
+    interval_steps: int = Field(default=1000, ge=0, description="steps between validations; 0: never validate")
+    tokens: Annotated[int, BeforeValidator(_human_integer)] = Field(
+        default=1_000_000, gt=0, description="at most this many held-out positions per validation"
+    )
+
+
+class LoggingConfig(StrictConfig):
+    """Recipe section `logging`."""
+
+    interval_steps: int = Field(default=10, ge=1, description="steps between lines of metrics.jsonl")
+    tensorboard: bool = Field(default=True, description="write RUN/tensorboard too, where tensorboard is installed")
+
+
+class Recipe(StrictConfig):
+    """The whole of a run; see the module's docstring for how it is read."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run_dir: str | None = Field(default=None, description="null: runs/<name> beside the recipe file")
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    token_space: str = Field(description="file written by `megatron-speech token-space`")
+    model: ModelConfig
+    data: DataConfig
+    stages: list[StageConfig] = Field(min_length=1)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of activations and weights; masters are fp32")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = Field(default_factory=ValidationConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    @field_validator("stages")
+    @classmethod
+    def _stages_make_sense(cls, stages: list[StageConfig]) -> list[StageConfig]:
+        names = [stage.name for stage in stages]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two stages are named {twice!r}; give every stage a name of its own")
+        for stage in stages:
+            _check_batch(stage, data_parallel=1)
+            if stage.steps < 1:
+                raise ValueError(
+                    f"stage {stage.name}: tokens {stage.tokens} is less than one step of global_batch_tokens "
+                    f"{stage.global_batch_tokens}; raise tokens or lower global_batch_tokens"
+                )
+        for before, stage in zip(stages, stages[1:], strict=False):
+            if stage.lr.peak > before.lr.peak and not stage.allow_lr_increase:
+                raise ValueError(
+                    f"stage {stage.name}: lr.peak {stage.lr.peak:g} is above lr.peak {before.lr.peak:g} of stage "
+                    f"{before.name}; the learning rate only drops from stage to stage. Lower it, or set "
+                    "allow_lr_increase: true in this stage"
+                )
+        return stages
+
+    @property
+    def run_directory(self) -> Path:
+        """Where the run's files go."""
+        return Path(self.run_dir if self.run_dir is not None else Path("runs") / self.name)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps over all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Data-parallel ranks of a world of `world_size` processes, after checking that all batches divide.
+
+        Raises:
+            InputError: the world or a stage's batch cannot be divided; names the nearest values that can.
+        """
+        size = self.parallel.model_parallel_size
+        if world_size % size:
+            lower, upper = world_size // size * size, (world_size // size + 1) * size
+            nearest = f"{lower} or {upper}" if lower else f"{upper}"
+            raise InputError(
+                f"recipe {self.name}: {world_size} processes cannot be divided by parallel.tensor × pipeline × context "
+                f"= {size}; start {nearest} processes, or change the parallel section"
+            )
+        data_parallel = world_size // size
+        for stage in self.stages:
+            try:
+                _check_batch(stage, data_parallel)
+            except ValueError as error:
+                raise InputError(f"recipe {self.name}: {error}") from error
+        return data_parallel
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the recipe to `path`, whole or not at all."""
+        write_text(path, self.to_yaml())
+
+
+def _check_batch(stage: StageConfig, data_parallel: int) -> None:
+    """Refuse a global batch that micro-batches do not fill exactly; the message holds the nearest that do."""
+    unit = stage.seq_length * stage.micro_batch_size * data_parallel
+    if stage.global_batch_tokens % unit == 0:
+        return
+    lower, upper = stage.global_batch_tokens // unit * unit, (stage.global_batch_tokens // unit + 1) * unit
+    nearest = f"{lower} and {upper}" if lower else f"{upper}"
+    ranks = f" × {data_parallel} data-parallel ranks" if data_parallel > 1 else ""
+    raise ValueError(
+        f"stage {stage.name}: global_batch_tokens {stage.global_batch_tokens} is not a multiple of seq_length "
+        f"{stage.seq_length} × micro_batch_size {stage.micro_batch_size}{ranks} = {unit}; "
+        f"the nearest that {'are' if lower else 'is'}: {nearest}"
+    )
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Read the recipe at `path`, apply `key=value` overrides, check every field.
+
+    A top-level `base: other.yaml` (or a list of them) is read first and merged under this file. In overrides
+    a list item is addressed by number (`stages.0.tokens=1000`), a stage also by name (`stages.pt.tokens=1000`).
+
+    Raises:
+        InputError: an unreadable file, an unknown key (with the nearest valid one), a value out of range.
+    """
+    path = Path(path)
+    config = _read_layers(path, seen=())
+    for override in overrides:
+        _apply_override(config, override)
+    try:
+        values = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise InputError(f"recipe {path}: {_first_line(error)}") from error
+    assert isinstance(values, dict)
+    if values.get("run_dir") is None and isinstance(values.get("name"), str):
+        values["run_dir"] = str(path.resolve().parent / "runs" / values["name"])
+    return parse_recipe(values, source=str(path))
+
+
+def parse_recipe(values: dict[Any, Any], source: str) -> Recipe:
+    """Check plain `values` (from YAML) against the schema; `source` names them in errors.
+
+    Raises:
+        InputError: one sentence for the first problem found, and how many more there are.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        # An unknown key explains a missing one beside it (a misspelt name is both), so it comes first.
+        problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
+        more = f" ({len(problems) - 1} more problem{'s' * (len(problems) > 2)} after this)" if len(problems) > 1 else ""
+        raise InputError(f"recipe {source}: {_explain(dict(problems[0]))}{more}") from error
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    """One pydantic problem as a sentence."""
+    location: tuple[str | int, ...] = problem["loc"]
+    dotted = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        known = sorted(_known_keys(location[:-1]))
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {dotted!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"key {dotted!r} is missing and has no default"
+    if problem["type"] == "value_error":  # raised by a validator of ours: already a sentence
+        sentence = str(problem["ctx"]["error"])
+        return sentence if not dotted or sentence.startswith((dotted, "stage ")) else f"{dotted}: {sentence}"
+    return f"{dotted} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _known_keys(location: Sequence[str | int]) -> set[str]:
+    """Names of the fields of the section at `location` ("stages", 0, "lr")."""
+    models: list[type[BaseModel]] = [Recipe]
+    for part in location:
+        if isinstance(part, int):
+            continue  # the item of a list: its model was entered with the list
+        inner = [field.annotation for model in models if (field := model.model_fields.get(part)) is not None]
+        models = [found for annotation in inner for found in _models_in(annotation)] or models
+    return {name for model in models for name in model.model_fields}
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The pydantic models inside a type such as `list[StageConfig] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (list, dict, tuple, Union, UnionType, Annotated):
+        for argument in get_args(annotation):
+            yield from _models_in(argument)
+
+
+def _read_layers(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+    """Read `path` over its bases; paths in each file become absolute against that file's folder."""
+    path = path.resolve()
+    if path in seen:
+        raise InputError(f"recipe {path} is its own base (through {' → '.join(map(str, seen))}); break the circle")
+    try:
+        config = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise InputError(f"recipe {path} does not exist; check the path") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path} cannot be read: {error}") from error
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"recipe {path} is not valid YAML: {_first_line(error)}") from error
+    layer = OmegaConf.to_container(config, resolve=False)
+    if not isinstance(layer, dict) or not layer:
+        raise InputError(f"recipe {path} holds no mapping of sections; it should start like `name: my_run`")
+    bases = layer.pop("base", None)
+    _absolutise(layer, path.parent)
+    config = OmegaConf.create(layer)
+    if bases is None:
+        return config
+    merged = OmegaConf.create({})
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = OmegaConf.merge(merged, _read_layers(path.parent / str(base), (*seen, path)))
+    merged = OmegaConf.merge(merged, config)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _absolutise(layer: dict[Any, Any], folder: Path) -> None:
+    """Make the relative paths of a recipe layer absolute against `folder`, in place."""
+
+    def absolute(value: Any) -> Any:
+        # An interpolation such as ${oc.env:DATA}/x is filled in later; it is expected to be absolute.
+        if not isinstance(value, str) or value.startswith("${"):
+            return value
+        return os.path.normpath(folder / Path(value).expanduser())
+
+    data = layer.get("data")
+    for section, key in ((layer, "token_space"), (layer, "run_dir"), (data, "cache_dir")):
+        if isinstance(section, dict) and key in section:
+            section[key] = absolute(section[key])
+    datasets = data.get("datasets") if isinstance(data, dict) else None
+    if isinstance(datasets, list):
+        datasets[:] = [absolute(prefix) for prefix in datasets]
+    elif isinstance(datasets, dict):
+        datasets.update({name: absolute(prefix) for name, prefix in datasets.items()})
+
+
+def _apply_override(config: DictConfig, override: str) -> None:
+    """Apply one `dotted.key=value`; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise InputError(f"override {override!r} is not of the form key=value, such as stages.0.tokens=1000")
+    stages = config.get("stages")
+    if parts[0] == "stages" and len(parts) > 1 and isinstance(stages, ListConfig) and not parts[1].isdigit():
+        names = [stage.get("name") for stage in stages]
+        if parts[1] not in names:
+            raise InputError(
+                f"override {override!r}: no stage is named {parts[1]!r}; the stages are {', '.join(map(str, names))}"
+            )
+        parts[1] = str(names.index(parts[1]))
+    try:
+        value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[index, call-overload]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"override {override!r}: {text!r} is not a YAML value ({_first_line(error)})") from error
+    layer: dict[str, Any] = {parts[-1]: value}
+    for part in reversed(parts[:-1]):
+        layer = {part: layer}
+    _absolutise(layer, Path.cwd())
+    node: Any = config
+    for position, part in enumerate(parts):
+        layer = layer[part]
+        index: str | int = _list_index(part, node, override) if isinstance(node, ListConfig) else part
+        if position == len(parts) - 1:
+            node[index] = layer
+            return
+        if isinstance(node, DictConfig) and node.get(part) is None:
+            node[part] = {}
+        node = node[index]
+        if not isinstance(node, DictConfig | ListConfig):
+            raise InputError(f"override {override!r}: {'.'.join(parts[: position + 1])} holds a value, not a section")
+
+
+def _list_index(part: str, node: ListConfig, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise InputError(f"override {override!r}: {part!r} is not an item of a list of {len(node)} (0 to {len(node) - 1})")
+    return int(part)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
