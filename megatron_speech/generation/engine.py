@@ -1,0 +1,332 @@
+"""Batched generation of speech: prompts in, codes out.
+
+Requests of a batch have prompts of any length but stand at the same position of their *target*: the prompts are
+prefilled as one packed row, then every request takes one token per step, so each step has one short list of legal
+ids. Requests that have ended are dropped from the batch once a quarter of it is idle.
+
+A request's result is a function of the model, the prompt and the seed: its noise does not know what else is in the
+batch. (Logits may differ in their last bits with the shape of a batch, as matrix products do.)
+
+Shapes: B requests in flight, V ids, K codebooks, T frames.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_speech.codecs import Codec, get_codec
+from megatron_speech.codecs.audio import read_audio
+from megatron_speech.errors import InputError
+from megatron_speech.generation.sampling import (
+    LegalIds,
+    SamplingConfig,
+    illegal_share,
+    probabilities,
+    sample,
+    uniform_noise,
+)
+from megatron_speech.tasks import compile_prompt
+from megatron_speech.text import normalize_transcript
+from megatron_speech.token_space import TokenSpace
+
+# Requests in flight at once. A step of a small model costs nearly the same for 1 as for 100 of them.
+DEFAULT_BATCH_SIZE = 128
+
+# Rows of ended requests are computed in vain until they are more than this share of the batch; dropping them
+# copies the cache, so it is not done for each one.
+_IDLE_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One utterance to be spoken.
+
+    Attributes:
+        text: what is to be said; not empty.
+        seed: of the noise, any integer; equal requests with equal seeds sound equal.
+        language: BCP-47, carried to the reports; the prompt does not depend on it.
+        reference_codes: int [T, K], a recording of the voice to be cloned.
+        reference_text: what is said in it. Both or neither.
+    """
+
+    text: str
+    seed: int = 0
+    language: str | None = None
+    reference_codes: np.ndarray | None = None
+    reference_text: str | None = None
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """One utterance as the model gave it.
+
+    Attributes:
+        codes: int32 [T, K], T >= 1.
+        ended: the model itself ended with `<speech_end>`.
+        stop_reason: "end", "max_seconds" (a stop failure) or "context" (so is this: no room left in the model's
+            sequence length).
+        prompt_tokens: length of the prompt.
+        generated_tokens: tokens sampled, `<speech_end>` included.
+        illegal_mass: mean probability (temperature 1) that the model put on ids which were not legal at their
+            place: the invalid-token rate that unrestricted sampling would have had.
+        illegal_argmax: share of positions at which the most probable id was not a legal one.
+    """
+
+    codes: np.ndarray
+    ended: bool
+    stop_reason: str
+    prompt_tokens: int
+    generated_tokens: int
+    illegal_mass: float
+    illegal_argmax: float
+
+
+class DecodingSession(Protocol):
+    """What the engine asks of a model: rows of a batch, fed token by token."""
+
+    def prefill(self, prompts: Sequence[np.ndarray]) -> Tensor:
+        """Feed the prompts (int32 [n_b] each); logits [B, V] of what follows each."""
+        ...
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """Feed one more id per row, int64 [B]; logits [B, V] of what follows."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but `rows`, int64, ascending."""
+        ...
+
+
+# (prompts, tokens that may follow each) → a session with room for them.
+SessionFactory = Callable[[Sequence[np.ndarray], int], DecodingSession]
+
+
+def decode_batch(
+    session: DecodingSession,
+    prompts: Sequence[np.ndarray],
+    seeds: Sequence[int],
+    frame_limits: Sequence[int],
+    legal: LegalIds,
+    config: SamplingConfig,
+    device: torch.device,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Sample a batch of utterances to their ends.
+
+    Args:
+        session: fresh, for `len(prompts)` rows.
+        prompts: int32 ids, each ending where the target begins.
+        seeds: one per prompt.
+        frame_limits: frames after which a request is stopped, at least 1.
+        legal: the legal ids by position.
+        config: how tokens are drawn.
+        device: where the session's logits live.
+
+    Returns:
+        ids int64 [B, max tokens] of audio (what lies past a row's length means nothing), lengths int64 [B] in
+        audio tokens, ended bool [B], and diagnostics float64 [B, 2]: sums over the sampled positions of illegal
+        mass and of illegal argmax.
+
+    The host waits for the device once per frame, to learn who has ended.
+    """
+    count, books = len(prompts), legal.codebook_count
+    limits_B = torch.tensor(frame_limits, device=device) * books
+    ids_BT = torch.zeros(count, int(limits_B.max()), dtype=torch.int64, device=device)
+    lengths_B = limits_B.clone()
+    ended_B = torch.zeros(count, dtype=torch.bool, device=device)
+    diagnostics_B2 = torch.zeros(count, 2, dtype=torch.float64, device=device)
+    # A seed may be any integer; the noise takes its low 64 bits, as a signed number.
+    seeds_B = torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in seeds], device=device)
+    penalise = config.repetition_penalty != 1.0
+
+    rows_B = torch.arange(count, device=device)  # where each row of the session belongs in the results
+    live_B = torch.ones(count, dtype=torch.bool, device=device)  # rows of the session that have not ended
+    logits_BV = session.prefill(prompts)
+    seen_BV = torch.zeros(count, logits_BV.shape[1], dtype=torch.bool, device=device) if penalise else None
+    position = 0
+    while True:
+        legal_n = legal.at(position)
+        legal_Bn = logits_BV.index_select(1, legal_n)
+        found_B2 = torch.stack(illegal_share(logits_BV, legal_Bn), 1).double()
+        diagnostics_B2[rows_B] += found_B2 * live_B.unsqueeze(1)
+        probs_Bn = probabilities(legal_Bn, config, None if seen_BV is None else seen_BV.index_select(1, legal_n))
+        chosen_B = legal_n[sample(probs_Bn, uniform_noise(seeds_B, position))]
+        if position and legal.is_frame_edge(position):
+            ends_B = live_B & (chosen_B == legal.end_id)
+            ended_B[rows_B[ends_B]] = True
+            # Whoever has reached the limit could still say that it has ended, but nothing else.
+            reached_B = limits_B[rows_B] <= position
+            stops_B = ends_B | (live_B & reached_B)
+            lengths_B[rows_B[stops_B]] = position
+            live_B = live_B & ~stops_B
+            alive, full = torch.stack([live_B.sum(), (reached_B & ~live_B).sum()]).tolist()
+            if alive == 0:
+                break
+            # A row at its limit must go at once: the cache has no room for it to idle in.
+            if full or alive < (1 - _IDLE_SHARE) * len(live_B):
+                keep = live_B.nonzero().squeeze(1)
+                session.keep(keep)
+                rows_B, seeds_B, chosen_B, live_B = rows_B[keep], seeds_B[keep], chosen_B[keep], live_B[keep]
+                seen_BV = None if seen_BV is None else seen_BV[keep]
+        # Ended rows that are still in the batch go on with what they sampled; nobody reads it.
+        ids_BT[rows_B, position] = chosen_B
+        if seen_BV is not None:
+            seen_BV.scatter_(1, chosen_B.unsqueeze(1), True)
+        logits_BV = session.step(chosen_B)
+        position += 1
+    return ids_BT.cpu().numpy(), lengths_B.cpu().numpy(), ended_B.cpu().numpy(), diagnostics_B2.cpu().numpy()
+
+
+class SpeechGenerator:
+    """Speech from a model: text (and a reference voice) in, codes and audio out.
+
+    Args:
+        open_session: makes a :class:`DecodingSession` for prompts and the most tokens that will follow any of them.
+        space: the id space that the model was trained with.
+        max_sequence_length: positions that the model has, prompt and speech together.
+        device: where the model is.
+    """
+
+    def __init__(
+        self, open_session: SessionFactory, space: TokenSpace, *, max_sequence_length: int, device: torch.device
+    ) -> None:
+        self.space = space
+        self.max_sequence_length = max_sequence_length
+        self.device = device
+        self.checkpoint: dict[str, Any] = {}
+        self._open_session = open_session
+        self._legal = LegalIds(space, device)
+        self._codec: Codec | None = None
+
+    @property
+    def codec(self) -> Codec:
+        """The codec that the token space names, loaded when first needed.
+
+        Raises:
+            InputError: it is not installed, or the installed one gives other codes (its hash differs).
+        """
+        if self._codec is None:
+            codec = get_codec(self.space.codec.name)
+            if codec.hash != self.space.codec.hash:
+                raise InputError(
+                    f"codec {codec.name} has hash {codec.hash[:12]}… here but {self.space.codec.hash[:12]}… in the "
+                    "checkpoint's token space: its codes would mean other sounds; install the codec's version that "
+                    "the training data was encoded with"
+                )
+            self._codec = codec
+        return self._codec
+
+    def encode_audio(self, path: str | Path) -> np.ndarray:
+        """Codes int32 [T, K] of a recording, as preprocessing makes them.
+
+        Raises:
+            InputError: the file is missing, unreadable or empty.
+        """
+        return self.codec.encode(read_audio(path, self.codec.sample_rate_hz))
+
+    def decode_audio(self, codes: np.ndarray) -> np.ndarray:
+        """Audio float32 [n] at `codec.sample_rate_hz` of codes [T, K]."""
+        return self.codec.decode(codes)
+
+    def prompt(self, request: GenerationRequest) -> np.ndarray:
+        """The ids that the model is given for `request`, int32 [n].
+
+        Raises:
+            InputError: empty text, or only one of reference text and reference codes.
+        """
+        text = normalize_transcript(request.text)
+        if not text:
+            raise InputError("the text to be spoken is empty; give at least one word")
+        if (request.reference_codes is None) != (request.reference_text is None):
+            given, lacking = ("text", "audio") if request.reference_codes is None else ("audio", "text")
+            raise InputError(
+                f"a reference {given} was given without a reference {lacking}; cloning needs a recording and what is "
+                "said in it, plain speech neither"
+            )
+        if request.reference_codes is None or request.reference_text is None:
+            return compile_prompt(self.space, "tts", text_ids=self.space.encode_text(text))
+        reference_text = normalize_transcript(request.reference_text)
+        if not reference_text:
+            raise InputError("the reference text is empty; give what is said in the reference audio")
+        return compile_prompt(
+            self.space,
+            "tts",
+            text_ids=self.space.encode_text(text),
+            ref_text_ids=self.space.encode_text(reference_text),
+            ref_code_ids=self.space.encode_codes(request.reference_codes),
+        )
+
+    def _frame_limit(self, prompt: np.ndarray, config: SamplingConfig) -> tuple[int, str]:
+        """(frames that may follow a prompt, what stops it there)."""
+        wanted = max(1, math.floor(config.max_seconds * self.space.codec.frame_rate_hz + 1e-9))
+        room = (self.max_sequence_length - len(prompt)) // self.space.codebook_count
+        if room < 1:
+            raise InputError(
+                f"a prompt of {len(prompt):,} tokens leaves no room for speech in the model's sequence of "
+                f"{self.max_sequence_length:,}; shorten the text or the reference audio"
+            )
+        return (wanted, "max_seconds") if wanted <= room else (room, "context")
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        config: SamplingConfig | None = None,
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[GenerationResult]:
+        """Speak `requests`, in batches; results in their order.
+
+        All prompts are checked before the first token is sampled.
+
+        Args:
+            requests: what to say.
+            config: how tokens are drawn; the defaults of :class:`SamplingConfig`.
+            batch_size: requests in flight at once. Results do not depend on it.
+            progress: called with the number of utterances done, after each batch.
+
+        Raises:
+            InputError: a request that cannot be spoken, by its place in `requests`.
+        """
+        config = config or SamplingConfig()
+        prompts, limits = [], []
+        for index, request in enumerate(requests):
+            try:
+                prompts.append(self.prompt(request))
+                limits.append(self._frame_limit(prompts[-1], config))
+            except InputError as error:
+                raise InputError(f"request {index}: {error}" if len(requests) > 1 else str(error)) from error
+        # Prompts of like length share a batch: the cache is as long as the longest.
+        order = sorted(range(len(requests)), key=lambda i: len(prompts[i]))
+        results: list[GenerationResult | None] = [None] * len(requests)
+        with torch.inference_mode():
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                frames = [limits[i][0] for i in batch]
+                batch_prompts = [prompts[i] for i in batch]
+                session = self._open_session(batch_prompts, max(frames) * self.space.codebook_count)
+                ids, lengths, ended, diagnostics = decode_batch(
+                    session, batch_prompts, [requests[i].seed for i in batch], frames, self._legal, config, self.device
+                )
+                for row, i in enumerate(batch):
+                    # One position more than audio tokens was sampled: the end, or what the limit cut off.
+                    illegal_mass, illegal_argmax = diagnostics[row] / (lengths[row] + 1)
+                    results[i] = GenerationResult(
+                        codes=self.space.decode_codes(ids[row, : lengths[row]]),
+                        ended=bool(ended[row]),
+                        stop_reason="end" if ended[row] else limits[i][1],
+                        prompt_tokens=len(prompts[i]),
+                        generated_tokens=int(lengths[row]) + int(ended[row]),
+                        illegal_mass=float(illegal_mass),
+                        illegal_argmax=float(illegal_argmax),
+                    )
+                if progress is not None:
+                    progress(len(batch))
+        return [result for result in results if result is not None]
