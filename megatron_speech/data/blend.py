@@ -583,12 +583,11 @@ def draw(stage: StageDataConfig, blend: Blend, tables: Sequence[DocumentTable], 
         goal += int((tokens - int(ends[-1])) / float(shares @ ratio) * 1.1) + longest
 
 
-def in_order(blend: Blend) -> Order:
-    """Every document once: dataset after dataset, in dataset order. The order of validation."""
+def fixed_order(blend: Blend, seed: int) -> Order:
+    """Every document once, shuffled over all strata: the order of validation, of which any prefix is a sample."""
     if not blend.strata:
         return Order(np.zeros(0, np.int32), np.zeros(0, np.int32))
     stratum = np.repeat(np.arange(len(blend.strata), dtype=np.int32), [len(s.documents) for s in blend.strata])
-    document = np.concatenate([s.documents for s in blend.strata])
-    dataset = np.array([s.dataset for s in blend.strata])[stratum]
-    order = np.lexsort((document, dataset))
-    return Order(stratum[order], document[order].astype(np.int32))
+    document = np.concatenate([s.documents for s in blend.strata]).astype(np.int32)
+    order = shuffled(len(stratum), seed, "validation")
+    return Order(stratum[order], document[order])

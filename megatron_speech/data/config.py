@@ -62,9 +62,9 @@ class PackingConfig(StrictConfig):
         default="refuse", description="fit only: what to do with documents longer than seq_length"
     )
     open_sequences: int = Field(
-        default=64,
+        default=256,
         ge=1,
-        description="fit only: sequences kept open for a document that fits; more pads less, reorders more",
+        description="fit only: the packer's look-ahead, in sequences; more pads less, and reorders over a longer run",
     )
 
 

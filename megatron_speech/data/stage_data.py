@@ -1,0 +1,397 @@
+"""The data of one stage: datasets checked against each other, blended, packed, and ready to be loaded."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from megatron_speech.data import blend as blending
+from megatron_speech.data.config import DataConfig, StageDataConfig
+from megatron_speech.data.indexed import TokenDataset, file_of
+from megatron_speech.data.packing import INDEX_VERSION, SegmentTable, cached_table, pack
+from megatron_speech.errors import InputError
+from megatron_speech.files import canonical_json, sha256_hex, write_json
+from megatron_speech.tasks import PROMPT_END, TEMPLATE_HASH
+
+if TYPE_CHECKING:
+    from megatron_speech.data.loader import StageLoader
+    from megatron_speech.token_space import TokenSpace
+
+logger = logging.getLogger(__name__)
+
+Report = dict[str, Any]
+
+
+def dataset_prefixes(data: DataConfig, base: str | Path | None = None) -> dict[str, Path]:
+    """Name → prefix of the recipe's datasets; relative prefixes are taken from `base` (default: where we are).
+
+    Raises:
+        InputError: no dataset, or two of one name.
+    """
+    if isinstance(data.datasets, dict):
+        named = [(name, Path(prefix)) for name, prefix in data.datasets.items()]
+    else:
+        named = [(Path(prefix).name, Path(prefix)) for prefix in data.datasets]
+    if not named:
+        raise InputError("data.datasets is empty; list at least one dataset prefix")
+    prefixes: dict[str, Path] = {}
+    for name, prefix in named:
+        if name in prefixes:
+            raise InputError(
+                f"data.datasets: {prefixes[name]} and {prefix} would both be named {name!r}; "
+                "give them names (data.datasets as a mapping, name: prefix)"
+            )
+        prefixes[name] = Path(base or ".") / prefix
+    return prefixes
+
+
+def open_datasets(data: DataConfig, space: TokenSpace, base: str | Path | None = None) -> dict[str, TokenDataset]:
+    """Open the recipe's datasets and check that they go together and with `space`.
+
+    Raises:
+        InputError: a dataset is missing or damaged, or its codec, token space or templates are not those of the
+            others or of the run; both files and both hashes are named.
+    """
+    datasets = {name: TokenDataset(prefix) for name, prefix in dataset_prefixes(data, base).items()}
+    _refuse_mixture(datasets)
+    for dataset in datasets.values():
+        dataset.check(space)
+        found = _manifest(dataset).template_hash
+        if found != TEMPLATE_HASH:
+            raise InputError(
+                f"{file_of(dataset.prefix, '.manifest.json')}: template_hash is {found}, needed {TEMPLATE_HASH} of "
+                "this version's task templates; make the dataset anew with preprocess/preprocess_data.py"
+            )
+    return datasets
+
+
+def _manifest(dataset: TokenDataset) -> Any:
+    if dataset.manifest is None:
+        raise InputError(f"dataset {dataset.prefix} has no manifest; training needs one")
+    return dataset.manifest
+
+
+def _refuse_mixture(datasets: Mapping[str, TokenDataset]) -> None:
+    hashes = {
+        "codec.hash": lambda manifest: manifest.codec.hash,
+        "token_space_hash": lambda manifest: manifest.token_space_hash,
+        "template_hash": lambda manifest: manifest.template_hash,
+    }
+    first, *others = datasets.values()
+    for field, of in hashes.items():
+        needed = of(_manifest(first))
+        for other in others:
+            found = of(_manifest(other))
+            if found != needed:
+                raise InputError(
+                    f"{file_of(first.prefix, '.manifest.json')} and {file_of(other.prefix, '.manifest.json')} cannot "
+                    f"be mixed: {field} is {needed} in the first and {found} in the second; make both datasets with "
+                    "one codec, one token space and one version"
+                )
+
+
+class StageData:
+    """What a stage trains (or validates) on.
+
+    Args:
+        stage: the stage.
+        data: the recipe's data section.
+        datasets: name → dataset, from :func:`open_datasets`; their order numbers them.
+        space: the run's token space.
+        seed: the run's seed.
+        cache_dir: folder of built indices; those of the same content are found again.
+        n_sequences: sequences that must be there; None: what the stage's budget gives. For validation an upper
+            bound (None: all of them).
+        split: "train", or "validation": every held-out document of the stage's strata once, in a fixed order.
+
+    Attributes:
+        n_sequences: number of sequences.
+        groups: (task, language, source) of each document group; `group_ids // 3` of a batch indexes it.
+        key: hash of everything that the sequences are a function of.
+        warnings: sentences worth showing, such as strata that are repeated often.
+
+    Raises:
+        InputError: whatever is wrong with the stage or its data, before anything is trained.
+    """
+
+    def __init__(
+        self,
+        stage: StageDataConfig,
+        data: DataConfig,
+        datasets: Mapping[str, TokenDataset],
+        space: TokenSpace,
+        *,
+        seed: int,
+        cache_dir: str | Path,
+        n_sequences: int | None = None,
+        split: Literal["train", "validation"] = "train",
+    ) -> None:
+        blending.check_stage(stage)
+        _refuse_mixture(datasets)
+        self.stage, self.data, self.space, self.seed, self.split = stage, data, space, seed, split
+        self.datasets = dict(datasets)
+        wanted = stage.n_sequences if n_sequences is None and split == "train" else n_sequences
+        self.key = self._key(wanted)
+        table, self._content = cached_table(Path(cache_dir), self.key, lambda: self._build(wanted))
+        self._table: SegmentTable = table
+        self.n_sequences = table.n_sequences
+        self.groups: list[tuple[str, str, str]] = [tuple(label) for label in self._content["groups"]]
+        self.warnings = self._find_warnings()
+        if os.environ.get("RANK", "0") == "0":
+            for warning in self.warnings:
+                logger.warning("%s", warning)
+
+    # ---- building
+
+    def _key(self, n_sequences: int | None) -> str:
+        """Hash of the datasets' contents, the fields of the stage that matter, the seed and the code's version."""
+        stage = self.stage
+        manifests = {name: _manifest(dataset) for name, dataset in self.datasets.items()}
+        return sha256_hex(
+            canonical_json(
+                {
+                    "version": INDEX_VERSION,
+                    "datasets": [
+                        [name, m.task, {suffix: entry.sha256 for suffix, entry in m.files.items()}]
+                        for name, m in manifests.items()
+                    ],
+                    "stage": stage.model_dump(
+                        mode="json",
+                        include={
+                            "name", "task_mass", "strata", "language_temperature", "source_caps", "seq_length",
+                            "packing",
+                        },
+                    ),
+                    "packing_mode": stage.packing_mode,
+                    "sft": stage.is_sft,
+                    "n_sequences": n_sequences,
+                    "validation_fraction": self.data.validation_fraction,
+                    "split_seed": self.data.split_seed,
+                    "split": self.split,
+                    "seed": self.seed,
+                }
+            )
+        )  # fmt: skip
+
+    def _build(self, n_sequences: int | None) -> tuple[SegmentTable, Report]:
+        stage, validation = self.stage, self.split == "validation"
+        tables = [blending.read_documents(name, dataset, self.data) for name, dataset in self.datasets.items()]
+        blend = blending.resolve(stage, tables, validation=validation)
+        if validation:
+            order = blending.fixed_order(blend, self.data.split_seed)
+        else:
+            assert n_sequences is not None
+            tokens = n_sequences * stage.seq_length
+            order = blending.draw(stage, blend, tables, tokens=tokens, seed=self.seed)
+        stratum_dataset = np.array([stratum.dataset for stratum in blend.strata], dtype=np.int32)
+        lengths = np.zeros(len(order.document), dtype=np.int32)
+        for index, documents in enumerate(tables):
+            of_dataset = np.flatnonzero(stratum_dataset[order.stratum] == index)
+            lengths[of_dataset] = documents.lengths[order.document[of_dataset]]
+        table = pack(
+            order,
+            stratum_dataset,
+            lengths,
+            mode=stage.packing_mode,
+            seq_length=stage.seq_length,
+            open_sequences=stage.packing.open_sequences,
+        )
+        if n_sequences is not None:
+            table = table.first(n_sequences)
+        return table, self._describe(blend, tables, table)
+
+    def _describe(
+        self, blend: blending.Blend, tables: list[blending.DocumentTable], table: SegmentTable
+    ) -> Report:  # fmt: skip
+        """What was asked for and what came out, per stratum: everything that :meth:`blend_report` sums up."""
+        strata = []
+        counted = np.zeros(len(blend.strata), dtype=np.int64)
+        seconds = np.zeros(len(blend.strata))
+        for index, documents in enumerate(tables):
+            of_dataset = np.flatnonzero(table.dataset == index)
+            if not len(of_dataset):
+                continue
+            which, document = table.stratum[of_dataset], table.document[of_dataset]
+            part = table.length[of_dataset] / documents.lengths[document]
+            # Cut documents only occur where every token counts, so that counted · part is a whole number.
+            np.add.at(counted, which, np.rint(documents.counted(self.stage)[document] * part).astype(np.int64))
+            seconds += np.bincount(which, documents.seconds[document] * part, minlength=len(seconds))
+        tokens = np.bincount(table.stratum, table.length, minlength=len(blend.strata))
+        begun = np.bincount(table.stratum[table.start == 0], minlength=len(blend.strata))
+        names = list(self.datasets)
+        for k, stratum in enumerate(blend.strata):
+            strata.append(
+                {
+                    "name": stratum.name,
+                    "group": blend.groups[stratum.group],
+                    "task": stratum.task,
+                    "dataset": names[stratum.dataset],
+                    "language": stratum.language,
+                    "source": stratum.source,
+                    "label": stratum.label,
+                    "target": stratum.share,
+                    "documents_available": len(stratum.documents),
+                    "tokens_available": stratum.tokens,
+                    "documents": int(begun[k]),
+                    "tokens": int(tokens[k]),
+                    "counted_tokens": int(counted[k]),
+                    "audio_seconds": float(seconds[k]),
+                }
+            )
+        return {
+            "groups": [list(label) for label in blend.labels],
+            "strata": strata,
+            "masses": dict(zip(blend.groups, blend.masses, strict=True)),
+            "excluded_documents": blend.excluded,
+        }
+
+    # ---- reading
+
+    @property
+    def table(self) -> SegmentTable:
+        """Where every token of every sequence comes from."""
+        return self._table
+
+    def loader(
+        self,
+        start_sequence: int,
+        micro_batch_size: int,
+        global_batch_sequences: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+    ) -> StageLoader:
+        """Global batches from sequence `start_sequence` on, as one data-parallel rank sees them.
+
+        Training ends with the last whole global batch; validation fills its last one up with rows of padding.
+
+        Raises:
+            InputError: a batch that does not divide among micro-batches and ranks, or a position beyond the end.
+        """
+        from megatron_speech.data.loader import StageLoader, check_layout, global_batches
+
+        check_layout(f"stage {self.stage.name!r}", micro_batch_size, global_batch_sequences, dp_rank, dp_size)
+        if not 0 <= start_sequence <= self.n_sequences:
+            raise InputError(
+                f"stage {self.stage.name!r}: start_sequence is {start_sequence}, but the stage has sequences 0 to "
+                f"{self.n_sequences}; the run directory belongs to another recipe or data"
+            )
+        left = self.n_sequences - start_sequence
+        up = global_batch_sequences - 1 if self.split == "validation" else 0
+        source = self.rows()
+        return StageLoader(
+            lambda: global_batches(
+                source,
+                first_sequence=start_sequence,
+                n_batches=(left + up) // global_batch_sequences,
+                micro_batch_size=micro_batch_size,
+                global_batch_sequences=global_batch_sequences,
+                dp_rank=dp_rank,
+                dp_size=dp_size,
+            ),
+            self.data.prefetch,
+        )
+
+    def rows(self) -> Any:
+        """The :class:`~megatron_speech.data.loader.RowSource` of this stage: sequence numbers → micro-batches."""
+        import torch
+
+        from megatron_speech.data.loader import RowSource
+        from megatron_speech.ops.loss_mask import LossPolicy
+
+        loss, strata = self.stage.loss, self._content["strata"]
+        return RowSource(
+            table=self._table,
+            datasets=list(self.datasets.values()),
+            stratum_label=np.array([stratum["label"] for stratum in strata], dtype=np.int32),
+            promptless=np.array([stratum["task"] == "text_lm" for stratum in strata], dtype=bool),
+            seq_length=self.stage.seq_length,
+            pad_id=self.space.special("<pad>"),
+            modality_table=torch.from_numpy(self.space.modality_table()),
+            policy=LossPolicy(
+                text=loss.text,
+                audio=loss.audio,
+                special=loss.special,
+                prompt=loss.prompt,
+                prompt_end_id=-1 if loss.prompt == 1.0 else self.space.special(PROMPT_END),
+            ),
+        )
+
+    # ---- reporting
+
+    def _find_warnings(self) -> list[str]:
+        if self.split == "validation":
+            if self.n_sequences == 0 and self.data.validation_fraction > 0:
+                return [
+                    f"stage {self.stage.name!r}: no document is held out (data.validation_fraction "
+                    f"{self.data.validation_fraction:g} of few sources): there is nothing to validate on"
+                ]
+            return []
+        often = [
+            f"{stratum['name']} ({epochs:.1f})"
+            for stratum in self._content["strata"]
+            if (epochs := stratum["tokens"] / stratum["tokens_available"]) > self.stage.max_epochs
+        ]
+        if not often:
+            return []
+        shown = ", ".join(often[:5]) + (f" and {len(often) - 5} more" if len(often) > 5 else "")
+        return [f"stage {self.stage.name!r}: repeated more than {self.stage.max_epochs:g} epochs: {shown}"]
+
+    def blend_report(self) -> Report:
+        """Target and realised proportions, JSON-able.
+
+        `tokens` are all tokens of a part, `counted_tokens` those that the proportions are of (`counted`: which
+        ones), `target` and `realised` shares of them; `epochs` = tokens / tokens available.
+        """
+        strata = [dict(stratum) for stratum in self._content["strata"]]
+        total = sum(stratum["counted_tokens"] for stratum in strata)
+        for stratum in strata:
+            stratum["epochs"] = stratum["tokens"] / stratum["tokens_available"]
+            stratum["realised"] = stratum["counted_tokens"] / total if total else 0.0
+        tokens = sum(stratum["tokens"] for stratum in strata)
+        positions = self.n_sequences * self.stage.seq_length
+        return {
+            "stage": self.stage.name,
+            "split": self.split,
+            "key": self.key,
+            "seed": self.seed,
+            "seq_length": self.stage.seq_length,
+            "n_sequences": self.n_sequences,
+            "packing": self.stage.packing_mode,
+            "counted": "target_tokens" if self.stage.is_sft else "tokens",
+            "tokens": tokens,
+            "counted_tokens": total,
+            "pad_tokens": positions - tokens,
+            "pad_fraction": (positions - tokens) / positions if positions else 0.0,
+            "audio_seconds": sum(stratum["audio_seconds"] for stratum in strata),
+            "excluded_documents": self._content["excluded_documents"],
+            "masses": self._content["masses"],
+            "by_task": _sums(strata, "task"),
+            "by_language": _sums(strata, "language"),
+            "by_source": _sums(strata, "source"),
+            "strata": strata,
+            "warnings": self.warnings,
+        }
+
+
+def _sums(strata: list[Report], field: str) -> dict[str, Report]:
+    """The strata summed by one of their fields."""
+    sums: dict[str, Report] = {}
+    for stratum in strata:
+        row = sums.setdefault(stratum[field], {})
+        for name in (
+            "target", "realised", "documents", "tokens", "counted_tokens", "tokens_available", "audio_seconds",
+        ):  # fmt: skip
+            row[name] = row.get(name, 0) + stratum[name]
+    for row in sums.values():
+        row["epochs"] = row["tokens"] / row["tokens_available"]
+    return dict(sorted(sums.items()))
+
+
+def save_blend(path: str | Path, stages: list[StageData]) -> None:
+    """Write the blend reports of a run's stages as `blend.json`."""
+    write_json(path, {"stages": [stage.blend_report() for stage in stages]})
