@@ -1,0 +1,224 @@
+"""From a `ModelConfig` to the model chunks of this rank, with the same weights in every parallel layout."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from megatron_speech.errors import InputError
+from megatron_speech.model.attention import PackedSdpaAttention
+from megatron_speech.model.config import ModelConfig
+from megatron_speech.model.gpt import SpeechGPTModel
+from megatron_speech.model.norm import RMSNorm, SwiGLU
+
+Precision = Literal["fp32", "bf16"]
+
+
+def transformer_config(
+    config: ModelConfig, *, precision: Precision = "fp32", sequence_parallel: bool = False, **overrides: Any
+) -> TransformerConfig:
+    """megatron-core's configuration of `config` under the parallel state that is up.
+
+    `overrides` are fields of megatron-core's TransformerConfig (recomputation, for instance) and win.
+    """
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+    _check(config, tensor, pipeline, sequence_parallel)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    fields: dict[str, Any] = dict(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_epsilon,
+        qk_layernorm=config.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=config.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        # The name is Transformer Engine's, the module is the one that the spec gives: our SwiGLU.
+        use_te_activation_func=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Weights are drawn by init_weights, the same in every layout.
+        perform_initialization=False,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
+        sequence_parallel=sequence_parallel and tensor > 1,
+        params_dtype=dtype,
+        bf16=precision == "bf16",
+        pipeline_dtype=dtype,
+        # The trainer divides by the weight of the whole global batch: nothing else may scale the loss.
+        calculate_per_token_loss=True,
+        batch_p2p_comm=torch.cuda.is_available(),
+    )
+    fields.update(overrides)
+    return TransformerConfig(**fields)
+
+
+def build_model(
+    config: ModelConfig,
+    vocab_size: int,
+    *,
+    precision: Precision = "fp32",
+    max_sequence_length: int = 2048,
+    seed: int = 1234,
+    valid_vocab_size: int | None = None,
+    sequence_parallel: bool = False,
+    **overrides: Any,
+) -> list[SpeechGPTModel]:
+    """The model chunks of this rank: one, or several under a virtual pipeline.
+
+    Args:
+        config: shape.
+        vocab_size: rows of the token table, `TokenSpace.padded_size`; padded further to a multiple of 128 per
+            tensor-parallel rank.
+        precision: of parameters and activations.
+        max_sequence_length: longest document, a bound that megatron-core asks for.
+        seed: of the initial weights.
+        valid_vocab_size: ids that exist, `TokenSpace.size`; ids from there on are never predicted. Default: all.
+        sequence_parallel: also split the sequence where tensor parallelism leaves activations whole (needs TP > 1
+            and micro-batches whose B·S is a multiple of TP).
+        overrides: fields of megatron-core's TransformerConfig.
+
+    Needs the parallel state (:func:`megatron_speech.parallel.groups.initialize`).
+    """
+    valid = vocab_size if valid_vocab_size is None else valid_vocab_size
+    if not 0 < valid <= vocab_size:
+        raise InputError(f"the vocabulary has {valid} ids but a table of {vocab_size} rows")
+    core = transformer_config(config, precision=precision, sequence_parallel=sequence_parallel, **overrides)
+    multiple = 128 * core.tensor_model_parallel_size
+    padded = math.ceil(vocab_size / multiple) * multiple
+    chunks = []
+    for stage in range(core.virtual_pipeline_model_parallel_size or 1):
+        vp_stage = stage if core.virtual_pipeline_model_parallel_size else None
+        ends = {"ignore_virtual": False, "vp_stage": vp_stage}
+        model = SpeechGPTModel(
+            config=core,
+            transformer_layer_spec=_block_spec(core, vp_stage),
+            vocab_size=padded,
+            max_sequence_length=max_sequence_length,
+            pre_process=parallel_state.is_pipeline_first_stage(**ends),
+            post_process=parallel_state.is_pipeline_last_stage(**ends),
+            share_embeddings_and_output_weights=config.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=config.rope_base,
+            rope_scaling=config.rope_scaling_factor is not None,
+            rope_scaling_factor=config.rope_scaling_factor or 1.0,
+            vp_stage=vp_stage,
+        )
+        model.model_config = config
+        model.valid_vocab_size = valid
+        init_weights(model, seed)
+        chunks.append(model)
+    return chunks
+
+
+def init_weights(model: SpeechGPTModel, seed: int) -> None:
+    """Draw every weight so that it depends on `seed` and its global name only, not on the layout.
+
+    Each parameter is drawn whole, in fp32 on the CPU, from a generator seeded with a hash of (seed, name); the rank
+    keeps its slice. Matrices are normal with `init_std`, the two that write to the residual stream with
+    init_std/√(2·layers) (GPT-2); norms are one, biases and the rows of padding ids zero.
+    """
+    config = model.model_config
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    for name, parameter in global_named_parameters(model):
+        with torch.no_grad():
+            if parameter.dim() == 1:
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+                continue
+            residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            std = config.init_std / math.sqrt(2 * config.num_layers) if residual else config.init_std
+            rows, columns = parameter.shape
+            if residual:
+                parameter.copy_(_draw(seed, name, rows, columns * ranks, std).chunk(ranks, dim=1)[rank])
+            elif name.endswith("linear_fc1.weight"):
+                # gate | linear of the whole model; a rank holds its part of each.
+                halves = _draw(seed, name, rows * ranks, columns, std).chunk(2)
+                parameter.copy_(torch.cat([half.chunk(ranks)[rank] for half in halves]))
+            elif name in (_EMBEDDING, _HEAD):
+                # Only ids that exist are drawn: the padding depends on the layout.
+                table = _draw(seed, name, model.valid_vocab_size, columns, std)
+                own = table[rank * rows : (rank + 1) * rows]
+                parameter.zero_()
+                parameter[: own.shape[0]].copy_(own)
+            else:
+                parameter.copy_(_draw(seed, name, rows * ranks, columns, std).chunk(ranks)[rank])
+
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+_HEAD = "output_layer.weight"
+
+
+def global_named_parameters(model: SpeechGPTModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, parameter) with layers numbered through the whole model, and a tied head under its table's name."""
+    offset = get_transformer_layer_offset(
+        model.config, model.vp_stage, parallel_state.get_pipeline_model_parallel_rank()
+    )
+    for name, parameter in model.named_parameters():
+        if name == _HEAD and model.share_embeddings_and_output_weights:
+            yield _EMBEDDING, parameter
+        else:
+            yield re.sub(r"(?<=layers\.)\d+", lambda match: str(int(match[0]) + offset), name, count=1), parameter
+
+
+def _draw(seed: int, name: str, rows: int, columns: int, std: float) -> Tensor:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.randn(rows, columns, generator=generator).mul_(std)
+
+
+def _block_spec(core: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """megatron-core's local spec with our attention core, norms and activation."""
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=core.qk_layernorm)
+    parts = layer.submodules
+    parts.input_layernorm = RMSNorm
+    parts.pre_mlp_layernorm = RMSNorm
+    parts.self_attention.submodules.core_attention = PackedSdpaAttention
+    if core.qk_layernorm:
+        parts.self_attention.submodules.q_layernorm = RMSNorm
+        parts.self_attention.submodules.k_layernorm = RMSNorm
+    parts.mlp.submodules.activation_func = SwiGLU
+    specs: list[ModuleSpec] = [layer] * get_num_layers_to_build(core, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+
+
+def _check(config: ModelConfig, tensor: int, pipeline: int, sequence_parallel: bool) -> None:
+    for field in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        size = getattr(config, field)
+        if size % tensor:
+            raise InputError(f"model.{field} is {size}: it must be a multiple of parallel.tensor {tensor}")
+    stages = pipeline * (parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1)
+    if config.num_layers % stages:
+        raise InputError(
+            f"model.num_layers is {config.num_layers}: it must be a multiple of the {stages} pipeline chunks "
+            "(parallel.pipeline × parallel.virtual_pipeline)"
+        )
+    if sequence_parallel and tensor == 1:
+        raise InputError("parallel.sequence_parallel needs parallel.tensor of 2 or more")
+    if parallel_state.get_context_parallel_world_size() > 1:
+        raise InputError("parallel.context above 1 needs the Transformer Engine back-end, which is not in use")

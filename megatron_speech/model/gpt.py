@@ -1,0 +1,130 @@
+"""megatron-core's GPT with packed documents and a head that computes only the logits somebody needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
+from torch import Tensor
+
+from megatron_speech.model.attention import PackedSequences, rotary_tables
+from megatron_speech.model.config import ModelConfig
+from megatron_speech.ops.cross_entropy import linear_cross_entropy
+
+
+class SpeechGPTModel(GPTModel):
+    """A pipeline stage (or the whole) of the language model; made by :func:`megatron_speech.model.builder.build_model`.
+
+    A micro-batch [B, S] comes flattened to one row of T = B·S tokens, with its documents in `packed_seq_params`.
+    megatron-core's schedules must therefore be told `micro_batch_size=1, seq_length=B·S`: that is the shape that
+    travels between pipeline stages.
+    """
+
+    model_config: ModelConfig
+    valid_vocab_size: int
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        packed_seq_params: PackedSequences | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        """Run this stage.
+
+        Args:
+            input_ids: [1, T] int64.
+            position_ids: ignored in favour of `packed_seq_params.position_ids`, which every stage has.
+            attention_mask: none: documents and causality say it all.
+            labels: [1, T] int64, any value where the loss weight is zero.
+            packed_seq_params: where the documents lie; required on every stage.
+
+        Returns:
+            Before the last stage: hidden states [T, 1, H]. Last stage, with labels: loss of every token, [T] fp32,
+            zero where its weight is zero (the weight itself is not applied). Without labels: logits
+            [rows, padded vocabulary] fp32 for `packed_seq_params.logit_rows` (all tokens if None), −inf for padding
+            ids, whole on every tensor-parallel rank.
+        """
+        if not isinstance(packed_seq_params, PackedSequences):
+            raise TypeError("SpeechGPTModel needs packed_seq_params: a PackedSequences of the micro-batch")
+        result: Tensor = super().forward(
+            input_ids, position_ids, attention_mask, labels=labels, packed_seq_params=packed_seq_params
+        )
+        return result
+
+    def _preprocess(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        decoder_input: Tensor | None = None,
+        inference_context: Any = None,
+        packed_seq_params: PackedSequences | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Any, ...]:
+        if decoder_input is None and self.pre_process:
+            decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        assert packed_seq_params is not None
+        if packed_seq_params.rotary is None:
+            assert packed_seq_params.position_ids is not None
+            rope = self.rotary_pos_emb
+            if rope.inv_freq.device != packed_seq_params.position_ids.device:
+                rope.inv_freq = rope.inv_freq.to(packed_seq_params.position_ids.device)
+            packed_seq_params.rotary = rotary_tables(rope.inv_freq, packed_seq_params.position_ids)
+        # Rotary embeddings go to the attention with the packed parameters, so the decoder gets none.
+        return decoder_input, None, None, None, None, padding_mask
+
+    def _postprocess(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor | None,
+        *args: Any,
+        packed_seq_params: PackedSequences | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        assert packed_seq_params is not None
+        table = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        table_VH = table if table is not None else self.output_layer.weight
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            # Each rank's gradient is a part of a sum over the vocabulary: the backward pass reduce-scatters it.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
+        else:
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=group)
+        hidden_TH = hidden_states.squeeze(1)
+        if labels is None:
+            return self._logits(hidden_TH, table_VH, packed_seq_params.logit_rows)
+        labels_T, rows = labels.reshape(-1), packed_seq_params.loss_rows
+        if rows is not None:
+            hidden_TH, labels_T = hidden_TH.index_select(0, rows), labels_T.index_select(0, rows)
+        loss = linear_cross_entropy(
+            hidden_TH, table_VH, labels_T, vocab_size=self.valid_vocab_size, group=group if group.size() > 1 else None
+        )
+        if rows is None:
+            return loss
+        return loss.new_zeros(labels.numel()).index_copy(0, rows, loss)
+
+    def _logits(self, hidden_TH: Tensor, table_VH: Tensor, rows: Tensor | None) -> Tensor:
+        if rows is not None:
+            hidden_TH = hidden_TH.index_select(0, rows)
+        logits = gather_from_tensor_model_parallel_region(hidden_TH @ table_VH.t(), group=self.pg_collection.tp)
+        logits = logits.float()
+        if self.valid_vocab_size < logits.shape[-1]:
+            logits[:, self.valid_vocab_size :] = float("-inf")
+        return logits
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters lie."""
+        return next(self.parameters()).device

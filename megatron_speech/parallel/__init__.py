@@ -1,0 +1,1 @@
+"""Process groups, and the CPU runtime that lets every layout run without a GPU."""
