@@ -21,20 +21,14 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -57,6 +51,7 @@ from megatron_speech.files import (
     sha256_hex,
     write_json,
 )
+from preprocess.pool import available_cores, map_ordered
 
 FORMAT_VERSION = 1
 CHUNK_ROWS = 32
@@ -214,7 +209,7 @@ class Chunk:
 
     rows: list[tuple[int, bytes, bool]]
     next_offset: int
-    next_line: int
+    next_line: int  # lines before next_offset
 
 
 @dataclass
@@ -242,83 +237,100 @@ class Totals:
 
 @dataclass
 class ChunkResult:
-    """Encoded rows, in the input's order."""
+    """A chunk's encoded rows, in the input's order."""
 
-    codes: bytes
-    samples: list[tuple[bytes, int]]  # JSON object without its closing brace; frames
-    rejected: list[tuple[int, str, str, bytes]]  # line number, reason, message, JSON line
-    totals: Totals
+    rows: int
+    next_offset: int
+    next_line: int
+    codes: list[bytes] = field(default_factory=list)
+    samples: list[tuple[bytes, int]] = field(default_factory=list)  # JSON without its closing brace; frames
+    rejected: list[tuple[int, str, str, bytes]] = field(default_factory=list)  # line, reason, message, JSON line
+    totals: Totals = field(default_factory=Totals)
 
 
-def encode_chunk(job: Job, chunk: Chunk) -> ChunkResult:
+class Encoder:
+    """What a worker holds: the job and its codec."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.codec = get_codec(job.codec)
+        self.codec_hash = self.codec.hash
+        self.dtype = storage_dtype(self.codec)
+        self.hop = round(self.codec.sample_rate_hz / self.codec.frame_rate_hz)
+
+    def encode_row(self, row: dict[str, Any], sample_id: str) -> list[tuple[dict[str, Any], np.ndarray]]:
+        """The finished row (all but code_offset) and the codes [T, K] of each variant of one recording.
+
+        Raises:
+            RowError, AudioError: the recording cannot be used.
+        """
+        source = Path(self.job.input_directory, row["wav_path"])
+        times = {name: _seconds(row, name) for name in ("start_time", "end_time")}
+        audio = read_audio(source, self.codec.sample_rate_hz, **times)
+        if len(audio) < self.hop:
+            raise RowError(
+                "too_short",
+                f"{source} has {len(audio)} samples at {self.codec.sample_rate_hz} Hz, needed is a frame of {self.hop}",
+            )
+        wav_path = row["wav_path"]
+        if not os.path.isabs(wav_path):
+            # The new file lies elsewhere; its paths are relative to itself, as those of the input were.
+            # `..` behind a symbolic link leads elsewhere, hence the real path.
+            real = os.path.join(os.path.realpath(source.parent), source.name)
+            wav_path = os.path.relpath(real, self.job.output_directory)
+        row = {key: value for key, value in row.items() if key != "code_offset"}
+        row |= {
+            "wav_path": wav_path,
+            # The same for all variants of a recording: a split by source never parts them.
+            "source_id": row["wav_path"] if row.get("source_id") is None else row["source_id"],
+            "duration": round(len(audio) / self.codec.sample_rate_hz, 6),
+            "codec": self.codec.name,
+            "codec_hash": self.codec_hash,
+            "codes_path": self.job.codes_name,
+        }
+        return [self._encode_variant(row, sample_id, audio, variant) for variant in range(self.job.augment)]
+
+    def _encode_variant(
+        self, row: dict[str, Any], sample_id: str, audio: np.ndarray, variant: int
+    ) -> tuple[dict[str, Any], np.ndarray]:
+        shift, gain = variant_shift_and_gain(sample_id, variant, self.hop)
+        if shift:
+            audio = np.concatenate([np.zeros(shift, dtype=audio.dtype), audio])
+        try:
+            codes = self.codec.encode(audio, gain=gain)
+        except InputError as error:
+            raise RowError("not_encodable", f"{row['wav_path']}: {error}") from error
+        own: dict[str, Any] = {
+            "sample_id": sample_id if variant == 0 else f"{sample_id}#v{variant}",
+            "checksum": sha256_hex(codes.astype("<i4").tobytes()),
+            "code_len": len(codes),
+        }
+        if self.job.augment > 1:
+            own["variant"] = variant
+        return row | own, codes.astype(self.dtype)
+
+
+def encode_chunk(encoder: Encoder, chunk: Chunk) -> ChunkResult:
     """Encode the recordings of a chunk's rows; a row that cannot be used is a rejection, not an error."""
-    codec = get_codec(job.codec)
-    result = ChunkResult(b"", [], [], Totals())
-    codes: list[np.ndarray] = []
+    result = ChunkResult(len(chunk.rows), chunk.next_offset, chunk.next_line)
     for line_number, line, repeated in chunk.rows:
         row: dict[str, Any] | None = None
         try:
-            row, sample_id = parse_row(line, job.augment)
+            row, sample_id = parse_row(line, encoder.job.augment)
             if repeated:
                 raise RowError("duplicate_sample_id", f"sample_id {sample_id!r} is that of an earlier row")
-            codes += _encode_row(job, codec, row, sample_id, result)
+            encoded = encoder.encode_row(row, sample_id)
         except (RowError, AudioError) as error:
             report: dict[str, Any] = {"line": line_number, "reason": error.reason, "detail": str(error)}
             report["row"] = line.decode("utf-8", "replace").strip() if row is None else row
             result.rejected.append((line_number, error.reason, str(error), _json_line(report) + b"\n"))
-    result.codes = b"".join(code.tobytes() for code in codes)
+            continue
+        for new, codes in encoded:
+            result.codes.append(codes.tobytes())
+            result.samples.append((_json_line(new)[:-1], len(codes)))
+        seconds = sum(new["duration"] for new, _ in encoded)
+        result.totals.add(row, len(encoded), seconds, sum(len(codes) for _, codes in encoded))
     return result
-
-
-def _encode_row(job: Job, codec: Codec, row: dict[str, Any], sample_id: str, result: ChunkResult) -> list[np.ndarray]:
-    source = Path(job.input_directory, row["wav_path"])
-    audio = read_audio(
-        source,
-        codec.sample_rate_hz,
-        start_time=_seconds(row, "start_time"),
-        end_time=_seconds(row, "end_time"),
-    )
-    hop = round(codec.sample_rate_hz / codec.frame_rate_hz)
-    if len(audio) < hop:
-        raise RowError(
-            "too_short",
-            f"{source} has {len(audio)} samples at {codec.sample_rate_hz} Hz, needed is one frame of {hop}",
-        )
-    wav_path = row["wav_path"]
-    if not os.path.isabs(wav_path):
-        # The new file lies elsewhere; its paths are relative to itself, as those of the input were.
-        real = os.path.join(os.path.realpath(source.parent), source.name)  # `..` behind a symbolic link leads elsewhere
-        wav_path = os.path.relpath(real, job.output_directory)
-    encoded = []
-    lines = []
-    for variant in range(job.augment):
-        shift, gain = variant_shift_and_gain(sample_id, variant, hop)
-        try:
-            codes = codec.encode(np.concatenate([np.zeros(shift, np.float32), audio]) if shift else audio, gain=gain)
-        except InputError as error:
-            raise RowError("not_encodable", f"{source}: {error}") from error
-        new: dict[str, Any] = {
-            **row,
-            "wav_path": wav_path,
-            "sample_id": sample_id if variant == 0 else f"{sample_id}#v{variant}",
-            # The same for all variants of a recording: a split by source never parts them.
-            "source_id": row["wav_path"] if row.get("source_id") is None else row["source_id"],
-            "duration": round(len(audio) / codec.sample_rate_hz, 6),
-            "codec": codec.name,
-            "codec_hash": codec.hash,
-            "checksum": sha256_hex(codes.astype("<i4").tobytes()),
-            "codes_path": job.codes_name,
-            "code_len": len(codes),
-        }
-        new.pop("code_offset", None)  # written last: only the writer knows it
-        if job.augment > 1:
-            new["variant"] = variant
-        encoded.append(codes.astype(storage_dtype(codec)))
-        lines.append((_json_line(new)[:-1], len(codes)))
-    # Only now, so that a row is written with all its variants or not at all.
-    result.samples += lines
-    result.totals.add(row, job.augment, job.augment * len(audio) / codec.sample_rate_hz, sum(map(len, encoded)))
-    return encoded
 
 
 def variant_shift_and_gain(sample_id: str, variant: int, hop: int) -> tuple[int, float]:
@@ -360,42 +372,6 @@ def make_chunks(path: Path, scan: Scan, start: int, line_number: int) -> Iterato
             rows = []
     if rows:
         yield Chunk(rows, scan.stop, line_number)
-
-
-def encode_chunks(job: Job, chunks: Iterator[Chunk], workers: int) -> Generator[tuple[Chunk, ChunkResult]]:
-    """Encode chunks in `workers` processes; results come in the order of the chunks."""
-    if workers == 1:
-        for chunk in chunks:
-            yield chunk, encode_chunk(job, chunk)
-        return
-    # Forked before any thread of ours exists; the workers share the loaded libraries.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=_start_worker)
-    pending: deque[tuple[Chunk, Future[ChunkResult]]] = deque()
-    try:
-        for chunk in chunks:
-            pending.append((chunk, pool.submit(encode_chunk, job, chunk)))
-            # A bounded queue: a slow chunk holds the reader back instead of filling memory.
-            while len(pending) >= 4 * workers:
-                done, future = pending.popleft()
-                yield done, future.result()
-        while pending:
-            done, future = pending.popleft()
-            yield done, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def leave_with_parent() -> None:
-        # The queue's pipe stays open in the siblings, so a parent killed by force would leave its workers waiting.
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 # ---------------------------------------------------------------------------------------------------- output
@@ -493,10 +469,10 @@ class Writer:
             )
             return handle.tell()
 
-    def add(self, chunk: Chunk, result: ChunkResult) -> None:
+    def add(self, result: ChunkResult) -> None:
         """Append one chunk's results."""
         state = self.state
-        self._codes.write(result.codes)
+        self._codes.writelines(result.codes)
         for prefix, frames in result.samples:
             line = prefix + b', "code_offset": %d}\n' % state.frames
             state.samples_bytes += self._samples.write(line)
@@ -506,11 +482,11 @@ class Writer:
             state.reasons[reason] = state.reasons.get(reason, 0) + 1
             if len(state.examples) < REPORTED_EXAMPLES:
                 state.examples.append(f"line {line_number}: {message}")
-        state.rows += len(chunk.rows)
+        state.rows += result.rows
         state.samples += len(result.samples)
         state.rejected += len(result.rejected)
         state.totals.merge(result.totals)
-        state.offset, state.line = chunk.next_offset, chunk.next_line
+        state.offset, state.line = result.next_offset, result.next_line
         if time.monotonic() - self._committed_at >= COMMIT_SECONDS:
             self.commit()
 
@@ -584,7 +560,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
+        default=available_cores(),
         metavar="N",
         help="processes (default: the %(default)s cores of this process)",
     )
@@ -647,13 +623,6 @@ def main(argv: list[str] | None = None) -> int:
             with contextlib.suppress(OSError):  # not empty: another shard works there
                 directory.rmdir()
         raise
-    except BrokenProcessPool:
-        print(
-            "error: a worker process died, killed from outside, for want of memory, or by a recording that crashes "
-            "the decoder; run again with --resume, and with --workers 1 if it happens again",
-            file=sys.stderr,
-        )
-        return 1
     return 0
 
 
@@ -731,14 +700,13 @@ def _encode(arguments: argparse.Namespace, source: Path, codec: Codec, outputs: 
         state = State(fingerprint=common, offset=scan.start, line=scan.first_line)
     writer = Writer(outputs, codec, state)
     try:
-        results = encode_chunks(job, make_chunks(source, scan, state.offset, state.line), arguments.workers)
-        with contextlib.closing(results):
-            tqdm.monitor_interval = 0  # its thread would be there before the workers are forked
-            with tqdm(total=scan.shard_rows, initial=state.rows, unit="row", disable=None, desc="encode") as progress:
-                for chunk, result in results:
-                    writer.add(chunk, result)
-                    progress.update(len(chunk.rows))
-                    _check_rejections(state, scan, arguments.max_rejected, source)
+        chunks = make_chunks(source, scan, state.offset, state.line)
+        results = map_ordered(encode_chunk, chunks, workers=arguments.workers, make_state=Encoder, arguments=(job,))
+        with tqdm(total=scan.shard_rows, initial=state.rows, unit="row", disable=None, desc="encode") as progress:
+            for result in results:
+                writer.add(result)
+                progress.update(result.rows)
+                _check_rejections(state, scan, arguments.max_rejected, source)
         _check_rejections(state, scan, arguments.max_rejected, source)
         if state.samples == 0 and scan.shard_rows > 0:
             raise InputError(f"no row of {source} is left: {_reasons(state)}")
