@@ -15,7 +15,7 @@ import numpy as np
 from megatron_speech.errors import InputError
 from megatron_speech.ops.extension import extension
 
-_MAX_SEQ_LENGTH = 2**30
+_MAX_SEQ_LENGTH = 2**24  # pack_fit keeps a table by room left
 _MAX_OPEN_BINS = 2**30
 
 
@@ -33,9 +33,12 @@ class PackedSegments(NamedTuple):
 
 
 def _checked(lengths: np.ndarray, seq_length: int) -> np.ndarray:
-    array = np.ascontiguousarray(lengths, dtype=np.int32)
-    if array.ndim != 1:
-        raise InputError(f"document lengths have {array.ndim} dimensions; one length per document is needed")
+    given = np.asarray(lengths)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+        raise InputError(f"document lengths are {given.dtype} of shape {given.shape}; a row of integers is needed")
+    if given.size and int(given.max()) > np.iinfo(np.int32).max:
+        raise InputError(f"a document has {int(given.max())} tokens; documents hold at most 2^31 - 1")
+    array = np.ascontiguousarray(given, dtype=np.int32)
     if not 1 <= seq_length <= _MAX_SEQ_LENGTH:
         raise InputError(f"seq_length is {seq_length}; it must lie between 1 and {_MAX_SEQ_LENGTH} tokens")
     if array.size and int(array.min()) < 0:
@@ -55,7 +58,7 @@ def pack_cut(lengths: np.ndarray, seq_length: int) -> PackedSegments:
         seq_length: tokens of a sequence.
 
     Raises:
-        InputError: a negative length, or a seq_length outside 1..2^30.
+        InputError: a negative length, or a seq_length outside 1..2^24.
     """
     lengths = _checked(lengths, seq_length)
     compiled = extension()
@@ -67,8 +70,8 @@ def pack_cut(lengths: np.ndarray, seq_length: int) -> PackedSegments:
 def pack_fit(lengths: np.ndarray, seq_length: int, *, open_bins: int) -> tuple[PackedSegments, np.ndarray]:
     """Lay whole documents into sequences of at most `seq_length` tokens: best fit decreasing, window by window.
 
-    A window is the next run of documents with at most `open_bins * seq_length` tokens (at least one document).
-    Its documents go, longest first, each into the sequence of this window that it fills best (least room left;
+    A window is the next run of documents with at most `open_bins * seq_length` tokens. Its
+    documents go, longest first, each into the sequence of this window that it fills best (least room left;
     of equals the one that has had that much room the longest), or open a new one. So a sequence holds
     documents that lie near each other, every window of the order is packed before the next begins (short
     documents are not put off to the end of the run), and the result is a pure function of the arguments.
@@ -87,7 +90,7 @@ def pack_fit(lengths: np.ndarray, seq_length: int, *, open_bins: int) -> tuple[P
         longer than `seq_length` and lie in no sequence: the caller has to refuse or report them.
 
     Raises:
-        InputError: a negative length, a seq_length outside 1..2^30, or open_bins outside 1..2^30.
+        InputError: a negative length, a seq_length outside 1..2^24, or open_bins outside 1..2^30.
     """
     lengths = _checked(lengths, seq_length)
     if not 1 <= open_bins <= _MAX_OPEN_BINS:
@@ -125,7 +128,7 @@ def _pack_fit_python(lengths: np.ndarray, seq_length: int, open_bins: int) -> tu
     begin = 0
     while begin < fitting.size:
         limit = (int(ends[begin - 1]) if begin else 0) + open_bins * seq_length
-        end = max(begin + 1, int(np.searchsorted(ends, limit, side="right")))
+        end = int(np.searchsorted(ends, limit, side="right"))  # beyond `begin`: each document fits
         window = fitting[begin:end]
         bin_of = _best_fit_decreasing(lengths[window], seq_length)
         positions.append(window[np.argsort(bin_of, kind="stable")])

@@ -1,0 +1,115 @@
+"""Builds the compiled kernels; everything else about the package stands in pyproject.toml.
+
+Nothing of torch is needed to build: the CPU kernels take NumPy arrays (pybind11), the CUDA kernels are a plain
+shared library that nvcc builds. A build that fails never stops the installation: the package then runs on its
+PyTorch and NumPy references.
+
+MEGATRON_SPEECH_CUDA=1 builds the CUDA kernels now, =0 never does; unset, they are built when nvcc and an NVIDIA
+GPU are both there. Where they were not built, they are on first use (megatron_speech/ops/cuda_library.py).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import BaseError, CCompilerError
+
+ROOT = Path(__file__).parent
+CUDA_SOURCES = ("loss_mask.cu", "loss_mask.h")
+
+
+def note(*lines: str) -> None:
+    print("\n".join(["", *(f"megatron-speech: {line}" for line in lines), ""]), file=sys.stderr, flush=True)
+
+
+def nvcc_module() -> ModuleType:
+    """megatron_speech/ops/nvcc.py by its path: importing the package would ask for its dependencies."""
+    spec = importlib.util.spec_from_file_location("_nvcc", ROOT / "megatron_speech" / "ops" / "nvcc.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def wants_cuda(nvcc: str | None) -> bool:
+    asked = os.environ.get("MEGATRON_SPEECH_CUDA")
+    if asked is not None:
+        return asked not in ("", "0")
+    return nvcc is not None and (Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None)
+
+
+class BuildKernels(build_ext):
+    def run(self) -> None:
+        try:
+            super().run()
+        except (BaseError, CCompilerError, OSError) as error:
+            self.say_not_built(error)
+        self.build_cuda()
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            super().build_extension(ext)
+        except (BaseError, CCompilerError, OSError) as error:
+            self.say_not_built(error)
+
+    def say_not_built(self, error: Exception) -> None:
+        note(
+            f"the C++ kernels were NOT built ({error}).",
+            "The package works without them: loss masks and packing run on PyTorch and NumPy, slower.",
+            "To have them, install a C++17 compiler (Debian, Ubuntu: apt install g++ python3-dev) and install again.",
+        )
+
+    def build_cuda(self) -> None:
+        nvcc = nvcc_module()
+        if not wants_cuda(nvcc.find_nvcc()):
+            return
+        package = ROOT / "megatron_speech" if self.inplace else Path(self.build_lib) / "megatron_speech"
+        for arch in nvcc.architectures():
+            try:
+                nvcc.build(ROOT / "csrc", package / nvcc.library_name(arch), arch)
+            except nvcc.BuildError as error:
+                note(f"the CUDA kernels were NOT built: {error}", "They are built on first use where nvcc and a GPU are.")
+                return
+
+
+class CopyCudaSources(build_py):
+    """An installed package carries the CUDA sources, so that it can build them on the machine that has the GPU."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return  # found in csrc/ of the checkout
+        target = Path(self.build_lib) / "megatron_speech" / "csrc"
+        target.mkdir(parents=True, exist_ok=True)
+        for name in CUDA_SOURCES:
+            shutil.copyfile(ROOT / "csrc" / name, target / name)
+
+
+def extensions() -> list[Extension]:
+    try:
+        import pybind11
+    except ImportError:
+        note("pybind11 is not there, so the C++ kernels are NOT built; the package runs on its references.")
+        return []
+    return [
+        Extension(
+            "megatron_speech._C",
+            sources=["csrc/bindings.cpp", "csrc/loss_mask.cpp", "csrc/sequence_index.cpp"],
+            depends=["csrc/kernels.h", *(f"csrc/{name}" for name in CUDA_SOURCES)],
+            include_dirs=[pybind11.get_include(), "csrc"],
+            language="c++",
+            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"],
+            optional=True,
+        )
+    ]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels, "build_py": CopyCudaSources})
