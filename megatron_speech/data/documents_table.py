@@ -1,0 +1,97 @@
+"""`P.docs.parquet`: one row per document, in the order of the documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_speech.errors import InputError
+
+SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("source_id", pa.string()),
+        ("segment_order", pa.int64()),
+        ("start_time", pa.float64()),  # seconds within the source
+        ("end_time", pa.float64()),
+        ("speaker_id", pa.string()),
+        ("language", pa.string()),
+        ("dataset_source", pa.string()),
+        ("task", pa.string()),
+        ("transcript_native", pa.string()),
+        ("transcript_romanized", pa.string()),
+        ("code_len", pa.int32()),  # frames of the target
+        ("audio_tokens", pa.int32()),  # all of the document's, a reference included
+        ("text_tokens", pa.int32()),
+        ("tokens", pa.int32()),
+        ("target_tokens", pa.int32()),  # after the SFT prompt
+        ("duration_seconds", pa.float64()),  # of the target
+        ("reference_sample_id", pa.string()),  # the reference of a cloning document, the prompt of a continuation
+        ("codec_hash", pa.string()),
+        ("tokenizer_version", pa.string()),
+        ("normalization_version", pa.string()),
+        ("checksum", pa.string()),  # of the target's codes: `code_checksum`
+        ("extra", pa.string()),  # fields of the input row that have no column of their own, as a JSON object
+    ]
+)
+
+# Fixed, so that the bytes depend neither on how rows arrive nor on how a dataset was put together from shards.
+ROWS_PER_GROUP = 1 << 16
+
+
+class DocumentsTableWriter:
+    """Write the table in row groups of a fixed size; holds at most one row group in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.rows = 0
+        self._pending: list[pa.RecordBatch] = []
+        self._pending_rows = 0
+        self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Append rows of `SCHEMA`."""
+        self.rows += batch.num_rows
+        while batch.num_rows:
+            piece = batch.slice(0, ROWS_PER_GROUP - self._pending_rows)
+            self._pending.append(piece)
+            self._pending_rows += piece.num_rows
+            batch = batch.slice(piece.num_rows)
+            if self._pending_rows == ROWS_PER_GROUP:
+                self._flush()
+
+    def _flush(self) -> None:
+        if self._pending_rows:
+            # One chunk per column: the encoder's pages would otherwise follow the chunks' borders.
+            table = pa.Table.from_batches(self._pending, SCHEMA).combine_chunks()
+            self._writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+        self._pending, self._pending_rows = [], 0
+
+    def close(self) -> None:
+        """Write what is left and the footer."""
+        self._flush()
+        self._writer.close()
+
+
+def read_documents_table(path: Path, columns: Sequence[str], rows: int) -> pa.Table:
+    """Read `columns` (all if empty) of the table at `path`, which has one row for each of `rows` documents.
+
+    Raises:
+        InputError: missing, damaged, without such a column, or of another number of rows.
+    """
+    remedy = "make the dataset anew with preprocess/preprocess_data.py"
+    try:
+        file = pq.ParquetFile(path, memory_map=True)
+        known = file.schema_arrow.names
+        for name in columns:
+            if name not in known:
+                raise InputError(f"{path}: column {name} is missing; found {', '.join(known)}; {remedy}")
+        if file.metadata.num_rows != rows:
+            raise InputError(f"{path}: holds {file.metadata.num_rows:,} rows, needed {rows:,}, one a document; {remedy}")
+        return file.read(list(columns) or None)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist; restore it, or {remedy}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} is not a readable parquet file: {error}; {remedy}") from error

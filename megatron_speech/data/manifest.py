@@ -1,0 +1,139 @@
+"""The manifest of a dataset: what it is, what it was made of, and the hashes that tie its files together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_speech.errors import InputError
+from megatron_speech.files import read_json, write_json
+
+FORMAT_VERSION = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Totals(_Part):
+    """Sums over a group of documents."""
+
+    documents: int = 0
+    frames: int = Field(default=0, description="codec frames of target speech; references are not counted twice")
+    seconds: float = Field(default=0.0, description="frames / frame rate")
+    tokens: int = 0
+    audio_tokens: int = 0
+    text_tokens: int = 0
+    target_tokens: int = Field(default=0, description="tokens after the SFT prompt")
+
+
+class FileEntry(_Part):
+    """A file of the dataset."""
+
+    bytes: int
+    sha256: str
+
+
+class CodecEntry(_Part):
+    """The codec whose codes the audio ids stand for."""
+
+    name: str
+    hash: str
+    frame_rate_hz: float
+    codebooks: int
+
+
+class FilterStatistics(_Part):
+    """What became of the input's rows."""
+
+    rows: int = Field(default=0, description="input rows looked at")
+    kept: int = Field(default=0, description="rows that gave at least one document")
+    dropped: dict[str, int] = Field(default_factory=dict, description="rows per rule that dropped them")
+
+
+class InputEntry(_Part):
+    """One input file."""
+
+    path: str
+    bytes: int
+    rows: int
+
+
+class Manifest(_Part):
+    """`P.manifest.json`."""
+
+    format_version: int = FORMAT_VERSION
+    task: str
+    dtype: str = Field(description="numpy name of the ids on disk: uint16 or int32")
+    streams: int = Field(default=1, description="ids per step of a document's grid")
+    documents: int
+    tokens: int
+    token_space_hash: str
+    template_hash: str
+    codec: CodecEntry
+    tokenizer_version: str
+    normalization_version: str
+    split_seed: int = Field(description="seed of the hash that draws the validation sources")
+    seed: int = Field(description="seed of every choice of the conversion, such as that of references")
+    append_eod: bool = False
+    options: dict[str, Any] = Field(default_factory=dict, description="the conversion's other choices")
+    forms: dict[str, int] = Field(default_factory=dict, description="documents per form of the task's template")
+    notices: dict[str, int] = Field(default_factory=dict, description="rows that are kept but worth knowing of")
+    totals: Totals
+    languages: dict[str, Totals]
+    sources: dict[str, Totals]
+    filters: FilterStatistics
+    inputs: list[InputEntry]
+    shard: str | None = Field(default=None, description="I/N if only one shard of the input was converted")
+    files: dict[str, FileEntry] = Field(description="file suffix: size and hash")
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Read and check `P.manifest.json`.
+
+    Raises:
+        InputError: missing, not JSON, another format version, or a field missing, unknown or of a wrong type.
+    """
+    value = read_json(path, "manifest")
+    version = value.get("format_version") if isinstance(value, dict) else None
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"manifest {path}: format_version is {version!r}, this version reads {FORMAT_VERSION}; "
+            "make the dataset anew with preprocess/preprocess_data.py"
+        )
+    try:
+        return Manifest.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"manifest {path}: field {field}: {first['msg']}; restore the file, or make the dataset anew with "
+            "preprocess/preprocess_data.py"
+        ) from error
+
+
+def write_manifest(path: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Write `manifest`, whole or not at all; equal manifests give equal bytes."""
+    write_json(path, manifest.model_dump())
+
+
+def sum_totals(parts: Iterable[Totals], frame_rate_hz: float) -> Totals:
+    """The sum of `parts`; seconds are recomputed from the frames, so that the order of summation cannot matter."""
+    result = Totals()
+    for part in parts:
+        for field in ("documents", "frames", "tokens", "audio_tokens", "text_tokens", "target_tokens"):
+            setattr(result, field, getattr(result, field) + getattr(part, field))
+    result.seconds = result.frames / frame_rate_hz
+    return result
+
+
+def sum_counts(parts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """Counts added key by key, keys sorted."""
+    result: dict[str, int] = {}
+    for part in parts:
+        for key, count in part.items():
+            result[key] = result.get(key, 0) + count
+    return dict(sorted(result.items()))

@@ -1,0 +1,1 @@
+"""One-shot conversions: recordings to codes, and codes, transcripts and text to token datasets."""

@@ -1,0 +1,1 @@
+"""What conversions read: rows of samples from files, one module per format."""
