@@ -102,7 +102,7 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "megatron_speech._C",
-            sources=["csrc/bindings.cpp", "csrc/loss_mask.cpp", "csrc/sequence_index.cpp"],
+            sources=["csrc/bindings.cpp", "csrc/loss_mask.cpp", "csrc/sequence_index.cpp", "csrc/blend_order.cpp"],
             depends=["csrc/kernels.h", *(f"csrc/{name}" for name in CUDA_SOURCES)],
             include_dirs=[pybind11.get_include(), "csrc"],
             language="c++",

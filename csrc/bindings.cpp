@@ -15,7 +15,7 @@ namespace ms = megatron_speech;
 namespace {
 
 // Raised together with INTERFACE in megatron_speech/ops/extension.py whenever a signature changes.
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
@@ -136,6 +136,29 @@ py::tuple pack_fit(const Array<int32_t>& lengths, int64_t seq_length, int64_t op
                           to_numpy(std::move(oversize)));
 }
 
+py::array_t<int64_t> blend_order(const Array<int32_t>& costs, const Array<int64_t>& ptr, const Array<double>& shares,
+                                 int64_t stop) {
+    const int64_t strata = shares.size();
+    if (strata < 1) throw std::invalid_argument("shares is empty");
+    require_size(ptr, strata + 1, "ptr");
+    if (ptr.data()[0] != 0 || ptr.data()[strata] != costs.size()) {
+        throw std::invalid_argument("ptr does not run from 0 to the number of costs");
+    }
+    for (int64_t k = 0; k < strata; ++k) {
+        if (ptr.data()[k] > ptr.data()[k + 1]) throw std::invalid_argument("ptr decreases");
+        if (!(shares.data()[k] > 0)) throw std::invalid_argument("a share is not positive");
+    }
+    for (int64_t i = 0; i < costs.size(); ++i) {
+        if (costs.data()[i] < 0) throw std::invalid_argument("a cost is negative");
+    }
+    std::vector<int64_t> order;
+    {
+        py::gil_scoped_release release;
+        order = ms::blend_order(costs.data(), ptr.data(), shares.data(), strata, stop);
+    }
+    return to_numpy(std::move(order));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -154,4 +177,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("pack_cut", &pack_cut, fixed("lengths"), py::arg("seq_length"), "(seq_ptr, position, start, length)");
     m.def("pack_fit", &pack_fit, fixed("lengths"), py::arg("seq_length"), py::arg("open_bins"),
           "(seq_ptr, position, start, length, oversize)");
+    m.def("blend_order", &blend_order, fixed("costs"), fixed("ptr"), fixed("shares"), py::arg("stop"),
+          "Indices into costs, in the order of training.");
 }
