@@ -90,3 +90,7 @@ class SwiGLU(torch.nn.Module):
             return result
         gate, linear = x.chunk(2, dim=-1)
         return F.silu(gate) * linear
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing to save; megatron-core's MLP asks every child for its shards."""
+        return {}
