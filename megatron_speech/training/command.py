@@ -1,0 +1,94 @@
+"""`megatron-speech train RECIPE.yaml [key=value …]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+import warnings
+from pathlib import Path
+
+from megatron_speech.errors import InputError
+from megatron_speech.files import read_json, write_json
+from megatron_speech.training.agreement import AgreedError
+from megatron_speech.training.recipe import Recipe, load_recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="the recipe; everything about the run is in it")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="replace a value of the recipe: run_dir=/data/run1 stages.pt.tokens=0.5M stages.1.lr.peak=1e-4",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, alone or as one process of torchrun or srun; continues what the run directory holds."""
+    adopt_slurm_environment()
+    try:
+        recipe = load_recipe(args.recipe, args.overrides)
+        recipe.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
+    except InputError as error:
+        return _report_for_all(error)
+    try:
+        train(recipe)
+    except AgreedError as error:
+        if _is_main():
+            record_failure(recipe, str(error))
+        return _report_for_all(error)
+    except InputError as error:  # of this process alone: the launcher ends the others
+        record_failure(recipe, str(error))
+        raise
+    return 0
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _report_for_all(error: InputError) -> int:
+    """Of processes that all have the same error, let the main one report it."""
+    if _is_main():
+        raise error
+    # The main process may be a little behind, and a launcher ends it as soon as this one has ended: let it speak.
+    time.sleep(5.0)
+    return 2
+
+
+def train(recipe: Recipe) -> str:
+    """Train `recipe` in this process (group); returns the state that status.json ends with."""
+    # The order matters: megatron-core must not see a foreign apex.
+    from megatron_speech.training.environment import hide_foreign_apex
+
+    hide_foreign_apex()
+    # On import megatron-core warns a dozen times that optional libraries are absent; one printed line says so too.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    from megatron_speech.parallel import groups
+    from megatron_speech.training.trainer import Trainer
+
+    try:
+        return Trainer(recipe).run()
+    finally:
+        groups.destroy()
+
+
+def record_failure(recipe: Recipe, message: str) -> None:
+    """Note in an existing run directory why the run did not start or go on; leaves the position as it was."""
+    path = recipe.run_directory / "status.json"
+    if not recipe.run_directory.is_dir():
+        return
+    position = {"stage": recipe.stages[0].name, "step": 0, "consumed_sequences": 0, "consumed_tokens": 0}
+    if path.exists():
+        position = {key: value for key, value in read_json(path, "run status").items() if key in position}
+    write_json(path, {"state": "failed", **position, "message": message})
+
+
+def adopt_slurm_environment() -> None:
+    """Give torch.distributed the names it reads, under `srun` without torchrun."""
+    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or "MASTER_ADDR" not in os.environ:
+        return
+    for ours, theirs in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
+        if theirs in os.environ:
+            os.environ[ours] = os.environ[theirs]

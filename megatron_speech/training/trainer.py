@@ -1,0 +1,515 @@
+"""The training loop: a recipe in, a run directory out.
+
+    recipe ─ stages ─► StageData ─ loader ─► micro-batches ─ schedule ─► loss ─► gradients ─► AdamW
+                                                                   └─ grouped sums ─► metrics.jsonl
+
+megatron-core runs the step (schedules, data-parallel wrapper, optimizer); this file decides what a step is: which
+sequences, what the loss is divided by, when to log, validate and save. B rows of S columns make a micro-batch of
+T = B·S positions, which travels through the model as one packed row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_speech.data.indexed import TokenDataset
+from megatron_speech.data.loader import GlobalBatch, MicroBatch
+from megatron_speech.data.stage_data import StageData, open_datasets, save_blend
+from megatron_speech.files import prepare_output_directory, sha256_file, write_json
+from megatron_speech.model.attention import PackedSequences
+from megatron_speech.model.builder import build_model
+from megatron_speech.parallel import groups
+from megatron_speech.token_space import TokenSpace
+from megatron_speech.training import checkpoint, environment
+from megatron_speech.training.agreement import agreed
+from megatron_speech.training.metrics import (
+    LossMeter,
+    RunLog,
+    console_line,
+    duration,
+    memory_gib,
+    peak_tflops,
+)
+from megatron_speech.training.optimizer import Optimizer
+from megatron_speech.training.recipe import Recipe, StageConfig
+from megatron_speech.training.stages import Position
+from megatron_speech.training.validation import Validator, validation_sequences
+
+
+class Trainer:
+    """One run of a recipe, from its newest checkpoint or from the start.
+
+    Args:
+        recipe: what to do.
+        say_environment: print what the process runs on (once per command).
+
+    Raises:
+        InputError: anything about the recipe, its data or its run directory that keeps it from starting.
+    """
+
+    def __init__(self, recipe: Recipe, *, say_environment: bool = True) -> None:
+        self.recipe = recipe
+        self.directory = recipe.run_directory
+        parallel = recipe.parallel
+        groups.initialize(
+            parallel.tensor,
+            parallel.pipeline,
+            parallel.context,
+            virtual_pipeline=parallel.virtual_pipeline,
+            seed=recipe.seed,
+        )
+        random.seed(recipe.seed)
+        np.random.seed(recipe.seed)
+        self.device = groups.device()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.dp_rank = parallel_state.get_data_parallel_rank()
+        self.is_main = self.rank == 0
+        with agreed():
+            self.dp_size = recipe.data_parallel_size(self.world_size)
+            if self.is_main:
+                prepare_output_directory(self.directory / "checkpoints")
+            self.space = TokenSpace.load(recipe.token_space)
+            self.datasets = open_datasets(recipe.data, self.space)
+            self._fingerprints = {name: _fingerprint(dataset) for name, dataset in self.datasets.items()}
+            self.stages = [self._stage_data(stage) for stage in recipe.stages]
+            self._held_out = [self._stage_data(stage, validation=True) for stage in recipe.stages]
+        with agreed():
+            self._build()
+        info = self._resume()
+        self._log = RunLog(
+            self.directory, active=self.is_main, resume_step=self.position.step, tensorboard=recipe.logging.tensorboard
+        )
+        if self.is_main:
+            found = environment.detect()
+            write_json(self.directory / "environment.json", found)
+            recipe.save(self.directory / "recipe.yaml")
+            save_blend(self.directory / "blend.json", self.stages)
+            if say_environment:
+                self._log.say(environment.describe(found))
+            self._say_plan(info)
+        self._stop_requested = False
+
+    # ---- setting up
+
+    def _stage_data(self, stage: StageConfig, *, validation: bool = False) -> StageData:
+        cache = self.recipe.data.cache_dir or self.directory / "index_cache"
+        return StageData(
+            stage,
+            self.recipe.data,
+            self.datasets,
+            self.space,
+            seed=self.recipe.seed,
+            cache_dir=cache,
+            n_sequences=validation_sequences(self.recipe.validation.tokens, stage) if validation else None,
+            split="validation" if validation else "train",
+        )
+
+    def _build(self) -> None:
+        recipe, parallel = self.recipe, self.recipe.parallel
+        self.chunks: list[Any] = build_model(
+            recipe.model,
+            self.space.padded_size,
+            precision=recipe.precision,
+            max_sequence_length=max(stage.seq_length for stage in recipe.stages),
+            seed=recipe.seed,
+            valid_vocab_size=self.space.size,
+            sequence_parallel=parallel.sequence_parallel,
+        )
+        wrapping = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+        )
+        self.model: list[DistributedDataParallel] = []
+        for index, chunk in enumerate(self.chunks):
+            chunk.to(self.device)
+            config = chunk.config
+            # Gradients are already those of Σ w·ce / Σ w: they are summed over the ranks and nothing else.
+            config.finalize_model_grads_func = _sum_gradients
+            wrapped = DistributedDataParallel(config, wrapping, chunk, disable_bucketing=index > 0)
+            if self.dp_size > 1:
+                wrapped.broadcast_params()
+            self.model.append(wrapped)
+        if parallel.overlap_grad_reduce:
+            syncs = [wrapped.no_sync for wrapped in self.model]
+            for chunk in self.chunks:
+                chunk.config.no_sync_func = syncs[0] if len(syncs) == 1 else syncs
+        self.optimizer = Optimizer(recipe, self.model)
+        self._schedule = get_forward_backward_func()
+        last_stage = parallel_state.is_pipeline_last_stage()
+        first_copy = parallel_state.get_tensor_model_parallel_rank() == 0
+        self._contributes = last_stage and first_copy and parallel_state.get_context_parallel_rank() == 0
+        self._no_tokens = torch.zeros((), dtype=torch.int, device=self.device)
+
+    def _resume(self) -> checkpoint.CheckpointInfo | None:
+        """Load the newest sound checkpoint of the run directory, if there is one."""
+        directory = self.directory / "checkpoints"
+        if self.is_main:
+            checkpoint.clean_leftovers(directory)
+        dist.barrier()
+        self.position = Position.at_step(self.recipe, 0)
+        self._loaded: dict[str, Any] = {}
+        info = checkpoint.find_latest(directory)
+        if info is None:
+            return None
+        with agreed():
+            notes = checkpoint.check_resumable(info, self.recipe, self.space, self._fingerprints)
+        self._loaded = checkpoint.load_checkpoint(info, chunks=self.chunks, optimizer=self.optimizer)
+        self.position = Position.at_step(self.recipe, info.step)
+        checkpoint.say_resume(info, notes)
+        if self.is_main:
+            checkpoint.promote_best(directory, info.fields["stage"])
+        return info
+
+    def _say_plan(self, info: checkpoint.CheckpointInfo | None) -> None:
+        recipe, log = self.recipe, self._log
+        parameters = recipe.model.parameters(self.space.size)
+        layout = f"{self.world_size} process{'es' * (self.world_size > 1)}"
+        if self.world_size > 1:
+            parts = {"data": self.dp_size, "tensor": recipe.parallel.tensor, "pipeline": recipe.parallel.pipeline}
+            layout += f" ({', '.join(f'{name} {size}' for name, size in parts.items())})"
+        log.say(
+            f"{recipe.name}: {parameters / 1e6:.2f} M parameters, {self.space.size} ids, {recipe.precision}, "
+            f"{layout}, run directory {self.directory}"
+        )
+        for stage, data in zip(recipe.stages, self.stages, strict=True):
+            report = data.blend_report()
+            tasks = ", ".join(
+                f"{task} {row['realised']:.1%} (asked {row['target']:.1%})" for task, row in report["by_task"].items()
+            )
+            log.say(
+                f"  {stage.name}: {stage.steps} steps × {stage.global_batch_tokens} tokens, seq_length {stage.seq_length}, "
+                f"lr {stage.lr.peak:g} → {stage.lr.floor:g}; {tasks}; padding {report['pad_fraction']:.1%}"
+            )
+
+    # ---- the run
+
+    def run(self, *, max_steps: int | None = None) -> str:
+        """Train to the end of the recipe, or for `max_steps` more steps; returns the state left in status.json."""
+        if self.position.stage_index == len(self.recipe.stages):
+            self._log.say(f"{self.recipe.name} is finished: nothing left to do in {self.directory}")
+            self._write_status("finished")
+            self._log.close()
+            return "finished"
+        limit = self.recipe.total_steps if max_steps is None else self.position.step + max_steps
+        self._write_status("running")
+        try:
+            with self._stop_on_sigterm():
+                while self.position.stage_index < len(self.recipe.stages) and self.position.step < limit:
+                    if not self._run_stage(self.position.stage_index, limit):
+                        self._write_status("preempted", "stopped on request; start the same command to continue")
+                        return "preempted"
+            state = "finished" if self.position.step == self.recipe.total_steps else "preempted"
+            self._write_status(state)
+            return state
+        except BaseException as error:
+            self._write_status("failed", str(error) or type(error).__name__)
+            raise
+        finally:
+            self._log.close()
+
+    def _run_stage(self, index: int, limit: int) -> bool:
+        """Train stage `index` from the current position on; False when the run was asked to stop."""
+        recipe, stage, data = self.recipe, self.recipe.stages[index], self.stages[index]
+        if self.position.stage_step == 0 and index > 0 and not stage.carry_optimizer:
+            self.optimizer.reset_state()
+        scheduler = self.optimizer.start_stage(stage)
+        meter = LossMeter(data.groups, self.device, contributes=self._contributes)
+        if self.position.stage_step and self._loaded:
+            scheduler.load_state_dict(self._loaded["scheduler"])
+            meter.totals.copy_(self._loaded["meter"])
+        self._loaded = {}
+        validator = self._make_validator(index)
+        first = self.position.stage_step * stage.global_batch_sequences
+        self._clock = _Clock()
+        with data.loader(
+            first, stage.micro_batch_size, stage.global_batch_sequences, self.dp_rank, self.dp_size
+        ) as batches:
+            while self.position.stage_index == index and self.position.step < limit:
+                before_wait = time.perf_counter()
+                batch = next(batches)
+                self._clock.waited += time.perf_counter() - before_wait
+                norm = self._train_step(batch, meter, scheduler)
+                self._clock.steps += 1
+                self.position = Position.at_step(recipe, self.position.step + 1)
+                step, ended = self.position.step, self.position.stage_index != index
+                stop = False
+                if step % recipe.logging.interval_steps == 0 or ended or step == limit:
+                    stop = self._log_interval(index, meter, norm)
+                elif self.world_size == 1:
+                    stop = self._stop_requested
+                validate = validator is not None and (_every(step, recipe.validation.interval_steps) or ended)
+                save = _every(step, recipe.checkpoint.interval_steps) or ended or stop
+                if validate or save:
+                    with self._clock.paused():
+                        scores = self._validate(validator) if validator is not None else {}
+                        if save:
+                            self._save(index, meter, scheduler, scores)
+                if stop:
+                    return False
+        return True
+
+    def _train_step(self, batch: GlobalBatch, meter: LossMeter, scheduler: OptimizerParamScheduler) -> torch.Tensor:
+        """One optimizer step; returns the gradient norm, on the device."""
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._run_batch(batch, meter, weight=self._sum_over_ranks(batch.loss_weight_sum), forward_only=False)
+        meter.add_counts(weight=batch.loss_weight_sum, tokens=batch.tokens, pad_tokens=batch.pad_tokens)
+        scheduler.step(1)
+        return self.optimizer.step()
+
+    def _run_batch(self, batch: GlobalBatch, meter: LossMeter, *, weight: float, forward_only: bool) -> None:
+        """Forward (and backward) over this rank's micro-batches with megatron-core's schedule.
+
+        Args:
+            batch: this rank's share of the global batch.
+            meter: takes the losses.
+            weight: Σ loss weight over the whole global batch, all ranks: what Σ w·ce is divided by.
+            forward_only: no gradients.
+        """
+        inputs = [_Inputs(micro_batch, self.device) for micro_batch in batch.micro_batches]
+        scale = 1.0 / weight if weight > 0.0 else 0.0
+
+        def forward_step(iterator: Iterator[_Inputs], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            micro_batch = next(iterator)
+            output = model(
+                input_ids=micro_batch.tokens,
+                position_ids=None,
+                attention_mask=None,
+                labels=micro_batch.labels,
+                packed_seq_params=micro_batch.packed,
+            )
+
+            def loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+                weighted = torch.dot(losses, micro_batch.weights)
+                meter.add_losses(losses, weighted, micro_batch.group_ids)
+                return weighted * scale, self._no_tokens, {}
+
+            return output, loss
+
+        iterators = [iter(inputs) for _ in self.model]
+        self._schedule(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.model if len(self.model) > 1 else self.model[0],
+            num_microbatches=len(inputs),
+            seq_length=inputs[0].tokens.numel(),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _sum_over_ranks(self, value: float) -> float:
+        """Sum of a host number over the data-parallel ranks, on the host: no device waits for it."""
+        if self.dp_size == 1:
+            return value
+        total = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group_gloo())
+        return float(total.item())
+
+    # ---- what happens between steps
+
+    def _log_interval(self, index: int, meter: LossMeter, norm: torch.Tensor) -> bool:
+        """Read the interval's sums and write them; True when any rank was asked to stop. A collective."""
+        if self._stop_requested:
+            meter.request_stop()
+        means = meter.read()
+        seconds, steps, waited = self._clock.lap()
+        stage, position = self.recipe.stages[index], self.position
+        tokens = means.pop("tokens")
+        stop = means.pop("stop_requests") > 0
+        pad_fraction = means.pop("pad_fraction")
+        per_second = tokens / seconds
+        flops = self._flops_per_token(index) * per_second / self.world_size / 1e12
+        peak = peak_tflops(torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+        record = {
+            **position.as_record(self.recipe),
+            **means,
+            "lr": self.optimizer.learning_rate,
+            "grad_norm": norm.item(),
+            "tokens_per_second": per_second,
+            "tokens_per_second_per_gpu": per_second / self.world_size,
+            "tflops_per_gpu": flops,
+            "mfu": flops / peak if peak else None,
+            "pad_fraction": pad_fraction,
+            "data_wait_seconds": waited / steps,
+            "step_seconds": seconds / steps,
+            "memory_gib": memory_gib(),
+        }
+        self._log.write(record)
+        done = position.stage_step if position.stage_index == index else stage.steps
+        eta = (self.recipe.total_steps - position.step) * seconds / steps
+        if self.is_main:
+            self._log.say(console_line(record, stage_step=done, stage_steps=stage.steps, eta_seconds=eta))
+        self._write_status("running", force=False)
+        if not math.isfinite(means["loss"]) or not math.isfinite(record["grad_norm"]):
+            raise RuntimeError(
+                f"step {position.step}: loss {means['loss']} and gradient norm {record['grad_norm']} are not both "
+                "finite; lower lr.peak of the stage or lengthen its warm-up, and continue from the last checkpoint"
+            )
+        return stop
+
+    def _make_validator(self, index: int) -> Validator | None:
+        data = self._held_out[index]
+        if self.recipe.validation.interval_steps == 0 or data.n_sequences == 0:
+            return None
+        meter = LossMeter(data.groups, self.device, contributes=self._contributes)
+        return Validator(
+            self.recipe.stages[index], data, meter, self._run_batch, dp_rank=self.dp_rank, dp_size=self.dp_size
+        )
+
+    def _validate(self, validator: Validator) -> dict[str, Any]:
+        started = time.perf_counter()
+        for chunk in self.model:
+            chunk.eval()
+        scores = validator.run()
+        for chunk in self.model:
+            chunk.train()
+        seconds = time.perf_counter() - started
+        record = {**self.position.as_record(self.recipe), "split": "validation", **scores}
+        self._log.write({**record, "validation_seconds": seconds})
+        audio = scores.get("loss/modality/audio")
+        self._log.say(
+            f"{record['stage']} validation at step {record['step']}  loss {scores.get('loss', math.nan):.4f}"
+            f"  audio {'-' if audio is None else f'{audio:.4f}'}  {scores.get('tokens', 0):,} tokens"
+            f"  {duration(seconds)}"
+        )
+        return scores
+
+    def _save(
+        self, index: int, meter: LossMeter, scheduler: OptimizerParamScheduler, scores: dict[str, Any]
+    ) -> None:
+        """Write a checkpoint, promote the best one, drop the old ones. A collective."""
+        # Reduced here in every run, continued or not: the sums that the next line is made of are added up in the
+        # same order in both.
+        meter.reduce()
+        directory = self.directory / "checkpoints"
+        stage = self.recipe.stages[index]
+        taken = self.position.stage_step if self.position.stage_index == index else stage.steps
+        checkpoint.save_checkpoint(
+            directory,
+            recipe=self.recipe,
+            space=self.space,
+            fields={
+                **self.position.as_record(self.recipe),
+                "stage_index": index,
+                "stage_step": taken,
+                "datasets": self._fingerprints,
+                "validation": scores,
+            },
+            chunks=self.chunks,
+            optimizer=self.optimizer,
+            state={"scheduler": scheduler.state_dict(), "meter": meter.totals.clone()},
+        )
+        if self.is_main:
+            best = checkpoint.promote_best(directory, stage.name)
+            checkpoint.prune(directory, self.recipe.checkpoint.keep_last)
+            note = " (best so far)" if best is not None and best.step == self.position.step else ""
+            self._log.say(f"{stage.name} checkpoint {checkpoint.checkpoint_name(self.position.step)}{note}")
+        self._write_status("running")
+
+    def _flops_per_token(self, index: int) -> float:
+        """FLOPs of a document token: attention reaches as far as its document, on average over tokens."""
+        lengths = np.asarray(self.stages[index].table.length[:1_000_000], dtype=np.float64)
+        reach = float((lengths**2).sum() / max(1.0, lengths.sum()))
+        return self.recipe.model.flops_per_token(reach, self.space.size)
+
+    def _write_status(self, state: str, message: str = "", *, force: bool = True) -> None:
+        self._log.status(state, self.position.as_record(self.recipe), message, force=force)
+
+    @contextlib.contextmanager
+    def _stop_on_sigterm(self) -> Iterator[None]:
+        """While inside, SIGTERM asks for a checkpoint and a clean end instead of ending the process."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(*_: object) -> None:
+            self._stop_requested = True
+
+        before = signal.signal(signal.SIGTERM, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+class _Inputs:
+    """A micro-batch on the model's device, flattened to one packed row of T = B·S positions."""
+
+    def __init__(self, batch: MicroBatch, device: torch.device) -> None:
+        self.tokens = batch.tokens.view(1, -1).to(device, non_blocking=True)
+        self.labels = batch.labels.view(1, -1).to(device, non_blocking=True)
+        self.weights = batch.loss_weights.view(-1).to(device, non_blocking=True)
+        self.group_ids = batch.group_ids.view(-1).to(device, non_blocking=True)
+        self.packed = PackedSequences.build(
+            batch.cu_seqlens,
+            position_ids=batch.position_ids,
+            loss_weights=batch.loss_weights,
+            row_pointers=_row_pointers(batch),
+            device=device,
+        )
+
+
+def _row_pointers(batch: MicroBatch) -> torch.Tensor:
+    """Documents before each row, int32 [B+1]: a row's padding is the last segment that ends at the row's edge."""
+    rows, columns = batch.tokens.shape
+    ends = batch.cu_seqlens.numpy()
+    last = np.searchsorted(ends, np.arange(rows + 1) * columns, side="right") - 1
+    # `last` counts the segments up to each edge, each row's padding among them.
+    return torch.from_numpy((last - np.arange(rows + 1)).astype(np.int32))
+
+
+def _sum_gradients(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
+    """megatron-core's gradient reduction without its division: the loss is already divided by its weight."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+class _Clock:
+    """Time of the training steps since the last lap: validation and saving do not count."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self.waited = 0.0
+        self.steps = 0
+
+    def lap(self) -> tuple[float, int, float]:
+        """(seconds, steps, seconds waited for data) since the last lap."""
+        now = time.perf_counter()
+        result = now - self._started, self.steps, self.waited
+        self._started, self.steps, self.waited = now, 0, 0.0
+        return result
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside takes no time."""
+        paused_at = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._started += time.perf_counter() - paused_at
+
+
+def _every(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _fingerprint(dataset: TokenDataset) -> str:
+    """Hash of a dataset's manifest, which holds the hashes of its other files."""
+    return sha256_file(Path(f"{dataset.prefix}.manifest.json"))
