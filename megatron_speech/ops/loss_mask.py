@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +27,7 @@ logger = logging.getLogger(__name__)
 IGNORE_LABEL = -100
 NO_GROUP = -1
 _MODALITIES = len(MODALITIES)
+_MAX_WEIGHT = 1e6  # products of two stay far inside float32
 _NO_PROMPT_END = torch.iinfo(torch.int64).max
 
 Implementation = Literal["auto", "reference", "cpp", "cuda"]
@@ -45,7 +45,7 @@ class LossPolicy:
     prompt. prompt_end_id: -1 when documents have no prompt.
 
     Raises:
-        InputError: a weight is negative, infinite or not a number; prompt_end_id is below -1.
+        InputError: a weight is negative, not a number or above 1e6; prompt_end_id is below -1.
     """
 
     text: float = 1.0
@@ -57,8 +57,8 @@ class LossPolicy:
     def __post_init__(self) -> None:
         for name in (*MODALITIES, "prompt"):
             value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise InputError(f"loss weight {name} is {value}; it must be a finite number of at least 0")
+            if not 0 <= value <= _MAX_WEIGHT:  # also false for NaN
+                raise InputError(f"loss weight {name} is {value}; it must lie between 0 and {_MAX_WEIGHT:g}")
         if self.prompt_end_id < -1:
             raise InputError(f"prompt_end_id is {self.prompt_end_id}; it must be a token id, or -1 for no prompts")
 

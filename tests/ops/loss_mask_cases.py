@@ -1,0 +1,146 @@
+"""Random micro-batches for the loss mask, and a per-token oracle that shares nothing with the implementations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_speech.ops.loss_mask import LossPolicy, MaskedBatch
+
+
+@dataclass
+class Case:
+    tokens: torch.Tensor
+    document_lengths: torch.Tensor
+    row_pointers: torch.Tensor
+    document_groups: torch.Tensor
+    modality_table: torch.Tensor
+    policy: LossPolicy
+
+    @property
+    def inputs(self) -> tuple:
+        return (
+            self.tokens,
+            self.document_lengths,
+            self.row_pointers,
+            self.document_groups,
+            self.modality_table,
+            self.policy,
+        )
+
+
+def make_case(
+    rows: list[list[int]],
+    seq_length: int,
+    policy: LossPolicy,
+    *,
+    tokens: np.ndarray | None = None,
+    modality_table: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+) -> Case:
+    """A case from the document lengths of each row."""
+    lengths = [length for row in rows for length in row]
+    table = np.arange(30) % 3 if modality_table is None else modality_table
+    if tokens is None:
+        tokens = np.random.default_rng(0).integers(0, len(table), (len(rows), seq_length + 1))
+    return Case(
+        tokens=torch.from_numpy(np.asarray(tokens, np.int64).reshape(len(rows), seq_length + 1)),
+        document_lengths=torch.tensor(lengths, dtype=torch.int32),
+        row_pointers=torch.tensor(np.cumsum([0, *map(len, rows)]), dtype=torch.int32),
+        document_groups=torch.tensor(
+            np.arange(len(lengths)) if groups is None else np.asarray(groups), dtype=torch.int32
+        ),
+        modality_table=torch.from_numpy(np.asarray(table, np.uint8)),
+        policy=policy,
+    )
+
+
+def random_case(rng: np.random.Generator, *, max_rows: int = 4, max_seq_length: int = 40) -> Case:
+    seq_length = int(rng.integers(1, max_seq_length + 1))
+    vocabulary = int(rng.integers(1, 25))
+    rows = []
+    for _ in range(int(rng.integers(0, max_rows + 1))):
+        # From nothing to far more than the row holds; lengths of 0 and borders exactly at the edge are frequent.
+        lengths = rng.integers(0, rng.integers(1, seq_length + 4), int(rng.integers(0, 9)))
+        lengths[rng.random(lengths.size) < 0.2] = 0
+        if lengths.size and rng.random() < 0.4:
+            before = int(lengths[:-1].sum())
+            lengths[-1] = max(0, seq_length - before) + int(rng.integers(0, 3))
+        if lengths.size and rng.random() < 0.05:
+            lengths[int(rng.integers(lengths.size))] = 2**31 - 1
+        rows.append(lengths.tolist())
+    # Many weights are 0 or 1, as in real policies; prompt ends are frequent, rare, outside the table, or not used.
+    weights = np.where(rng.random(4) < 0.5, rng.integers(0, 2, 4), rng.random(4)).tolist()
+    policy = LossPolicy(*weights, prompt_end_id=int(rng.integers(-1, vocabulary + 2)))
+    return make_case(
+        rows,
+        seq_length,
+        policy,
+        tokens=rng.integers(0, vocabulary, (len(rows), seq_length + 1)),
+        modality_table=rng.integers(0, 3, vocabulary),
+        groups=rng.integers(0, 50, sum(map(len, rows))),
+    )
+
+
+def oracle(case: Case) -> dict[str, list]:
+    """The definition, token by token."""
+    rows, seq_length = case.tokens.shape[0], case.tokens.shape[1] - 1
+    table, policy = case.modality_table.tolist(), case.policy
+    by_modality = [policy.text, policy.audio, policy.special]
+    pointers, lengths = case.row_pointers.tolist(), case.document_lengths.tolist()
+    groups = case.document_groups.tolist()
+    labels, weights, position_ids, group_ids, cu_seqlens = [], [], [], [], [0]
+    counts = [0, 0, 0, 0]
+    for row in range(rows):
+        tokens = case.tokens[row].tolist()
+        owner: list[int | None] = []  # of each column, up to and including the look-ahead
+        begins = {}
+        for document in range(pointers[row], pointers[row + 1]):
+            begins[document] = len(owner)
+            owner += [document] * min(lengths[document], seq_length + 1 - len(owner))
+            cu_seqlens.append(row * seq_length + min(len(owner), seq_length))
+        padding_begins = len(owner)
+        owner += [None] * (seq_length + 1 - len(owner))
+        cu_seqlens.append((row + 1) * seq_length)
+        in_prompt = [False] * (seq_length + 1)
+        if policy.prompt_end_id >= 0:
+            closed = set()
+            for column in range(seq_length + 1):
+                in_prompt[column] = owner[column] is not None and owner[column] not in closed
+                if tokens[column] == policy.prompt_end_id and column < seq_length:
+                    closed.add(owner[column])
+        for column in range(seq_length):
+            document = owner[column]
+            weight = np.float32(0)
+            if document is not None and owner[column + 1] == document:
+                weight = np.float32(by_modality[table[tokens[column + 1]]])
+                if in_prompt[column + 1]:
+                    weight = weight * np.float32(policy.prompt)
+            labels.append(tokens[column + 1] if weight else -100)
+            weights.append(float(weight))
+            group_ids.append(groups[document] * 3 + table[tokens[column + 1]] if weight else -1)
+            position_ids.append(column - (padding_begins if document is None else begins[document]))
+            counts[0] += document is not None
+            counts[1] += document is None
+            counts[2] += bool(weight)
+            counts[3] += in_prompt[column]
+    return {
+        "labels": labels,
+        "loss_weights": weights,
+        "position_ids": position_ids,
+        "group_ids": group_ids,
+        "cu_seqlens": cu_seqlens,
+        "counts": counts,
+        "invalid": [0],
+    }
+
+
+def differences(found: MaskedBatch, expected: MaskedBatch) -> list[str]:
+    """Names of the tensors that are not equal, element for element and in dtype and shape."""
+    return [
+        name
+        for name, tensor in expected.tensors().items()
+        if getattr(found, name).dtype != tensor.dtype or not torch.equal(getattr(found, name).cpu(), tensor)
+    ]
