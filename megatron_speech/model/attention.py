@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
+varlen_attn: Callable[..., Any] | None
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch < 2.10
@@ -273,7 +275,7 @@ class KVCache:
 
 
 def rotary_tables(inverse_frequency: Tensor, position_ids: Tensor) -> Rotary:
-    """cos and sin of RoPE's angles, each [T, 1, D/2] fp32 (arXiv:2104.09864; the halves-of-a-head form of GPT-NeoX)."""
+    """RoPE's cos and sin, each [T, 1, D/2] fp32 (arXiv:2104.09864; halves of a head form the pairs)."""
     angles = position_ids.float().unsqueeze(-1) * inverse_frequency
     return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
 
@@ -419,8 +421,8 @@ class PackedSdpaAttention(nn.Module):
         grouped = query.shape[1] != key.shape[1]
         outputs = []
         for first in range(0, len(gathered), 3):
-            bucket = (tensor.transpose(1, 2) for tensor in gathered[first : first + 3])
-            attended = F.scaled_dot_product_attention(*bucket, is_causal=True, scale=self.scale, enable_gqa=grouped)
+            q, k, v = (tensor.transpose(1, 2) for tensor in gathered[first : first + 3])
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
             outputs.append(attended.transpose(1, 2))
         result: Tensor = _Scatter.apply(packed.layout, *outputs)
         return result
@@ -430,6 +432,7 @@ class PackedSdpaAttention(nn.Module):
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         # torch 2.10 has is_causal, later ones a window that reaches back without end and forward not at all.
         causal = {"is_causal": True} if "is_causal" in _VARLEN_ARGUMENTS else {"window_size": (-1, 0)}
+        assert varlen_attn is not None
         result: Tensor = varlen_attn(
             query,
             key,

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -152,6 +153,8 @@ def init_weights(model: SpeechGPTModel, seed: int) -> None:
                 parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
             residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            # megatron-core marks only what it draws itself; norms of gradients need to know what is split.
+            set_tensor_model_parallel_attributes(parameter, True, 1 if residual else 0, 1)
             std = config.init_std / math.sqrt(2 * config.num_layers) if residual else config.init_std
             rows, columns = parameter.shape
             if residual:

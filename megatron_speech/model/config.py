@@ -13,7 +13,7 @@ from megatron_speech.errors import InputError
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(num_layers=2, hidden_size=64, ffn_hidden_size=176, num_attention_heads=4, num_query_groups=2),
     "digits": dict(num_layers=4, hidden_size=192, ffn_hidden_size=512, num_attention_heads=6),
-    "smoke": dict(num_layers=6, hidden_size=320, ffn_hidden_size=896, num_attention_heads=10, num_query_groups=5),
+    "smoke": dict(num_layers=8, hidden_size=320, ffn_hidden_size=896, num_attention_heads=10, num_query_groups=5),
     "100m": dict(num_layers=12, hidden_size=768, ffn_hidden_size=2048, num_attention_heads=12, num_query_groups=4),
     "qwen2.5-0.5b": dict(
         num_layers=24,
@@ -118,8 +118,10 @@ class ModelConfig(BaseModel):
         Per layer: h·d·(2·heads + 2·groups) of attention, 3·h·f of SwiGLU, 2·h of norms (and 2·d of query and key
         norms, d·(heads + 2·groups) of biases where used); one last norm; the table, twice if the head is not tied.
         """
-        return self._matrix_parameters() + self._vector_parameters() + vocab * self.hidden_size * (
-            1 if self.tie_embeddings else 2
+        return (
+            self._matrix_parameters()
+            + self._vector_parameters()
+            + vocab * self.hidden_size * (1 if self.tie_embeddings else 2)
         )
 
     def flops_per_token(self, seq_length: float, vocab: int) -> float:

@@ -47,9 +47,7 @@ def linear_cross_entropy(
     Returns:
         [N] fp32. The gradient with respect to `hidden_NH` is this rank's part of a sum over `group`.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(
-        hidden_NH, weight_VH, labels_N, vocab_size, group, chunk_rows, keep_bytes
-    )
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_NH, weight_VH, labels_N, vocab_size, group, chunk_rows, keep_bytes)
     return loss
 
 

@@ -30,23 +30,17 @@ import torch
 _CPU = torch.device("cpu")
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
 class Stream:
     """A CPU runs in order: its only stream has nothing to wait for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.device = _CPU
 
-    def synchronize(self) -> None: ...
-
-    def wait_stream(self, stream: Stream) -> None: ...
-
-    def wait_event(self, event: Event) -> None: ...
-
-    def record_event(self, event: Event | None = None) -> Event:
-        return event or Event()
-
-    def query(self) -> bool:
-        return True
+    synchronize = wait_stream = wait_event = record_event = _nothing
 
 
 class Event:
@@ -54,14 +48,7 @@ class Event:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def record(self, stream: Stream | None = None) -> None: ...
-
-    def wait(self, stream: Stream | None = None) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
+    record = wait = synchronize = _nothing
 
 
 _STREAM = Stream()
@@ -82,10 +69,6 @@ def _current_device() -> torch.device:
 
 def _current_stream(device: Any = None) -> Stream:
     return _STREAM
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
 
 
 def _get_rng_state(device: Any = None) -> torch.Tensor:

@@ -1,0 +1,127 @@
+"""What one rank of a layout does: a few optimizer steps through megatron-core's own schedule, DDP and optimizer.
+
+Runs in processes of a fork server that has imported it once; results go to files, as tensors do not outlive them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_speech.model.attention import PackedSequences
+from megatron_speech.model.builder import build_model
+from megatron_speech.model.config import ModelConfig
+from megatron_speech.parallel import groups
+
+VOCAB, REAL = 256, 130
+ROWS, LENGTH, MICRO_BATCHES, STEPS = 2, 48, 4, 20
+
+
+def micro_batch(step: int, number: int) -> dict[str, torch.Tensor]:
+    """Two rows of documents with a padded tail, a third of the tokens without loss."""
+    generator = np.random.default_rng([step, number])
+    cut = generator.integers(4, 20, size=(ROWS, 2))
+    bounds = [0]
+    for row in range(ROWS):
+        bounds += [row * LENGTH + int(cut[row, 0]), row * LENGTH + int(cut[row].sum()), (row + 1) * LENGTH]
+    weights = (generator.random(ROWS * LENGTH) > 0.3).astype(np.float32)
+    for row in range(ROWS):
+        weights[bounds[3 * row + 2] : bounds[3 * row + 3]] = 0
+    tokens = generator.integers(0, REAL, ROWS * LENGTH)
+    return {
+        "tokens": torch.from_numpy(tokens),
+        "labels": torch.from_numpy((tokens * 3 + 1) % REAL),
+        "weights": torch.from_numpy(weights),
+        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
+        "row_pointers": torch.tensor([0, 2, 4]),
+    }
+
+
+def forward_step(data: Any, model: Any, total: float) -> tuple[torch.Tensor, Any]:
+    batch = next(data)
+    packed = PackedSequences.build(
+        batch["cu_seqlens"], loss_weights=batch["weights"], row_pointers=batch["row_pointers"]
+    )
+    output = model(batch["tokens"][None], None, None, batch["labels"][None], packed_seq_params=packed)
+
+    def loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        weighted = (losses.float() * batch["weights"]).sum() / total
+        return weighted, torch.ones((), dtype=torch.int), {"loss": weighted.detach()}
+
+    return output, loss
+
+
+def train(
+    rank: int,
+    world_size: int,
+    directory: str,
+    layout: dict[str, Any],
+    shape: dict[str, Any] | None = None,
+    model_options: dict[str, Any] | None = None,
+    optimizer_options: dict[str, Any] | None = None,
+    steps: int = STEPS,
+) -> None:
+    """Write losses and gradient norms of `steps` steps to `directory`/losses.json, per-rank weights beside them."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+    groups.initialize(**layout, init_method=f"file://{directory}/store", seed=11)
+    config = ModelConfig(**{"preset": "tiny", "num_layers": 4, **(shape or {})})
+    models = build_model(config, VOCAB, valid_vocab_size=REAL, seed=5, **(model_options or {}))
+    core = models[0].config
+    ddp = DistributedDataParallelConfig(
+        overlap_grad_reduce=False, use_distributed_optimizer=bool((optimizer_options or {}).get("use_distributed"))
+    )
+    wrapped = [DistributedDataParallel(core, ddp, model) for model in models]
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=3e-3,
+            weight_decay=0.1,
+            clip_grad=1.0,
+            bf16=core.bf16,
+            params_dtype=core.params_dtype,
+            use_distributed_optimizer=ddp.use_distributed_optimizer,
+        ),
+        wrapped,
+    )
+    # The loss is already divided by the weight of the global batch: nothing is left to scale.
+    core.finalize_model_grads_func = lambda chunks, tokens=None, **rest: finalize_model_grads(chunks, None, **rest)
+    step_function = get_forward_backward_func()
+    data_rank = parallel_state.get_data_parallel_rank()
+    data_size = parallel_state.get_data_parallel_world_size()
+    history = []
+    for step in range(steps):
+        batches = [micro_batch(step, number) for number in range(MICRO_BATCHES)]
+        total = sum(float(batch["weights"].sum()) for batch in batches)
+        for model in wrapped:
+            model.zero_grad_buffer()
+        optimizer.zero_grad()
+        own = batches[data_rank::data_size]
+        results = step_function(
+            forward_step_func=functools.partial(forward_step, total=total),
+            data_iterator=[iter(own) for _ in wrapped] if len(wrapped) > 1 else iter(own),
+            model=wrapped if len(wrapped) > 1 else wrapped[0],
+            num_microbatches=len(own),
+            # Rows are flattened into one: this is the shape that travels between stages.
+            seq_length=ROWS * LENGTH,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        _, norm, _ = optimizer.step()
+        loss = torch.tensor(sum(float(result["loss"]) for result in results), dtype=torch.float64)
+        torch.distributed.all_reduce(loss)
+        # Tensor-parallel ranks hold the same loss.
+        history.append([loss.item() / parallel_state.get_tensor_model_parallel_world_size(), float(norm)])
+    if rank == 0:
+        Path(directory, "losses.json").write_text(json.dumps(history))
+    groups.destroy()
