@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ class CodesLoader:
         except InputError:  # one of them is outside: find out which
             return [self._encode_one(place, codes) for place, codes in zip(places, results, strict=True)]
         edges = np.cumsum([0, *(codes.size for codes in good)])
-        pieces = iter([flat[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)])
+        pieces = iter([flat[a:b] for a, b in itertools.pairwise(edges)])
         return [
             codes if isinstance(codes, RowRejected) else _finish(place, codes, next(pieces))
             for place, codes in zip(places, results, strict=True)
@@ -82,7 +83,8 @@ class CodesLoader:
         count = self.space.codebook_count
         if codes.ndim != 2 or codes.shape[1] != count or not np.issubdtype(codes.dtype, np.integer):
             raise RowRejected(
-                "codes_shape", f"{where} holds {codes.dtype} of shape {list(codes.shape)}, needed integers [frames, {count}]"
+                "codes_shape",
+                f"{where} holds {codes.dtype} of shape {list(codes.shape)}, needed integers [frames, {count}]",
             )
         if not len(codes):
             raise RowRejected("codes_empty", f"{where} holds no frames")
@@ -132,6 +134,7 @@ def _finish(place: CodesAt, codes: np.ndarray, ids: np.ndarray) -> EncodedCodes 
     checksum = code_checksum(codes)
     if place.checksum is not None and place.checksum != checksum:
         return RowRejected(
-            "checksum", f"codes of {place.path or 'field codes'} have checksum {checksum}, but the row says {place.checksum}"
+            "checksum",
+            f"{place.path or 'field codes'}: checksum of the codes is {checksum}, but the row says {place.checksum}",
         )
     return EncodedCodes(ids, len(codes), checksum)

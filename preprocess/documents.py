@@ -28,7 +28,7 @@ from preprocess.samples import Sample, SampleRules
 
 @dataclass(frozen=True)
 class Records:
-    """Files with what a reference needs of every row of the input: pickles, and where each begins (int64 [rows + 1])."""
+    """Files with every row of the input as a reference needs it: pickles, and where each begins (int64 [rows + 1])."""
 
     data: Path
     offsets: Path
@@ -123,7 +123,7 @@ class Converter:
             if sample.codec_hash is not None and self.job.rules.needs_codes and sample.codec_hash != codec.hash:
                 raise InputError(
                     f"{batch.path} line {row.number}: codec_hash is {sample.codec_hash}, needed {codec.hash} "
-                    f"({codec.name}) of the token space; encode the audio with that codec, or make a token space for this one"
+                    f"({codec.name}) of the token space; encode the audio with that codec, or make another token space"
                 )
             result.append(sample)
         return result
@@ -247,9 +247,8 @@ class _Builder:
                 self._emit("plain", item)
         elif task == "tts":
             for quote in quotes:
-                self._emit(
-                    "cloning", item, quote, text_ids=item.texts[0], ref_text_ids=quote.text_ids, ref_code_ids=quote.code_ids
-                )
+                reference = {"ref_text_ids": quote.text_ids, "ref_code_ids": quote.code_ids}
+                self._emit("cloning", item, quote, text_ids=item.texts[0], **reference)
             if not quotes:
                 self._emit("plain", item, text_ids=item.texts[0])
         elif item.sample.roles is not None:

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -52,7 +52,7 @@ def map_ordered(
     workers: int,
     make_state: Callable[..., Any],
     arguments: tuple[Any, ...] = (),
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """`function(state, item)` for each item, in order.
 
     `state` is `make_state(*arguments)`, made once per worker. With one worker all is done in this process. An

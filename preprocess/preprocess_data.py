@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
-import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -36,16 +35,16 @@ from megatron_speech.data.manifest import (
     sum_counts,
     sum_totals,
 )
+from megatron_speech.data.report import make_console, print_report
 from megatron_speech.errors import InputError, command
 from megatron_speech.tasks import TASKS, TEMPLATE_HASH, render
 from megatron_speech.text import NORMALIZATION_VERSION
 from megatron_speech.token_space import TokenSpace
 from preprocess.documents import Converter, Documents, Job, Records, Work, convert_batch, index_batch, tokenizer_version
-from preprocess.pool import available_cores, map_ordered
+from preprocess.pool import available_cores, interrupt_on_sigterm, map_ordered
 from preprocess.readers.base import BATCH_ROWS
 from preprocess.readers.open import Inputs
 from preprocess.references import Keys, fraction_of, previous_segment, same_speaker
-from preprocess.report import make_console, print_report
 from preprocess.samples import TRANSCRIPTS, SampleRules
 
 SHOWN_DOCUMENTS = 3
@@ -59,7 +58,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--task", required=True, choices=TASKS, help="what the documents are")
-    add("--input", required=True, nargs="+", metavar="FILE", help="samples.jsonl with codes_path, .parquet, or text .jsonl")
+    add("--input", required=True, nargs="+", metavar="FILE", help="samples.jsonl with codes, text .jsonl, or .parquet")
     add("--token-space", required=True, metavar="TS.json", help="made by `megatron-speech token-space`")
     add("--output-prefix", required=True, metavar="P", help="writes P.bin P.idx P.manifest.json P.docs.parquet")
     add("--workers", type=int, default=available_cores(), help="processes; the output does not depend on it")
@@ -72,7 +71,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--source", metavar="NAME", help="dataset_source of rows that name none (default: the input's file name)")
     add("--dry-run", action="store_true", help="do everything but write: totals, drops and a few documents")
     text = parser.add_argument_group("text_lm")
-    text.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="fields with text, one document each")
+    text.add_argument(
+        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="fields with text, a document each"
+    )
     tts = parser.add_argument_group("tts")
     tts.add_argument("--transcript", choices=tuple(TRANSCRIPTS), default="native", help="which transcript is the text")
     tts.add_argument(
@@ -82,7 +83,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="same-speaker: put text and speech of another recording of the speaker before the target",
     )
     tts.add_argument("--references", type=int, default=1, help="documents per sample, each with another reference")
-    tts.add_argument("--plain-fraction", type=float, default=0.0, help="share of the samples that stay plain all the same")
+    tts.add_argument("--plain-fraction", type=float, default=0.0, help="share of the samples that stay plain anyway")
     tts.add_argument(
         "--without-reference",
         choices=("plain", "drop"),
@@ -106,7 +107,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     if match is None or int(match[1]) >= int(match[2]):
         raise InputError(f"--shard is {arguments.shard!r}, needed I/N with I from 0 to N-1, such as 0/8")
     arguments.shard = (int(match[1]), int(match[2]))
-    for name, low, high in (("max_rejected", 0, 1), ("plain_fraction", 0, 1), ("workers", 1, 4096), ("references", 1, 64)):
+    ranges = (("max_rejected", 0, 1), ("plain_fraction", 0, 1), ("workers", 1, 4096), ("references", 1, 64))
+    for name, low, high in ranges:
         value = getattr(arguments, name)
         if not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} is {value}, needed {low} to {high}")
@@ -184,10 +186,11 @@ class Tally:
                 "make a token space with a trained tokenizer, or with `bytes`"
             )
         rules = ", ".join(f"{rule} {count:,}" for rule, count in self.dropped.most_common())
-        what = "no row of the input is left" if self.kept == 0 else f"more than --max-rejected {max_rejected:g} of the rows"
+        limit = f"more than --max-rejected {max_rejected:g} of the rows"
         raise InputError(
-            f"{self.rejected:,} of the {self.rows:,} rows looked at ({rows:,} in all) cannot be used ({rules}), {what}; "
-            f"nothing was written; first: {'; '.join(self.reasons) or rules}"
+            f"{sum(self.dropped.values()):,} of the {self.rows:,} rows looked at ({rows:,} in all) cannot be used "
+            f"({rules}), {limit if self.kept else 'and no row is left'}; nothing was written; "
+            f"first: {'; '.join(self.reasons) or rules}"
         )
 
 
@@ -216,8 +219,10 @@ def choose_quotes(
     np.save(records.offsets, np.cumsum(np.concatenate([[0], *sizes])))
     joined = Keys.join(keys)
     choose = previous_segment if arguments.continuation else same_speaker
-    return records, choose(joined, job.quotes, arguments.seed), fraction_of(
-        joined.sample, arguments.plain_fraction, arguments.seed
+    return (
+        records,
+        choose(joined, job.quotes, arguments.seed),
+        fraction_of(joined.sample, arguments.plain_fraction, arguments.seed),
     )
 
 
@@ -227,7 +232,7 @@ def _workers(arguments: argparse.Namespace, rows: int) -> int:
 
 def documents(
     arguments: argparse.Namespace, inputs: Inputs, job: Job, rows: range, folder: Path
-) -> Iterator[Documents]:
+) -> Generator[Documents, None, None]:
     """Documents of the shard's rows, batch by batch, in the order of the input."""
     batches = inputs.batches(rows.start, rows.stop)
     if job.quotes:
@@ -326,23 +331,19 @@ def convert(arguments: argparse.Namespace, writer: DatasetWriter | None, folder:
     print_report(manifest)
     if writer is not None:
         size = manifest.files[".bin"].bytes
-        print(f"{arguments.output_prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {size:,} bytes")
+        counts = f"{manifest.documents:,} documents, {manifest.tokens:,} tokens, {size:,} bytes"
+        print(f"{arguments.output_prefix}: {counts}")
         return
     console = make_console()
     for i, document in enumerate(tally.shown):
-        console.print(f"document {i}: {render(space, document)}", markup=False)
+        console.print(f"document {i}: {render(space, document)}", markup=False, soft_wrap=True)
     print("dry run: nothing was written")
-
-
-def _terminate(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     """Parse, convert, report."""
     arguments = parse_arguments(argv)
-    signal.signal(signal.SIGTERM, _terminate)  # so that what is in the making is removed, as on Ctrl-C
     _check_paths(arguments)
     if arguments.dry_run:
         with tempfile.TemporaryDirectory() as folder:
@@ -357,8 +358,9 @@ def _check_paths(arguments: argparse.Namespace) -> None:
     outputs = {Path(f"{arguments.output_prefix}{suffix}").resolve() for suffix in (".docs.parquet", ".rejected.jsonl")}
     for path in arguments.input:
         if Path(path).resolve() in outputs:
-            raise InputError(f"input {path} would be overwritten by --output-prefix {arguments.output_prefix}; name another")
+            raise InputError(f"input {path} would be overwritten by --output-prefix {arguments.output_prefix}")
 
 
 if __name__ == "__main__":
+    interrupt_on_sigterm()
     sys.exit(main())

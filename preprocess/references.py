@@ -76,8 +76,8 @@ def mix(values: np.ndarray, *numbers: int) -> np.ndarray:
 
 
 def fraction_of(keys: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """bool [rows]: a share of about `fraction` of the rows, drawn by their keys."""
-    return mix(keys, seed, 7) < np.uint64(min(int(fraction * 2**64), 2**64 - 1)) if fraction > 0 else keys != keys
+    """Draw about `fraction` of the rows by their keys: bool [rows]."""
+    return (mix(keys, seed, 7) >> np.uint64(11)).astype(np.float64) * 2.0**-53 < fraction
 
 
 def same_speaker(keys: Keys, count: int, seed: int) -> np.ndarray:

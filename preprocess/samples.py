@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_speech.tasks import ROLES
 from megatron_speech.text import normalize_document, normalize_transcript
 from preprocess.readers.base import Row, RowRejected, extra_json
 
@@ -17,8 +18,6 @@ TRANSCRIPTS = {
     "code_mixed": ("transcript_code_mixed",),
     "tagged": ("transcript_tagged",),
 }
-
-ROLES = ("user", "assistant")
 
 # Fields with a column, or an end, of their own; all others are kept in the column `extra`.
 _OWN_FIELDS = frozenset(
@@ -72,6 +71,7 @@ class SampleRules:
 
     @property
     def needs_codes(self) -> bool:
+        """Whether the task is made of speech."""
         return self.task in ("speech_lm", "tts")
 
     def sample(self, row: Row, path: str) -> Sample:
@@ -208,7 +208,8 @@ def _conversation(turns: Any, name: str) -> tuple[list[str], list[str]]:
     for i, turn in enumerate(turns):
         role, content = _turn(turn)
         if role not in ROLES:
-            raise RowRejected("bad_turns", f"field {name}: role of turn {i} is {_short(role)}, needed user or assistant")
+            needed = " or ".join(ROLES)
+            raise RowRejected("bad_turns", f"field {name}: role of turn {i} is {_short(role)}, needed {needed}")
         if not isinstance(content, str):
             raise RowRejected("bad_turns", f"field {name}: content of turn {i} is {_short(content)}, needed text")
         text = normalize_document(content)

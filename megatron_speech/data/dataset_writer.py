@@ -56,7 +56,7 @@ class DatasetWriter:
         self._lock = _claim(self.folder, self.prefix)
         self._ids = IndexedDatasetWriter(self.folder / "ids", dtype)
         self._table = DocumentsTableWriter(self.folder / "docs.parquet")
-        self._rejected = open(self.folder / "rejected.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+        self._rejected = open(self.folder / "rejected.jsonl", "w", encoding="utf-8")
         self._rejected_rows = 0
 
     def __enter__(self) -> DatasetWriter:
@@ -98,12 +98,21 @@ class DatasetWriter:
             self._rejected.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._rejected_rows += 1
 
+    def add_rejected_lines(self, path: Path) -> None:
+        """All lines of another dataset's rejected rows."""
+        with open(path, encoding="utf-8") as handle:
+            for line in handle:
+                self._rejected.write(line)
+                self._rejected_rows += 1
+
     @property
     def documents(self) -> int:
+        """Documents added so far."""
         return self._ids.documents
 
     @property
     def tokens(self) -> int:
+        """Ids added so far."""
         return self._ids.tokens
 
     def finish(self, manifest: Manifest) -> Manifest:

@@ -89,7 +89,8 @@ def read_documents_table(path: Path, columns: Sequence[str], rows: int) -> pa.Ta
             if name not in known:
                 raise InputError(f"{path}: column {name} is missing; found {', '.join(known)}; {remedy}")
         if file.metadata.num_rows != rows:
-            raise InputError(f"{path}: holds {file.metadata.num_rows:,} rows, needed {rows:,}, one a document; {remedy}")
+            found = file.metadata.num_rows
+            raise InputError(f"{path}: holds {found:,} rows, needed {rows:,}, one a document; {remedy}")
         return file.read(list(columns) or None)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist; restore it, or {remedy}") from error

@@ -203,7 +203,7 @@ class IndexedDatasetWriter:
             limits = np.iinfo(self.dtype)
             if flat.min() < limits.min or flat.max() > limits.max:
                 raise ValueError(f"ids {flat.min()}..{flat.max()} do not fit {self.dtype}")
-        self.add_raw(memoryview(np.ascontiguousarray(flat, dtype=self.dtype)).cast("B") if flat.size else b"")
+        self.add_raw(np.ascontiguousarray(flat, dtype=self.dtype).view(np.uint8).data)
 
     def finalize(self) -> WrittenIndex:
         """Finish both files and put them in place."""
@@ -331,6 +331,7 @@ class TokenDataset:
         if require_manifest or manifest_path.exists():
             self.manifest = _find_manifest(self.prefix, manifest_path)
         index = _read_index(file_of(prefix, ".idx"))
+        self._index = index
         self.dtype = index.dtype
         if self.manifest is not None:  # one sequence per document: nothing to compute, nothing to read
             self.lengths, self.pointers = index.lengths, index.pointers
@@ -352,7 +353,8 @@ class TokenDataset:
         if size != needed:
             state = "truncated" if size < needed else "longer than its index says"
             raise InputError(
-                f"{path}: holds {size:,} bytes, needed {needed:,} by {Path(self.prefix).name}.idx: it is {state}; {REMAKE}"
+                f"{path}: holds {size:,} bytes, needed {needed:,} by {Path(self.prefix).name}.idx: it is {state}; "
+                f"{REMAKE}"
             )
         self.total_tokens = size // self.dtype.itemsize
 
@@ -457,14 +459,24 @@ class TokenDataset:
                 raise InputError(
                     f"{path}: SHA-256 is {found}, needed {entry.sha256} by the manifest: it is damaged; {REMAKE}"
                 )
-        table = self.columns("tokens")
-        in_table = table["tokens"].to_numpy()
-        self._compare("tokens in the documents table", in_table, self.lengths, ".docs.parquet")
+        counts = ("tokens", "audio_tokens", "text_tokens", "target_tokens")
+        table = self.columns(*counts)
+        self._compare("column tokens", table["tokens"].to_numpy(), self.lengths, ".docs.parquet")
+        for name in counts:
+            total, stated = int(table[name].to_numpy().sum(dtype=np.int64)), getattr(self.manifest.totals, name)
+            if total != stated:
+                raise InputError(
+                    f"{file_of(self.prefix, '.manifest.json')}: totals.{name} is {stated}, but the documents table "
+                    f"adds up to {total}; {REMAKE}"
+                )
 
     def _verify_pointers(self) -> None:
         ends = np.cumsum(self.lengths, dtype=np.int64) * self.dtype.itemsize
         needed = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
         self._compare("byte offset", self.pointers, needed, ".idx")
+        boundaries = np.asarray(self._index.documents)
+        if self.manifest is not None:
+            self._compare("first sequence", boundaries, np.arange(len(self) + 1), ".idx")
 
     def _compare(self, what: str, found: np.ndarray, needed: np.ndarray, suffix: str) -> None:
         wrong = np.flatnonzero(found != needed)

@@ -77,9 +77,14 @@ class Manifest(_Part):
     tokenizer_version: str
     normalization_version: str
     split_seed: int = Field(description="seed of the hash that draws the validation sources")
-    seed: int = Field(description="seed of every choice of the conversion, such as that of references")
+    seed: int | None = Field(
+        description="seed of every choice of the conversion, such as references; null: merged from several"
+    )
     append_eod: bool = False
-    options: dict[str, Any] = Field(default_factory=dict, description="the conversion's other choices")
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="the conversion's other choices; of a merged dataset: those that its parts share",
+    )
     forms: dict[str, int] = Field(default_factory=dict, description="documents per form of the task's template")
     notices: dict[str, int] = Field(default_factory=dict, description="rows that are kept but worth knowing of")
     totals: Totals
@@ -87,7 +92,7 @@ class Manifest(_Part):
     sources: dict[str, Totals]
     filters: FilterStatistics
     inputs: list[InputEntry]
-    shard: str | None = Field(default=None, description="I/N if only one shard of the input was converted")
+    shard: str | None = Field(default=None, description="I/N if only that shard of the input was converted")
     files: dict[str, FileEntry] = Field(description="file suffix: size and hash")
 
 

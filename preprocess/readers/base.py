@@ -38,8 +38,15 @@ class Row:
 class RowBatch(Protocol):
     """Some consecutive rows of a file."""
 
-    path: str
-    rows: int
+    @property
+    def path(self) -> str:
+        """The file."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        ...
 
     def read(self) -> list[Row]:
         """Read and parse the rows, `rows` of them."""

@@ -92,7 +92,7 @@ class ParquetReader:
         """Rows `start` to `stop` (from 0), in order; row groups outside are not read."""
         file = pq.ParquetFile(self.path)
         position = 0
-        groups = []
+        groups: list[int] = []
         first_row = 0
         for group in range(file.metadata.num_row_groups):
             size = file.metadata.row_group(group).num_rows

@@ -1,4 +1,4 @@
-"""What a conversion prints: totals by language and source, and what was dropped by which rule."""
+"""Datasets on the console: totals by language and source, and what was dropped by which rule."""
 
 from __future__ import annotations
 
@@ -81,6 +81,6 @@ def print_report(manifest: Manifest, console: Console | None = None) -> None:
     console.print(totals_table(manifest))
     console.print(drops_table(manifest))
     forms = ", ".join(f"{count:,} {form}" for form, count in manifest.forms.items())
-    console.print(f"forms: {forms}")
+    console.print(f"forms: {forms}", markup=False, soft_wrap=True)
     for name, count in manifest.notices.items():
         console.print(f"note: {count:,} {name.replace('_', ' ')}")
