@@ -25,6 +25,7 @@ from megatron_speech.data.indexed import TokenDataset, file_of
 from megatron_speech.data.manifest import FilterStatistics, InputEntry, Manifest, Totals, sum_counts, sum_totals
 from megatron_speech.data.report import print_report
 from megatron_speech.errors import InputError, command
+from preprocess.pool import interrupt_on_sigterm
 
 COPY_BYTES = 8 << 20
 
