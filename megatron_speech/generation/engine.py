@@ -12,6 +12,7 @@ Shapes: B requests in flight, V ids, K codebooks, T frames.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from megatron_speech.generation.sampling import (
     sample,
     uniform_noise,
 )
+from megatron_speech.model.attention import KVCache, PackedSequences
+from megatron_speech.model.gpt import SpeechGPTModel
 from megatron_speech.tasks import compile_prompt
 from megatron_speech.text import normalize_transcript
 from megatron_speech.token_space import TokenSpace
@@ -105,8 +108,37 @@ class DecodingSession(Protocol):
         ...
 
 
-# (prompts, tokens that may follow each) → a session with room for them.
-SessionFactory = Callable[[Sequence[np.ndarray], int], DecodingSession]
+# (rows, most positions that any row will take) → a session with room for them.
+SessionFactory = Callable[[int, int], DecodingSession]
+
+
+class CachedSession:
+    """A :class:`DecodingSession` of a megatron-core model with a KV cache."""
+
+    def __init__(self, model: SpeechGPTModel, rows: int, capacity: int) -> None:
+        self._model = model
+        self._cache = KVCache(rows, capacity, model.device)
+
+    def prefill(self, prompts: Sequence[np.ndarray]) -> Tensor:
+        """Feed the prompts end to end; logits fp32 [B, V] of what follows each."""
+        packed = self._cache.prefill([len(prompt) for prompt in prompts])
+        ids_T = torch.from_numpy(np.concatenate(prompts).astype(np.int64)).to(self._model.device)
+        return self._forward(ids_T, packed)
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """Feed one more id per row; logits fp32 [B, V] of what follows."""
+        return self._forward(ids_B, self._cache.decode())
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but `rows`."""
+        self._cache.keep(rows.cpu().numpy())
+
+    def _forward(self, ids_T: Tensor, packed: PackedSequences) -> Tensor:
+        assert packed.position_ids is not None
+        logits: Tensor = self._model(
+            ids_T.unsqueeze(0), packed.position_ids.unsqueeze(0), None, packed_seq_params=packed
+        )
+        return logits
 
 
 def decode_batch(
@@ -188,7 +220,7 @@ class SpeechGenerator:
     """Speech from a model: text (and a reference voice) in, codes and audio out.
 
     Args:
-        open_session: makes a :class:`DecodingSession` for prompts and the most tokens that will follow any of them.
+        open_session: makes a :class:`DecodingSession` of so many rows, each of at most so many positions.
         space: the id space that the model was trained with.
         max_sequence_length: positions that the model has, prompt and speech together.
         device: where the model is.
@@ -204,6 +236,31 @@ class SpeechGenerator:
         self._open_session = open_session
         self._legal = LegalIds(space, device)
         self._codec: Codec | None = None
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> SpeechGenerator:
+        """Open a checkpoint directory, or a run directory (its newest checkpoint).
+
+        Raises:
+            InputError: there is no sound checkpoint at `path`.
+        """
+        # Not at the top: opening a checkpoint imports megatron-core's whole training side.
+        from megatron_speech.training.checkpoint import load_for_inference
+
+        if not Path(path).exists():
+            raise InputError(f"checkpoint {path} does not exist; name a run directory or one of its checkpoints")
+        model, space, info = load_for_inference(path)
+        generator = cls(
+            functools.partial(CachedSession, model),
+            space,
+            max_sequence_length=int(info.fields["max_seq_length"]),
+            device=model.device,
+        )
+        generator.checkpoint = {
+            "path": str(info.path),
+            **{key: info.fields[key] for key in ("step", "stage", "consumed_tokens") if key in info.fields},
+        }
+        return generator
 
     @property
     def codec(self) -> Codec:
@@ -311,7 +368,8 @@ class SpeechGenerator:
                 batch = order[start : start + batch_size]
                 frames = [limits[i][0] for i in batch]
                 batch_prompts = [prompts[i] for i in batch]
-                session = self._open_session(batch_prompts, max(frames) * self.space.codebook_count)
+                capacity = max(len(prompts[i]) + limits[i][0] * self.space.codebook_count for i in batch)
+                session = self._open_session(len(batch), capacity)
                 ids, lengths, ended, diagnostics = decode_batch(
                     session, batch_prompts, [requests[i].seed for i in batch], frames, self._legal, config, self.device
                 )

@@ -26,7 +26,7 @@ class LeakySum:
         self.bias[space.special("<speech_end>")] = end_bias
         self.batch_sizes: list[int] = []
 
-    def open_session(self, prompts: Sequence[np.ndarray], new_tokens: int) -> LeakySession:
+    def open_session(self, rows: int, capacity: int) -> LeakySession:
         return LeakySession(self)
 
 

@@ -64,7 +64,7 @@ def test_generation_equals_a_plain_loop_over_one_request(toy_generator: SpeechGe
     space = toy_generator.space
     config = SamplingConfig(temperature=0.9, top_p=0.9, repetition_penalty=1.2, max_seconds=1.0)
     request = requests(4)[3]
-    session = leaky_model.open_session([], 0)
+    session = leaky_model.open_session(1, 0)
     logits = session.prefill([toy_generator.prompt(request)])[0]
     ids: list[int] = []
     illegal, ended = [], False
