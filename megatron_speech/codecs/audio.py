@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,8 @@ def read_audio(
                 sound.seek(min(round(start * rate), sound.frames))
             frames = -1 if stop is None else max(round(stop * rate) - round(start * rate), 0)
             announced = sound.frames - sound.tell() if stop is None else frames
+            if cut := _CUT_WAV.search(sound.extra_info):
+                _refuse_cut_wav(path, int(cut[1]), int(cut[2]))
             channels = sound.read(frames, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         if path.stat().st_size == 0:
@@ -78,6 +81,19 @@ def read_audio(
     if rate != sample_rate_hz:
         audio = soxr.resample(audio, rate, sample_rate_hz, quality="HQ")
     return np.ascontiguousarray(audio, dtype=np.float32)
+
+
+# libsndfile reads what is there of a wav that breaks off, and says so only in its log.
+_CUT_WAV = re.compile(r"^data : (\d+) \(should be (\d+)\)$", re.MULTILINE)
+# Programs that write a wav into a pipe do not know its size, and put the largest that they can.
+_STREAMED_WAV_BYTES = 0x7FFF_0000
+
+
+def _refuse_cut_wav(path: Path, announced_bytes: int, found_bytes: int) -> None:
+    if found_bytes < announced_bytes < _STREAMED_WAV_BYTES:
+        raise AudioError(
+            "unreadable", f"{path} breaks off after {found_bytes} bytes of audio of {announced_bytes}; copy it again"
+        )
 
 
 def write_wav(path: str | os.PathLike[str], audio: np.ndarray, sample_rate_hz: int) -> None:
