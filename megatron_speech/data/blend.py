@@ -83,10 +83,10 @@ def check_stage(stage: StageDataConfig) -> list[StratumConfig]:
                 f"{where}: text_lm has mass {group.mass:g} in a stage whose loss.prompt is 0 (SFT); text-only data "
                 "belongs in pretraining: take it out, or say allow_text_in_sft: true"
             )
-    if stage.is_sft and stage.packing_mode == "cut":
+    if stage.loss.prompt != 1.0 and stage.packing_mode == "cut":
         raise InputError(
-            f"{where}: packing.mode is cut but loss.prompt is 0 (SFT): a document that lost its prompt cannot be "
-            "told from one; use packing.mode fit"
+            f"{where}: packing.mode is cut but loss.prompt is {stage.loss.prompt:g}: in the rest of a cut document "
+            "nothing tells where its prompt ended; use packing.mode fit, or loss.prompt 1"
         )
     for source, cap in stage.source_caps.items():
         if not 0.0 < cap <= 1.0:
@@ -147,8 +147,8 @@ def _numbers(column: pa.ChunkedArray, dtype: type[np.generic]) -> np.ndarray:
     return column.combine_chunks().fill_null(0).to_numpy(zero_copy_only=False).astype(dtype)
 
 
-def read_documents(name: str, dataset: TokenDataset, data: DataConfig) -> DocumentTable:
-    """Read what the blend needs of `dataset` from its documents table and its index."""
+def read_documents(name: str, task: str, dataset: TokenDataset, data: DataConfig) -> DocumentTable:
+    """Read what the blend needs of `dataset`, which holds documents of `task`, from its table and its index."""
     columns = dataset.columns(
         "source_id", "sample_id", "language", "dataset_source", "target_tokens", "duration_seconds"
     )
@@ -156,7 +156,7 @@ def read_documents(name: str, dataset: TokenDataset, data: DataConfig) -> Docume
     source, sources = _codes(columns["dataset_source"], UNKNOWN_SOURCE)
     return DocumentTable(
         name=name,
-        task=dataset.manifest.task,
+        task=task,
         lengths=np.asarray(dataset.lengths, dtype=np.int32),
         targets=_numbers(columns["target_tokens"], np.int32),
         seconds=_numbers(columns["duration_seconds"], np.float32),
@@ -247,7 +247,7 @@ def _find_leaves(
         claimed = claims[:, present].sum(axis=0)
         if (claimed > 1).any():
             cell = int(present[np.argmax(claimed > 1)])
-            both = [group_name(groups[k]) for k in np.flatnonzero(claims[:, cell])]
+            both = [group_name(groups[k]) for k in np.flatnonzero(claims[:, cell]).tolist()]
             language, source = divmod(cell, len(table.sources))
             raise InputError(
                 f"{where}: strata {' and '.join(both)} both take language {table.languages[language]}, source "
@@ -315,10 +315,10 @@ def _apply_caps(
             surplus[leaf] = shares[leaf] * (1 - keep)
             shares[leaf] *= keep
             free[leaf] = False
-        for index in np.flatnonzero(surplus):
+        for index in np.flatnonzero(surplus).tolist():
             group, language, _ = strata_keys[index]
-            near = [k for k in np.flatnonzero(free) if strata_keys[k][0] == group and strata_keys[k][1] == language]
-            near = near or [k for k in np.flatnonzero(free) if strata_keys[k][0] == group]
+            in_group = [k for k in np.flatnonzero(free).tolist() if strata_keys[k][0] == group]
+            near = [k for k in in_group if strata_keys[k][1] == language] or in_group
             if not near:
                 raise InputError(
                     f"{where}: source_caps ({', '.join(f'{name}: {cap:g}' for name, cap in caps.items())}) leave "
@@ -434,11 +434,11 @@ def resolve(stage: StageDataConfig, tables: Sequence[DocumentTable], *, validati
     strata = []
     for position, k in enumerate(alive):
         leaf, table = leaves[k], tables[leaves[k].dataset]
-        group, language, source = key(leaf)
+        member_of, language, source = key(leaf)
         strata.append(
             Stratum(
-                name="/".join([group_name(groups[group]), table.name, language, source]),
-                group=group,
+                name="/".join([group_name(groups[member_of]), table.name, language, source]),
+                group=member_of,
                 task=table.task,
                 dataset=leaf.dataset,
                 language=language,

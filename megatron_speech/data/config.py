@@ -56,7 +56,7 @@ class PackingConfig(StrictConfig):
     mode: Literal["auto", "cut", "fit"] = Field(
         default="auto",
         description="cut: documents run on over sequence edges, no padding; fit: a document is never cut; "
-        "auto: fit where loss.prompt is 0, else cut",
+        "auto: cut where loss.prompt is 1, else fit",
     )
     oversize: Literal["refuse", "drop"] = Field(
         default="refuse", description="fit only: what to do with documents longer than seq_length"
@@ -114,7 +114,7 @@ class StageDataConfig(StrictConfig):
         """The packing mode with `auto` resolved."""
         if self.packing.mode != "auto":
             return self.packing.mode
-        return "fit" if self.is_sft else "cut"
+        return "cut" if self.loss.prompt == 1.0 else "fit"
 
     @property
     def global_batch_sequences(self) -> int:

@@ -172,6 +172,7 @@ def _merge(prompted: MaskedBatch, whole: MaskedBatch, promptless: np.ndarray, ro
         group_ids=torch.where(position, whole.group_ids, prompted.group_ids),
         cu_seqlens=prompted.cu_seqlens,
         counts=counts,
+        invalid=prompted.invalid,
     )
 
 
@@ -334,7 +335,7 @@ def global_batches(
         rows = rank_sequences(first, micro_batch_size, global_batch_sequences, dp_rank, dp_size)
         micro_batches = [source.micro_batch(sequences) for sequences in rows]
         weight = sum(float(batch.loss_weights.sum(dtype=torch.float64)) for batch in micro_batches)
-        counts = sum(batch.counts for batch in micro_batches)
+        counts = torch.stack([batch.counts for batch in micro_batches]).sum(dim=0)
         yield GlobalBatch(
             micro_batches=[_pinned(batch) for batch in micro_batches] if pin else micro_batches,
             loss_weight_sum=weight,

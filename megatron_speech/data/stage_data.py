@@ -180,7 +180,10 @@ class StageData:
 
     def _build(self, n_sequences: int | None) -> tuple[SegmentTable, Report]:
         stage, validation = self.stage, self.split == "validation"
-        tables = [blending.read_documents(name, dataset, self.data) for name, dataset in self.datasets.items()]
+        tables = [
+            blending.read_documents(name, _manifest(dataset).task, dataset, self.data)
+            for name, dataset in self.datasets.items()
+        ]
         blend = blending.resolve(stage, tables, validation=validation)
         if validation:
             order = blending.fixed_order(blend, self.data.split_seed)

@@ -51,7 +51,7 @@ def write_dataset(
         ids.append(tokens)
         row = dict.fromkeys(SCHEMA.names)
         row |= {
-            "sample_id": f"{prefix.name}-{number}",
+            "sample_id": f"sample-{number}",
             "source_id": wanted.source_id or f"recording-{number}",
             "language": wanted.language,
             "dataset_source": wanted.source,

@@ -144,9 +144,7 @@ def test_each_document_occurs_exactly_once_per_epoch(n: int, m: int, seed: int, 
     blend = resolve(recipe, tables)
     tokens = 3 * int(tables[0].lengths.sum() + tables[1].lengths.sum())
     order = draw(recipe, blend, tables, tokens=tokens, seed=seed)
-    lengths = np.where(
-        order.stratum == 0, tables[0].lengths[order.document % n], tables[1].lengths[order.document % m]
-    )
+    lengths = np.where(order.stratum == 0, tables[0].lengths[order.document % n], tables[1].lengths[order.document % m])
     assert lengths.sum() >= tokens > lengths[:-1].sum()  # just enough documents
     for k, stratum in enumerate(blend.strata):
         documents = drawn(order, blend, k)
@@ -251,9 +249,7 @@ def test_surplus_that_overfills_another_cap_moves_on() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(
-        st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(1, 50)), min_size=1, max_size=20
-    ),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(1, 50)), min_size=1, max_size=20),
     st.dictionaries(st.integers(0, 3), st.floats(0.05, 1.0), max_size=3),
     st.floats(0, 1),
 )
@@ -262,7 +258,9 @@ def test_caps_hold_and_shares_sum_to_one_or_the_recipe_is_refused(
 ) -> None:
     names = {f"s{source}" for _, source, _ in rows}
     tables = [
-        table(lengths=[n for *_, n in rows], languages=[f"l{k}" for k, *_ in rows], sources=[f"s{k}" for _, k, _ in rows])
+        table(
+            lengths=[n for *_, n in rows], languages=[f"l{k}" for k, *_ in rows], sources=[f"s{k}" for _, k, _ in rows]
+        )
     ]
     limits = {f"s{k}": cap for k, cap in caps.items() if f"s{k}" in names}
     room = sum(limits.get(name, 1.0) for name in names)
