@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+from megatron_speech.data.config import DataConfig
+from megatron_speech.data.indexed import TokenDataset
+from megatron_speech.data.split import held_out
+from megatron_speech.errors import InputError
+from megatron_speech.files import atomic_write, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
@@ -57,3 +65,79 @@ def megatron_speech(*words: str | Path) -> list[str | Path]:
 def script(path: str, *words: str | Path) -> list[str | Path]:
     """A script of the checkout's argv, run with this interpreter."""
     return [PYTHON, ROOT / path, *words]
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file.
+
+    Raises:
+        InputError: the file is missing or unreadable, a line is not a JSON object, or there is no line.
+    """
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise InputError(f"{path} line {number} is not JSON ({error}); mend or remove the line") from error
+                if not isinstance(row, dict):
+                    raise InputError(f"{path} line {number} is not a JSON object; needed: one object per recording")
+                rows.append(row)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); check the path") from error
+    if not rows:
+        raise InputError(f"{path} has no line; it needs one JSON object per recording")
+    return rows
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object per line, the file whole or not at all."""
+    with atomic_write(path, "w") as handle:
+        handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def held_out_recordings(codes: Path, prefix: Path, data: DataConfig) -> list[dict[str, Any]]:
+    """The recordings that a run never trains on, as clean rows of `codes/samples.jsonl` with absolute `wav_path`.
+
+    Args:
+        codes: output directory of `encode_audio.py`.
+        prefix: a dataset made of all of its rows.
+        data: the recipe's data section, which says what is held out.
+    """
+    columns = TokenDataset(prefix).columns("source_id", "sample_id")
+    held = held_out(columns, data.validation_fraction, data.split_seed)
+    sources = {name for name, out in zip(columns["source_id"].to_pylist(), held, strict=True) if out}
+    rows = [row for row in read_jsonl(codes / "samples.jsonl") if not row.get("variant")]
+    for row in rows:
+        row["wav_path"] = str((codes / row["wav_path"]).resolve())
+    return [row for row in rows if row["source_id"] in sources]
+
+
+def token_budgets(
+    road: Pipeline, recipe: Path, overrides: Sequence[str], shares: dict[str, float], seconds: float, out: Path
+) -> list[str]:
+    """Overrides that give each stage the tokens which this machine trains in its share of `seconds`.
+
+    A recipe's budget is in tokens; how many tokens some minutes are is measured, not guessed. The answer is kept in
+    `out`: a second call continues the run that the first began.
+    """
+    kept = out / "budgets.json"
+    if not kept.exists():
+        budgets = []
+        for stage, share in shares.items():
+            figure = out / f"rate_{stage}.json"
+            road.step(
+                f"How fast is this machine? ({stage})",
+                megatron_speech(
+                    *("benchmark", "train", recipe, "--stage", stage, "--steps", "30", "--json", figure), *overrides
+                ),
+            )
+            rate = float(read_json(figure, "benchmark result")["tokens_per_second"])
+            tokens = int(rate * seconds * share)
+            say(f"   {stage}: {rate:,.0f} tokens/s × {seconds * share:.0f} s = {tokens / 1e6:.2f} M tokens")
+            budgets.append(f"stages.{stage}.tokens={max(tokens, 20_000)}")
+        write_json(kept, budgets)
+    return list(read_json(kept, "token budgets"))

@@ -1,0 +1,167 @@
+"""The digits recipe, step by step: recordings → codes → datasets → PT → SFT → 300 utterances → scores."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from pipeline import (
+    Pipeline,
+    cores,
+    held_out_recordings,
+    megatron_speech,
+    read_jsonl,
+    say,
+    script,
+    token_budgets,
+    write_jsonl,
+)
+
+from megatron_speech.errors import InputError, command
+from megatron_speech.files import prepare_output_directory
+from megatron_speech.training.recipe import load_recipe
+
+HERE = Path(__file__).resolve().parent
+# How the training time is divided.
+SHARES = {"pt": 0.4, "sft": 0.6}
+
+
+def check_samples(path: Path) -> list[dict[str, Any]]:
+    """Rows of samples.jsonl, each with the fields that this recipe needs.
+
+    Raises:
+        InputError: the file or a line cannot be used; named.
+    """
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        for field in ("wav_path", "transcript", "speaker_id"):
+            if not row.get(field):
+                raise InputError(f"{path} record {number}: field {field} is missing or empty; this recipe needs it")
+    return rows
+
+
+def choose_prompts(samples: list[dict[str, Any]], held_out: list[dict[str, Any]], count: int, seeds: int) -> list[dict]:
+    """What is spoken: every word by every speaker with `seeds` seeds, or an even choice of `count` among them.
+
+    A reference is a recording of the speaker that training never saw, saying another word where there is one.
+
+    Raises:
+        InputError: no recording of some speaker was held out.
+    """
+    references: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in held_out:
+        references[row["speaker_id"]].append(row)
+    speakers = sorted({row["speaker_id"] for row in samples})
+    for speaker in speakers:
+        if speaker not in references:
+            raise InputError(
+                f"no recording of speaker {speaker!r} was held out to be a reference; give more recordings of each "
+                "speaker, or raise data.validation_fraction in examples/digits/recipe.yaml"
+            )
+    pairs = [(word, speaker) for word in sorted({row["transcript"] for row in samples}) for speaker in speakers]
+    wanted = max(1, min(len(pairs), count // seeds))
+    pairs = [pairs[index * len(pairs) // wanted] for index in range(wanted)]
+    prompts = []
+    for number, (word, speaker) in enumerate(pairs):
+        others = [row for row in references[speaker] if row["transcript"] != word] or references[speaker]
+        for seed in range(seeds):
+            reference = others[(number * seeds + seed) % len(others)]
+            prompts.append(
+                {
+                    "id": f"{number:04d}_{seed}",
+                    "text": word,
+                    "speaker_id": speaker,
+                    "seed": number * seeds + seed,
+                    "reference_audio": reference["wav_path"],
+                    "reference_text": reference["transcript"],
+                }
+            )
+    return prompts
+
+
+@command
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", required=True, type=Path, help="samples.jsonl: wav_path, transcript, speaker_id")
+    parser.add_argument("--output-dir", required=True, type=Path, help="everything goes here")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of training, both stages together (10)")
+    parser.add_argument("--utterances", type=int, default=300, help="to generate, at most (300)")
+    parser.add_argument("--seeds", type=int, default=5, help="utterances per word and speaker (5)")
+    parser.add_argument("--temperature", type=float, default=0.6, help="of sampling (0.6)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to examples/digits/recipe.yaml")
+    args = parser.parse_args()
+    for name, value in (("--minutes", args.minutes), ("--utterances", args.utterances), ("--seeds", args.seeds)):
+        if value <= 0:
+            raise InputError(f"{name} is {value:g}; needed: more than 0")
+
+    samples, out = args.samples.resolve(), args.output_dir.resolve()
+    rows = check_samples(samples)
+    prepare_output_directory(out)
+    recipe, space, workers, road = HERE / "recipe.yaml", out / "token_space.json", str(cores()), Pipeline()
+
+    road.step(
+        "Id space: bytes, specials, Codec2's four codebooks",
+        megatron_speech("token-space", "--text-tokenizer", "bytes", "--codec", "codec2", "--output", space),
+    )
+    road.step(
+        "Recordings → codes, 8 variants of each",
+        script(
+            "preprocess/encode_audio.py",
+            *("--input", samples, "--codec", "codec2", "--output-dir", out / "codes"),
+            *("--augment", "8", "--workers", workers, "--resume"),
+        ),
+    )
+    common = ("--input", out / "codes/samples.jsonl", "--token-space", space, "--workers", workers)
+    preprocess = "preprocess/preprocess_data.py"
+    road.step(
+        "Codes → speech documents",
+        script(preprocess, "--task", "speech_lm", *common, "--output-prefix", out / "data/speech"),
+    )
+    road.step(
+        "Codes + words → cloning documents, three references for each",
+        script(
+            preprocess,
+            *("--task", "tts", *common, "--output-prefix", out / "data/tts"),
+            *("--cloning", "same-speaker", "--references", "3"),
+        ),
+    )
+
+    overrides = [
+        f"token_space={space}",
+        f"data.datasets.speech={out / 'data/speech'}",
+        f"data.datasets.tts={out / 'data/tts'}",
+        f"run_dir={out / 'run'}",
+        *args.overrides,
+    ]
+    data = load_recipe(recipe, overrides).data
+    held_out = held_out_recordings(out / "codes", out / "data/speech", data)
+    prompts = choose_prompts(rows, held_out, args.utterances, args.seeds)
+    write_jsonl(out / "prompts.jsonl", prompts)
+
+    overrides += token_budgets(road, recipe, overrides, SHARES, args.minutes * 60, out)
+    road.step(f"Train: pretraining, then SFT ({args.minutes:g} minutes)", megatron_speech("train", recipe, *overrides))
+    road.step(
+        f"Speak: {len(prompts)} utterances in voices given by recordings that training never saw",
+        megatron_speech(
+            *("generate", "--checkpoint", out / "run", "--input", out / "prompts.jsonl", "--output-dir", out),
+            *("--temperature", str(args.temperature)),
+        ),
+    )
+    road.step(
+        "Score",
+        script(
+            "examples/digits/score.py",
+            *("--samples", samples, "--codes", out / "codes", "--generated", out / "generated.jsonl"),
+            *("--token-space", space, "--output", out / "report.json"),
+        ),
+    )
+    say(f"\n{road.elapsed() / 60:.1f} minutes. Speech: {out / 'generated.jsonl'}; scores: {out / 'report.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
