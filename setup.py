@@ -27,6 +27,7 @@ CUDA_SOURCES = ("loss_mask.cu", "loss_mask.h")
 
 
 def note(*lines: str) -> None:
+    """Say something that stands out of a build log."""
     print("\n".join(["", *(f"megatron-speech: {line}" for line in lines), ""]), file=sys.stderr, flush=True)
 
 
@@ -40,6 +41,7 @@ def nvcc_module() -> ModuleType:
 
 
 def wants_cuda(nvcc: str | None) -> bool:
+    """Whether this installation is to build the CUDA kernels."""
     asked = os.environ.get("MEGATRON_SPEECH_CUDA")
     if asked is not None:
         return asked not in ("", "0")
@@ -47,7 +49,10 @@ def wants_cuda(nvcc: str | None) -> bool:
 
 
 class BuildKernels(build_ext):
+    """Builds what can be built, and says clearly what could not."""
+
     def run(self) -> None:
+        """Build the C++ extension, then the CUDA library if it is wanted."""
         try:
             super().run()
         except (BaseError, CCompilerError, OSError) as error:
@@ -55,12 +60,14 @@ class BuildKernels(build_ext):
         self.build_cuda()
 
     def build_extension(self, ext: Extension) -> None:
+        """Build one extension; a failure is said and passed over."""
         try:
             super().build_extension(ext)
         except (BaseError, CCompilerError, OSError) as error:
             self.say_not_built(error)
 
     def say_not_built(self, error: Exception) -> None:
+        """What is missing, what that means, and what to do."""
         note(
             f"the C++ kernels were NOT built ({error}).",
             "The package works without them: loss masks and packing run on PyTorch and NumPy, slower.",
@@ -68,6 +75,7 @@ class BuildKernels(build_ext):
         )
 
     def build_cuda(self) -> None:
+        """Build the CUDA library, one per architecture, into the package."""
         nvcc = nvcc_module()
         if not wants_cuda(nvcc.find_nvcc()):
             return
@@ -76,7 +84,9 @@ class BuildKernels(build_ext):
             try:
                 nvcc.build(ROOT / "csrc", package / nvcc.library_name(arch), arch)
             except nvcc.BuildError as error:
-                note(f"the CUDA kernels were NOT built: {error}", "They are built on first use where nvcc and a GPU are.")
+                note(
+                    f"the CUDA kernels were NOT built: {error}", "They are built on first use where nvcc and a GPU are."
+                )
                 return
 
 
@@ -84,6 +94,7 @@ class CopyCudaSources(build_py):
     """An installed package carries the CUDA sources, so that it can build them on the machine that has the GPU."""
 
     def run(self) -> None:
+        """Copy Python files as usual, then the CUDA sources."""
         super().run()
         if self.editable_mode:
             return  # found in csrc/ of the checkout
@@ -94,6 +105,7 @@ class CopyCudaSources(build_py):
 
 
 def extensions() -> list[Extension]:
+    """The C++ extension, or nothing where it cannot even be described."""
     try:
         import pybind11
     except ImportError:

@@ -28,12 +28,15 @@ def check(source: Path, architecture: str, compiler: str) -> list[str]:
         printed = nvcc.run_compiler(
             nvcc.compile_command(compiler, source, output, architecture, "-c", "-Xptxas=-v,--warn-on-spills")
         )
-    kernels = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", printed, re.S)
+    kernels = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", printed, re.S
+    )
     return [f"{name}: {registers} registers, {spilled} bytes spilled" for name, spilled, registers in kernels]
 
 
 @command
 def main() -> int:
+    """Check every source for every architecture asked for."""
     parser = argparse.ArgumentParser(prog="python -m megatron_speech.ops.compile_check", description=__doc__)
     parser.add_argument(
         "--architecture", action="append", help="compute capability, as nvcc spells it (default: 90a); can be repeated"

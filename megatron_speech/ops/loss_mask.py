@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -428,7 +428,7 @@ def _reference(batch: _Batch, policy: LossPolicy, out: MaskedBatch) -> None:
 # ---- CUDA ------------------------------------------------------------------------------------------------------------
 
 
-def _cuda_library(device: torch.device) -> tuple[object | None, str]:
+def _cuda_library(device: torch.device) -> tuple[Any, str]:
     from megatron_speech.ops import cuda_library
 
     return cuda_library.load(torch.cuda.get_device_capability(device))
@@ -441,7 +441,7 @@ def _cuda(batch: _Batch, policy: LossPolicy, out: MaskedBatch) -> None:
     inputs = (batch.tokens, batch.document_lengths, batch.row_pointers, batch.document_groups, batch.modality_table)
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device)
-        status = library.megatron_speech_loss_mask(  # type: ignore[attr-defined]
+        status = library.megatron_speech_loss_mask(
             *(tensor.data_ptr() for tensor in inputs),
             batch.rows,
             batch.seq_length,
@@ -455,5 +455,5 @@ def _cuda(batch: _Batch, policy: LossPolicy, out: MaskedBatch) -> None:
             stream.cuda_stream,
         )
     if status != 0:
-        message = library.megatron_speech_cuda_error(status).decode()  # type: ignore[attr-defined]
+        message = library.megatron_speech_cuda_error(status).decode()
         raise RuntimeError(f"the CUDA loss mask could not be launched: {message}")

@@ -17,7 +17,11 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 TEXT, AUDIO, SPECIAL, PROMPT_END, SPEECH_END, PAD = 0, 10, 20, 21, 22, 23
 TABLE = np.repeat([0, 1, 2], 10)
 SFT = LossPolicy(prompt=0.0, prompt_end_id=PROMPT_END)
-IMPLEMENTATIONS = ["reference", pytest.param("cpp", marks=needs_extension), pytest.param("emulated", marks=needs_extension)]
+IMPLEMENTATIONS = [
+    "reference",
+    pytest.param("cpp", marks=needs_extension),
+    pytest.param("emulated", marks=needs_extension),
+]
 
 
 def run(case: Case, implementation: str) -> MaskedBatch:
@@ -165,9 +169,8 @@ def test_the_last_position_of_a_document_that_ends_at_the_edge_has_no_label(impl
 def test_empty_documents_are_empty_segments_and_change_nothing_else(implementation):
     tokens = [[TEXT, AUDIO, AUDIO, TEXT, PAD]]
     plain = run(case_of(tokens, [[2, 1]], LossPolicy()), implementation)
-    case = make_case(
-        [[0, 0, 2, 0, 1, 0]], 4, LossPolicy(), tokens=np.array(tokens), modality_table=TABLE, groups=np.array([9, 9, 0, 9, 1, 9])
-    )
+    case = case_of(tokens, [[0, 0, 2, 0, 1, 0]], LossPolicy())
+    case.document_groups = torch.tensor([9, 9, 0, 9, 1, 9], dtype=torch.int32)
     with_empty = run(case, implementation)
     assert with_empty.cu_seqlens.tolist() == [0, 0, 0, 2, 2, 3, 3, 4]
     assert set(differences(with_empty, plain)) == {"cu_seqlens"}

@@ -18,7 +18,11 @@ seq_lengths = st.integers(1, 40)
 
 
 def cut(lengths: np.ndarray, seq_length: int, kernel: str) -> PackedSegments:
-    return pack_cut(lengths, seq_length) if kernel == "dispatched" else packing_kernels._pack_cut_numpy(lengths, seq_length)
+    return (
+        pack_cut(lengths, seq_length)
+        if kernel == "dispatched"
+        else packing_kernels._pack_cut_numpy(lengths, seq_length)
+    )
 
 
 def fit(lengths: np.ndarray, seq_length: int, open_bins: int, kernel: str) -> tuple[PackedSegments, np.ndarray]:
@@ -97,7 +101,9 @@ def test_kernels_and_fallbacks_agree_at_realistic_sizes(seq_length):
     lengths = np.exp(rng.normal(6, 1.2, 20_000)).astype(np.int32)  # the set of rooms has up to four levels here
     assert_equal(cut(lengths, seq_length, "dispatched"), cut(lengths, seq_length, "fallback"))
     for open_bins in (3, 200):
-        assert_equal(fit(lengths, seq_length, open_bins, "dispatched")[0], fit(lengths, seq_length, open_bins, "fallback")[0])
+        assert_equal(
+            fit(lengths, seq_length, open_bins, "dispatched")[0], fit(lengths, seq_length, open_bins, "fallback")[0]
+        )
 
 
 @pytest.mark.parametrize(("median_tokens", "spread"), [(330, 0.7), (735, 0.5), (60, 0.3)])
