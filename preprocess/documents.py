@@ -76,6 +76,7 @@ class Quote:
     """Another sample as a reference or prompt."""
 
     sample_id: str
+    source_id: str
     text_ids: np.ndarray | None
     code_ids: np.ndarray
 
@@ -173,7 +174,7 @@ class Converter:
             begin, end = int(self._record_offsets[number]), int(self._record_offsets[number + 1])
             samples.append(pickle.loads(self._record_data[begin:end]))
         return [
-            Quote(item.sample.sample_id, item.texts[0] if item.texts else None, item.codes.ids)
+            Quote(item.sample.sample_id, item.sample.source_id, item.texts[0] if item.texts else None, item.codes.ids)
             if isinstance(item, Encoded) and item.codes is not None
             else None
             for item in self.encode(samples)
@@ -203,6 +204,34 @@ class Converter:
         return builder.finish(len(outcomes))
 
 
+@dataclass(frozen=True)
+class _Emitted:
+    """A document and what its row of the documents table is made of."""
+
+    item: Encoded
+    quote: Quote | None
+    document: np.ndarray
+    audio_tokens: int
+    text_tokens: int
+    target_tokens: int
+
+
+# Columns of the documents table that are attributes of the sample.
+_OF_SAMPLE = (
+    "sample_id",
+    "source_id",
+    "segment_order",
+    "start_time",
+    "end_time",
+    "speaker_id",
+    "language",
+    "dataset_source",
+    "transcript_native",
+    "transcript_romanized",
+    "extra",
+)
+
+
 class _Builder:
     """Collects the documents of a batch."""
 
@@ -210,12 +239,10 @@ class _Builder:
         self.job = converter.job
         self.space = converter.space
         self.tokenizer_version = converter.tokenizer_version
-        self.documents: list[np.ndarray] = []
-        self.columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+        self.emitted: list[_Emitted] = []
         self.dropped: Counter[str] = Counter()
         self.notices: Counter[str] = Counter()
         self.forms: Counter[str] = Counter()
-        self.totals: dict[tuple[str, str], Totals] = {}
         self.rejected: list[dict[str, Any]] = []
         self.kept = 0
 
@@ -258,68 +285,66 @@ class _Builder:
                 self._emit("plain", item, text_ids=ids)
 
     def _emit(self, form: str, item: Encoded, quote: Quote | None = None, **ids: Any) -> None:
-        sample, space, columns = item.sample, self.space, self.columns
         if item.codes is not None:
             ids["code_ids"] = item.codes.ids
-        document = compile_document(space, self.job.rules.task, append_eod=self.job.append_eod, **ids)
-        frames = item.codes.frames if item.codes is not None else 0
+        document = compile_document(self.space, self.job.rules.task, append_eod=self.job.append_eod, **ids)
         audio = sum(len(value) for name, value in ids.items() if name.endswith("code_ids"))
         text = sum(len(value) for name, value in ids.items() if name.endswith("text_ids"))
         text += sum(len(turn) for _, turn in ids.get("turns", ()))
-        target = count_target_tokens(space, document)
-        seconds = frames / space.codec.frame_rate_hz
-        for name, value in (
-            ("sample_id", sample.sample_id),
-            ("source_id", sample.source_id),
-            ("segment_order", sample.segment_order),
-            ("start_time", sample.start_time),
-            ("end_time", sample.end_time),
-            ("speaker_id", sample.speaker_id),
-            ("language", sample.language),
-            ("dataset_source", sample.dataset_source),
-            ("transcript_native", sample.transcript_native),
-            ("transcript_romanized", sample.transcript_romanized),
-            ("code_len", frames if item.codes is not None else None),
-            ("audio_tokens", audio),
-            ("text_tokens", text),
-            ("tokens", len(document)),
-            ("target_tokens", target),
-            ("duration_seconds", seconds if item.codes is not None else None),
-            ("reference_sample_id", None if quote is None else quote.sample_id),
-            ("checksum", None if item.codes is None else item.codes.checksum),
-            ("extra", sample.extra),
-        ):
-            columns[name].append(value)
-        self.documents.append(document)
+        target = count_target_tokens(self.space, document)
+        self.emitted.append(_Emitted(item, quote, document, audio, text, target))
         self.forms[form] += 1
-        totals = self.totals.setdefault((sample.language, sample.dataset_source), Totals())
-        totals.documents += 1
-        totals.frames += frames
-        totals.tokens += len(document)
-        totals.audio_tokens += audio
-        totals.text_tokens += text
-        totals.target_tokens += target
+
+    def _columns(self) -> dict[str, list[Any]]:
+        emitted, rules, codec = self.emitted, self.job.rules, self.space.codec
+        samples = [one.item.sample for one in emitted]
+        codes = [one.item.codes for one in emitted]
+        columns: dict[str, list[Any]] = {name: [getattr(sample, name) for sample in samples] for name in _OF_SAMPLE}
+        columns |= {
+            "code_len": [code.frames if code else None for code in codes],
+            "duration_seconds": [code.frames / codec.frame_rate_hz if code else None for code in codes],
+            "checksum": [code.checksum if code else None for code in codes],
+            "audio_tokens": [one.audio_tokens for one in emitted],
+            "text_tokens": [one.text_tokens for one in emitted],
+            "tokens": [len(one.document) for one in emitted],
+            "target_tokens": [one.target_tokens for one in emitted],
+            "reference_sample_id": [one.quote.sample_id if one.quote else None for one in emitted],
+            "task": [rules.task] * len(emitted),
+            "codec_hash": [codec.hash if rules.needs_codes else None] * len(emitted),
+            "tokenizer_version": [self.tokenizer_version] * len(emitted),
+            "normalization_version": [NORMALIZATION_VERSION] * len(emitted),
+        }
+        return columns
+
+    def _totals(self) -> dict[tuple[str, str], Totals]:
+        sums: dict[tuple[str, str], np.ndarray] = {}
+        for one in self.emitted:
+            sample, codes = one.item.sample, one.item.codes
+            frames = codes.frames if codes else 0
+            counts = (1, frames, len(one.document), one.audio_tokens, one.text_tokens, one.target_tokens)
+            key = (sample.language, sample.dataset_source)
+            if key in sums:
+                sums[key] += counts
+            else:
+                sums[key] = np.array(counts, dtype=np.int64)
+        names = ("documents", "frames", "tokens", "audio_tokens", "text_tokens", "target_tokens")
+        return {key: Totals(**dict(zip(names, counts.tolist(), strict=True))) for key, counts in sums.items()}
 
     def finish(self, rows: int) -> Documents:
-        count = len(self.documents)
-        speech = self.job.rules.needs_codes
-        self.columns |= {
-            "task": [self.job.rules.task] * count,
-            "codec_hash": [self.space.codec.hash if speech else None] * count,
-            "tokenizer_version": [self.tokenizer_version] * count,
-            "normalization_version": [NORMALIZATION_VERSION] * count,
-        }
-        flat = np.concatenate(self.documents) if count else np.zeros(0, np.int32)
+        """All documents, as the writer takes them."""
+        documents = [one.document for one in self.emitted]
+        flat = np.concatenate(documents) if documents else np.zeros(0, np.int32)
+        columns = self._columns()
         return Documents(
             flat=flat.astype(self.space.dtype),
-            lengths=np.array([len(document) for document in self.documents], dtype=np.int32),
-            table=pa.record_batch([pa.array(self.columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA),
+            lengths=np.array([len(document) for document in documents], dtype=np.int32),
+            table=pa.record_batch([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA),
             rows=rows,
             kept=self.kept,
             dropped=self.dropped,
             notices=self.notices,
             forms=self.forms,
-            totals=self.totals,
+            totals=self._totals(),
             rejected=self.rejected,
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from megatron_speech.tasks import ROLES
@@ -83,9 +82,9 @@ class SampleRules:
         if row.rejected is not None:
             raise row.rejected
         fields = row.fields
-        stem = Path(path).stem
+        stem = os.path.splitext(os.path.basename(path))[0]
         sample_id = _text(fields, "sample_id") or f"{stem}-{row.number:08d}"
-        own = set(_OWN_FIELDS)
+        own = _OWN_FIELDS
         sample = Sample(
             number=row.number,
             sample_id=sample_id,
@@ -106,7 +105,7 @@ class SampleRules:
             sample.texts = [_transcript(fields, TRANSCRIPTS[self.transcript])]
         elif self.task == "text_lm":
             sample.roles, sample.texts, used = _written_text(fields, self.json_keys)
-            own |= used
+            own = own | used
         sample.extra = extra_json({name: _plain(value) for name, value in fields.items() if name not in own})
         return sample
 

@@ -30,6 +30,7 @@ SCHEMA = pa.schema(
         ("target_tokens", pa.int32()),  # after the SFT prompt
         ("duration_seconds", pa.float64()),  # of the target
         ("reference_sample_id", pa.string()),  # the reference of a cloning document, the prompt of a continuation
+        ("reference_source_id", pa.string()),  # its source: a held-out one keeps the document out of training
         ("codec_hash", pa.string()),
         ("tokenizer_version", pa.string()),
         ("normalization_version", pa.string()),
