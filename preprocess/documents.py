@@ -309,6 +309,7 @@ class _Builder:
             "tokens": [len(one.document) for one in emitted],
             "target_tokens": [one.target_tokens for one in emitted],
             "reference_sample_id": [one.quote.sample_id if one.quote else None for one in emitted],
+            "reference_source_id": [one.quote.source_id if one.quote else None for one in emitted],
             "task": [rules.task] * len(emitted),
             "codec_hash": [codec.hash if rules.needs_codes else None] * len(emitted),
             "tokenizer_version": [self.tokenizer_version] * len(emitted),

@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_speech.data.config import DataConfig, StageDataConfig, StratumConfig
-from megatron_speech.data.split import held_out, splitmix64
+from megatron_speech.data.split import held_out, quotes_held_out, splitmix64
 from megatron_speech.errors import InputError
 from megatron_speech.files import canonical_json, sha256_hex
 from megatron_speech.ops.extension import extension
@@ -114,7 +114,8 @@ class DocumentTable:
     """One dataset's documents as the blend sees them: arrays of D elements.
 
     lengths, targets: int32 tokens, and tokens after the prompt; seconds: float32 of audio; language, source: int32
-    codes into `languages`, `sources`; held_out: bool, True for validation documents.
+    codes into `languages`, `sources`; held_out: bool, True for validation documents;
+    quotes_held_out: bool, True where the reference is held out (never trained on; validated on if itself held out).
     """
 
     name: str
@@ -127,6 +128,7 @@ class DocumentTable:
     languages: list[str]
     sources: list[str]
     held_out: np.ndarray
+    quotes_held_out: np.ndarray
 
     def counted(self, stage: StageDataConfig) -> np.ndarray:
         """Tokens that a document counts for in the proportions of `stage`, int32 [D]."""
@@ -150,7 +152,7 @@ def _numbers(column: pa.ChunkedArray, dtype: type[np.generic]) -> np.ndarray:
 def read_documents(name: str, task: str, dataset: TokenDataset, data: DataConfig) -> DocumentTable:
     """Read what the blend needs of `dataset`, which holds documents of `task`, from its table and its index."""
     columns = dataset.columns(
-        "source_id", "sample_id", "language", "dataset_source", "target_tokens", "duration_seconds"
+        "source_id", "sample_id", "language", "dataset_source", "target_tokens", "duration_seconds", "reference_source_id"
     )
     language, languages = _codes(columns["language"], UNKNOWN_LANGUAGE)
     source, sources = _codes(columns["dataset_source"], UNKNOWN_SOURCE)
@@ -165,6 +167,7 @@ def read_documents(name: str, task: str, dataset: TokenDataset, data: DataConfig
         languages=languages,
         sources=sources,
         held_out=held_out(columns, data.validation_fraction, data.split_seed),
+        quotes_held_out=quotes_held_out(columns, data.validation_fraction, data.split_seed),
     )
 
 
@@ -372,7 +375,12 @@ def resolve(stage: StageDataConfig, tables: Sequence[DocumentTable], *, validati
                 f"{_nearest(name, known_sources)}"
             )
 
-    excluded: dict[str, dict[str, int]] = {"oversize": {}, "without_target": {}, "other_side_of_split": {}}
+    excluded: dict[str, dict[str, int]] = {
+        "oversize": {},
+        "without_target": {},
+        "other_side_of_split": {},
+        "quotes_held_out": {},
+    }
     longest = 0
     kept_documents = []
     for leaf, members in zip(leaves, documents, strict=True):
@@ -389,6 +397,8 @@ def resolve(stage: StageDataConfig, tables: Sequence[DocumentTable], *, validati
             members = leave_out("oversize", fits, members)
         members = leave_out("without_target", table.counted(stage)[members] > 0, members)
         members = leave_out("other_side_of_split", table.held_out[members] == validation, members)
+        if not validation:
+            members = leave_out("quotes_held_out", ~table.quotes_held_out[members], members)
         kept_documents.append(members)
     if excluded["oversize"] and stage.packing.oversize == "refuse":
         counts = ", ".join(f"{count} of dataset {name}" for name, count in excluded["oversize"].items())

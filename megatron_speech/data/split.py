@@ -68,6 +68,26 @@ def split_names(columns: pa.Table) -> pa.Array:
     return pc.if_else(missing, sample, source)
 
 
+def quotes_held_out(columns: pa.Table, fraction: float, seed: int) -> np.ndarray:
+    """Which documents quote a held-out source as their reference or prompt.
+
+    Trained on, such a document would show the model a recording that validation promises it never saw.
+
+    Args:
+        columns: table with the string column `reference_source_id`, null for documents that quote nothing.
+        fraction, seed: as for :func:`held_out`.
+
+    Returns:
+        bool [D].
+    """
+    names = columns["reference_source_id"].combine_chunks().cast(pa.large_string())
+    if fraction <= 0.0 or names.null_count == len(names):
+        return np.zeros(columns.num_rows, dtype=bool)
+    limit = np.uint64(min(int(fraction * 2.0**64), _MASK))
+    quoted = names.is_valid().to_numpy(zero_copy_only=False)
+    return (hash_strings(names, seed) < limit) & quoted
+
+
 def held_out(columns: pa.Table, fraction: float, seed: int) -> np.ndarray:
     """Which documents are validation documents.
 

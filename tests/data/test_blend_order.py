@@ -32,6 +32,7 @@ def table(
     languages: list[str] | None = None,
     sources: list[str] | None = None,
     held_out: list[bool] | np.ndarray | None = None,
+    quotes_held_out: list[bool] | np.ndarray | None = None,
 ) -> DocumentTable:
     """A documents table without files."""
     lengths = np.asarray(lengths, dtype=np.int32)
@@ -48,6 +49,7 @@ def table(
         languages=language_names.tolist(),
         sources=source_names.tolist(),
         held_out=np.zeros(len(lengths), dtype=bool) if held_out is None else np.asarray(held_out),
+        quotes_held_out=np.zeros(len(lengths), bool) if quotes_held_out is None else np.asarray(quotes_held_out),
     )
 
 
@@ -302,6 +304,16 @@ def test_validation_documents_are_on_the_other_side_and_occur_once() -> None:
     assert not set(train.strata[0].documents) & set(np.flatnonzero(held_out))
     order = fixed_order(validation, 0)
     assert sorted(order.document) == np.flatnonzero(held_out).tolist()
+
+
+def test_a_document_whose_reference_is_held_out_is_never_trained_on() -> None:
+    number = np.arange(60)
+    held_out, quoting = number % 5 == 0, number % 3 == 0
+    tables = [table(lengths=[10] * 60, held_out=held_out, quotes_held_out=quoting)]
+    train, validation = resolve(stage(), tables), resolve(stage(), tables, validation=True)
+    assert train.strata[0].documents.tolist() == number[~held_out & ~quoting].tolist()
+    assert validation.strata[0].documents.tolist() == number[held_out].tolist()
+    assert train.excluded["quotes_held_out"] == {"a": int((~held_out & quoting).sum())}
 
 
 # ---- refusals

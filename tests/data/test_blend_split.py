@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_speech.data.split import hash_strings, held_out
+from megatron_speech.data.split import hash_strings, held_out, quotes_held_out
 
 MASK = (1 << 64) - 1
 
@@ -74,3 +74,12 @@ def test_names_longer_than_a_chunk_of_rows_hash_alike_wherever_they_stand() -> N
     hashes = hash_strings(names, 1)
     assert hashes[0] == hashes[4]
     assert len(np.unique(hashes)) == 4
+
+
+def test_a_document_that_quotes_a_held_out_source_is_known_by_its_reference() -> None:
+    sources = [f"recording-{k}" for k in range(500)]
+    held = held_out(columns(sources, sources), 0.1, 5)
+    assert held.any()
+    quoting = pa.table({"reference_source_id": pa.array([*sources, None, None], pa.string())})
+    assert quotes_held_out(quoting, 0.1, 5).tolist() == [*held.tolist(), False, False]
+    assert not quotes_held_out(pa.table({"reference_source_id": pa.nulls(3, pa.string())}), 0.999, 5).any()
