@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_speech.codecs import describe_codec
 from megatron_speech.generation.engine import SpeechGenerator
 from megatron_speech.token_space import CodecDescription, TokenSpace
 
@@ -71,3 +72,12 @@ def leaky_model(toy_space: TokenSpace) -> LeakySum:
 @pytest.fixture
 def toy_generator(toy_space: TokenSpace, leaky_model: LeakySum) -> SpeechGenerator:
     return SpeechGenerator(leaky_model.open_session, toy_space, max_sequence_length=400, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def codec2_generator() -> SpeechGenerator:
+    """A toy model that speaks Codec2."""
+    pytest.importorskip("pycodec2", reason="Codec2 is not installed")
+    space = TokenSpace.build("bytes", describe_codec("codec2"))
+    model = LeakySum(space, end_bias=1.0)
+    return SpeechGenerator(model.open_session, space, max_sequence_length=400, device=torch.device("cpu"))

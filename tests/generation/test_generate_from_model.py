@@ -60,6 +60,7 @@ def space() -> TokenSpace:
 
 @pytest.fixture(scope="module")
 def model(space: TokenSpace) -> Iterator[SpeechGPTModel]:
+    groups.destroy()
     groups.initialize()
     (chunk,) = build_model(
         ModelConfig(preset="tiny", init_std=0.3),
