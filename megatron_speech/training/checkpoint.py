@@ -18,6 +18,8 @@ import os
 import random
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,10 +197,11 @@ def save_checkpoint(
         building.mkdir(parents=True)
     dist.barrier()
     contents = _model_state(chunks)
-    contents["optimizer"] = optimizer.core.sharded_state_dict(_merged(contents), metadata=_METADATA)
+    contents["optimizer"] = optimizer.sharded_state(_merged(contents), _METADATA, is_loading=False)
     contents["rng"] = ShardedObject("rng", _rng_state(), (world,), (rank,))
     contents["state"] = state
-    dist_checkpointing.save(contents, str(building), sharded_strategy=_InProcessSave(), content_metadata=_METADATA)
+    with _quiet():
+        dist_checkpointing.save(contents, str(building), sharded_strategy=_InProcessSave(), content_metadata=_METADATA)
     dist.barrier()
     if rank == 0:
         recipe.save(building / "recipe.yaml")
@@ -310,13 +313,14 @@ def load_checkpoint(info: CheckpointInfo, *, chunks: list[Any], optimizer: Optim
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     contents = _model_state(chunks)
-    contents["optimizer"] = optimizer.core.sharded_state_dict(_merged(contents), is_loading=True, metadata=_METADATA)
+    contents["optimizer"] = optimizer.sharded_state(_merged(contents), _METADATA, is_loading=True)
     same_layout = info.fields["layout"]["world_size"] == world
     if same_layout:
         contents["rng"] = ShardedObject("rng", None, (world,), (rank,))
-    loaded = dist_checkpointing.load(contents, str(info.path))
+    with _quiet():
+        loaded = dist_checkpointing.load(contents, str(info.path))
     _load_model_state(chunks, loaded)
-    optimizer.core.load_state_dict(loaded["optimizer"])
+    optimizer.load_state(loaded["optimizer"])
     if same_layout:
         _restore_rng_state(loaded["rng"])
     state = loaded["state"]
@@ -363,10 +367,21 @@ def load_for_inference(path: str | os.PathLike[str]) -> tuple[SpeechGPTModel, To
         max_sequence_length=int(info.fields["max_seq_length"]),
         seed=0,
     )
-    _load_model_state(chunks, dist_checkpointing.load(_model_state(chunks), str(info.path)))
+    with _quiet():
+        loaded = dist_checkpointing.load(_model_state(chunks), str(info.path))
+    _load_model_state(chunks, loaded)
     (model,) = chunks
     model.eval()
     return model, space, info
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's notices to megatron-core about the ShardedTensor that its format is made of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def _model_state(chunks: list[Any]) -> ShardedStateDict:
@@ -476,6 +491,8 @@ def _is_harmless(key: str, current_stage: int) -> bool:
         if index > current_stage:
             return True
         return parts[2] in _HARMLESS_IN_STAGE or (index == current_stage and parts[2] == "tokens")
+    if key == "parallel.distributed_optimizer":
+        return False  # the two kinds of optimizer do not read each other's state
     return any(key == name or key.startswith(name + ".") for name in _HARMLESS)
 
 

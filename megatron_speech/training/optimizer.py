@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
@@ -12,6 +14,7 @@ from megatron.core.optimizer import (
     ParamPredicate,
     get_megatron_optimizer,
 )
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
@@ -106,6 +109,26 @@ class Optimizer:
     def zero_grad(self) -> None:
         """Drop the parameters' gradients; the DDP buffers are zeroed by their owner."""
         self.core.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def sharded_state(self, model_state: Any, metadata: dict[str, Any], *, is_loading: bool) -> Any:
+        """megatron-core's sharded state: to save, or with `is_loading` the places that a load will fill."""
+        if is_loading:
+            for part in self._parts:
+                if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
+                    # megatron-core allocates moments here but not torch's step counts, which it then misses.
+                    for p in part.get_parameters():
+                        part.optimizer.state[p] = {
+                            "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                            "exp_avg": torch.zeros_like(p),
+                            "exp_avg_sq": torch.zeros_like(p),
+                        }
+        return self.core.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+
+    @torch.no_grad()
+    def load_state(self, state: Any) -> None:
+        """Take over what a load filled in; :meth:`start_stage` follows. In-place writes on parameters: no grad."""
+        self.core.load_state_dict(state)
 
     def reset_state(self) -> None:
         """Forget moments and step count, as a stage with `carry_optimizer: false` asks."""
