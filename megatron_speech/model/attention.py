@@ -303,18 +303,22 @@ class _Rotate(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """[T, heads, D] queries, keys, values → per bucket three [n, L, heads, D], queries and keys turned."""
+    """[T, heads, D] queries, keys, values → per bucket three [n, L, heads, D], queries and keys turned.
+
+    The result has the dtype of `cos` and `sin`: on CPU attention runs in fp32 whatever the model's precision, since
+    torch's bf16 kernel takes several times as long there.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, layout: PaddedLayout
     ) -> tuple[Tensor, ...]:
-        ctx.layout = layout
+        ctx.layout, ctx.dtype = layout, query.dtype
         ctx.save_for_backward(cos, sin)
         out: list[tuple[Tensor, ...]] = []
         slot_cos, slot_sin = cos.index_select(0, layout.slots), sin.index_select(0, layout.slots)
         for number, tensor in enumerate((query, key, value)):
-            padded = tensor.index_select(0, layout.slots)
+            padded = tensor.index_select(0, layout.slots).to(cos.dtype)
             if number < 2:
                 _rotate_(padded, slot_cos, slot_sin)
             parts = padded.split([count * length for count, length in layout.buckets])
@@ -334,28 +338,31 @@ class _Gather(torch.autograd.Function):
             parts = [gradient.flatten(0, 1) for gradient in gradients[number::3]]
             padded = parts[0] if len(parts) == 1 else torch.cat(parts)
             flat = padded.index_select(0, ctx.layout.inverse)
-            result.append(_rotate_(flat, cos, sin, inverse=True) if number < 2 else flat)
+            if number < 2:
+                _rotate_(flat, cos, sin, inverse=True)
+            result.append(flat.to(ctx.dtype))
         return (*result, None, None, None)
 
 
 class _Scatter(torch.autograd.Function):
-    """Per bucket [n, L, H, D] → [T, H, D]."""
+    """Per bucket [n, L, H, D] → [T, H, D] of the given dtype."""
 
     @staticmethod
-    def forward(ctx: Any, layout: PaddedLayout, *parts: Tensor) -> Tensor:
-        ctx.layout = layout
+    def forward(ctx: Any, layout: PaddedLayout, dtype: torch.dtype, *parts: Tensor) -> Tensor:
+        ctx.layout, ctx.dtype = layout, parts[0].dtype
         flat = [part.flatten(0, 1) for part in parts]
         padded = flat[0] if len(flat) == 1 else torch.cat(flat)
-        return padded.index_select(0, layout.inverse)
+        return padded.index_select(0, layout.inverse).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        layout, gradient = ctx.layout, gradients[0]
+        layout, gradient = ctx.layout, gradients[0].to(ctx.dtype)
         # Slots beyond a document's end must get no gradient: they hold copies of real keys.
         padded = gradient.new_zeros((layout.slots.shape[0], *gradient.shape[1:]))
         padded.index_copy_(0, layout.inverse, gradient)
         parts = padded.split([count * length for count, length in layout.buckets])
         return (
+            None,
             None,
             *(
                 part.view(count, length, *gradient.shape[1:])
@@ -369,7 +376,7 @@ class PackedSdpaAttention(nn.Module):
 
     RoPE is applied here, where the keys of a generation enter the cache. fp32 and bf16. On CUDA in bf16 the varlen
     kernel of torch ≥ 2.10 takes the packed tokens as they are; elsewhere the documents are gathered into a few
-    rectangles (:class:`PaddedLayout`) for `scaled_dot_product_attention`.
+    rectangles (:class:`PaddedLayout`) for `scaled_dot_product_attention`, in fp32 if on CPU.
     """
 
     def __init__(
@@ -404,7 +411,9 @@ class PackedSdpaAttention(nn.Module):
         if not isinstance(packed, PackedSequences) or packed.rotary is None:
             raise TypeError("this attention needs the PackedSequences of the micro-batch as packed_seq_params")
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        cos, sin = (table.to(query.dtype) for table in packed.rotary)
+        cos, sin = packed.rotary
+        if query.is_cuda:
+            cos, sin = cos.to(query.dtype), sin.to(query.dtype)
         if packed.kv_cache is not None:
             out = self._cached(query, key, value, cos, sin, packed)
         elif varlen_attn is not None and query.is_cuda and query.dtype != torch.float32:
@@ -424,7 +433,7 @@ class PackedSdpaAttention(nn.Module):
             q, k, v = (tensor.transpose(1, 2) for tensor in gathered[first : first + 3])
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
             outputs.append(attended.transpose(1, 2))
-        result: Tensor = _Scatter.apply(packed.layout, *outputs)
+        result: Tensor = _Scatter.apply(packed.layout, query.dtype, *outputs)
         return result
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
@@ -450,8 +459,10 @@ class PackedSdpaAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, packed: PackedSequences
     ) -> Tensor:
         assert packed.kv_cache is not None
-        packed.kv_cache.store(self.layer_number, _rotate_(key.clone(), cos, sin), value)
+        # The cache has the dtype of the tables: fp32 on CPU, where attention runs in fp32.
+        keys = _rotate_(key.to(cos.dtype, copy=True), cos, sin)
+        packed.kv_cache.store(self.layer_number, keys, value.to(cos.dtype))
         if packed.decoding:
-            turned = _rotate_(query.clone(memory_format=torch.contiguous_format), cos, sin)
-            return packed.kv_cache.attend(self.layer_number, turned, self.scale)
+            turned = _rotate_(query.to(cos.dtype, copy=True, memory_format=torch.contiguous_format), cos, sin)
+            return packed.kv_cache.attend(self.layer_number, turned, self.scale).to(query.dtype)
         return self._padded(query, key, value, cos, sin, packed)

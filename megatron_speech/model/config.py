@@ -7,8 +7,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from megatron_speech.errors import InputError
-
 # Decoder shapes by name. Published ones carry the shape of the checkpoint they are named after.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(num_layers=2, hidden_size=64, ffn_hidden_size=176, num_attention_heads=4, num_query_groups=2),
@@ -52,7 +50,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 class ModelConfig(BaseModel):
     """A decoder-only transformer: RMSNorm, SwiGLU, grouped-query attention, RoPE.
 
-    Give every shape, or a `preset` and what differs from it.
+    Give every shape, or a `preset` and what differs from it. A shape that cannot be is a pydantic ValidationError
+    with one sentence per field.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -83,7 +82,7 @@ class ModelConfig(BaseModel):
         if name is not None:
             if name not in PRESETS:
                 near = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.0)
-                raise InputError(
+                raise ValueError(
                     f"model.preset {name!r} is not known; nearest: {near[0]!r} (all: {', '.join(PRESETS)})"
                 )
             given = {**PRESETS[name], **given}
@@ -92,7 +91,7 @@ class ModelConfig(BaseModel):
             given.setdefault("num_query_groups", heads)
             if "kv_channels" not in given:
                 if hidden % heads:
-                    raise InputError(
+                    raise ValueError(
                         f"model.hidden_size {hidden} is not a multiple of model.num_attention_heads {heads}: "
                         "choose one that is, or give model.kv_channels"
                     )
@@ -104,12 +103,12 @@ class ModelConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if self.num_attention_heads % self.num_query_groups:
-            raise InputError(
+            raise ValueError(
                 f"model.num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"model.num_query_groups {self.num_query_groups}"
             )
         if self.kv_channels % 2:
-            raise InputError(f"model.kv_channels is {self.kv_channels}: RoPE turns pairs, so it must be even")
+            raise ValueError(f"model.kv_channels is {self.kv_channels}: RoPE turns pairs, so it must be even")
         return self
 
     def parameters(self, vocab: int) -> int:

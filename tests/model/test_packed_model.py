@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from megatron_speech.errors import InputError
 from megatron_speech.model.attention import KVCache, PackedSequences, PaddedLayout
 from megatron_speech.model.builder import build_model
 from megatron_speech.model.config import PRESETS, ModelConfig
@@ -263,7 +263,7 @@ def test_published_shapes_have_their_published_size():
     ],
 )
 def test_an_impossible_shape_is_refused_with_a_sentence(shape, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValidationError, match=message):
         ModelConfig(**shape)
 
 
