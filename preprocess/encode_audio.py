@@ -448,7 +448,7 @@ class Writer:
         self._codes = self._open("codes", self._header_bytes + state.frames * self._row_bytes)
         self._samples = self._open("samples", state.samples_bytes)
         self._rejected = self._open("rejected", state.rejected_bytes)
-        self._committed_at = time.monotonic()
+        self._committed_at = float("-inf")  # the first results at once: a run that starts is a run that can resume
 
     def _open(self, name: str, size: int) -> IO[bytes]:
         handle = open(self.outputs.work / name, "ab")

@@ -24,6 +24,7 @@ import random
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ SAMPLE_RATE_HZ = 22050
 TRIM_LEVEL = 200  # int16; below it espeak-ng's own silence begins and ends an utterance
 TRIM_MARGIN_SECONDS = 0.03
 LEAST_PEAK = 1000  # int16; a voice that stays below it is broken
+LONGEST_DATA_PATH_BYTES = 120  # libespeak-ng's buffer for it has 160 bytes, and it adds file names
 LEAST_SECONDS, MOST_SECONDS = 0.1, 15.0
 
 
@@ -142,11 +144,26 @@ class SpeakerJob:
     max_words: int
     seed: int
     directory: str
+    data: str  # espeak-ng's
 
     @property
     def speaker_id(self) -> str:
         """Speakers are per language, so that the reference of a cloning sample is in its own language."""
         return f"{self.language}-{self.voice.name}"
+
+
+@contextlib.contextmanager
+def voice_data() -> Iterator[str]:
+    """Path of espeak-ng's data, by way of a symbolic link where the wheel lies too deep for libespeak-ng."""
+    import espeakng_loader
+
+    data = espeakng_loader.get_data_path()
+    with contextlib.ExitStack() as stack:
+        if len(os.fsencode(data)) > LONGEST_DATA_PATH_BYTES:
+            link = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="espeak-"))) / "espeak-ng-data"
+            link.symlink_to(data)
+            data = str(link)
+        yield data
 
 
 class Espeak:
@@ -156,21 +173,13 @@ class Espeak:
     # From speak_lib.h: AUDIO_OUTPUT_RETRIEVAL, espeakINITIALIZE_DONT_EXIT, espeakCHARS_UTF8, POS_CHARACTER.
     _RETRIEVAL, _DO_NOT_EXIT, _UTF8, _BY_CHARACTER = 1, 0x8000, 1, 1
     _RATE, _PITCH = 1, 3
-    _LONGEST_PATH = 120  # libespeak-ng copies its data path into a buffer of 160 bytes and adds file names to it
 
-    def __init__(self, voice: str) -> None:
+    def __init__(self, voice: str, data: str) -> None:
+        """Load the library, with its voices in the folder `data`, and choose a voice."""
         import espeakng_loader
 
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
-        data = espeakng_loader.get_data_path()
-        with contextlib.ExitStack() as stack:
-            if len(data) > self._LONGEST_PATH:
-                link = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="espeak-"))) / "espeak-ng-data"
-                link.symlink_to(data)
-                # Voices are read on first use, so the link is needed as long as this process.
-                stack.pop_all()
-                data = str(link)
-            rate = self._library.espeak_Initialize(self._RETRIEVAL, 0, os.fsencode(data), self._DO_NOT_EXIT)
+        rate = self._library.espeak_Initialize(self._RETRIEVAL, 0, os.fsencode(data), self._DO_NOT_EXIT)
         if rate != SAMPLE_RATE_HZ:
             raise InputError(
                 f"espeak-ng did not start with the data in {data} (status {rate}); reinstall espeakng-loader"
@@ -233,7 +242,7 @@ def speak(job: SpeakerJob) -> list[dict[str, Any]]:
     generator = random.Random(f"{job.seed}/{job.speaker_id}")
     numbers, phrases = Deck(language.numbers, generator), Deck(language.phrases, generator)
     romanization = language.romanization
-    espeak = Espeak(f"{language.voice}+{job.voice.variant}")
+    espeak = Espeak(f"{language.voice}+{job.voice.variant}", job.data)
     rows: list[dict[str, Any]] = []
     spoken_seconds = 0.0
     while len(rows) < job.utterances if job.utterances is not None else spoken_seconds < (job.seconds or 0.0):
@@ -349,7 +358,8 @@ def main(argv: list[str] | None = None) -> int:
     output: Path = arguments.output_dir
     prepare_output_directory(output)
     with tempfile.TemporaryDirectory(dir=output, prefix=".corpus-") as work:
-        rows = _speak_all(arguments, work)
+        with voice_data() as data:
+            rows = _speak_all(arguments, work, data)
         (output / "samples.jsonl").unlink(missing_ok=True)  # of an earlier run: it must not name the new recordings
         shutil.rmtree(output / "wavs", ignore_errors=True)
         os.replace(Path(work, "wavs"), output / "wavs")
@@ -367,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _speak_all(arguments: argparse.Namespace, work: str) -> list[dict[str, Any]]:
+def _speak_all(arguments: argparse.Namespace, work: str, data: str) -> list[dict[str, Any]]:
     speakers = [(language, voice) for voice in VOICES[: arguments.speakers] for language in arguments.languages]
     jobs = []
     for index, (language, voice) in enumerate(speakers):
@@ -376,7 +386,7 @@ def _speak_all(arguments: argparse.Namespace, work: str) -> list[dict[str, Any]]
             utterances = arguments.utterances // len(speakers) + (index < arguments.utterances % len(speakers))
         else:
             seconds = arguments.hours * 3600 / len(speakers)
-        jobs.append(SpeakerJob(language, voice, utterances, seconds, arguments.max_words, arguments.seed, work))
+        jobs.append(SpeakerJob(language, voice, utterances, seconds, arguments.max_words, arguments.seed, work, data))
     Path(work, "wavs").mkdir()
     rows: list[dict[str, Any]] = []
     # The fork server never loads espeak-ng: each of its children begins with a fresh library.
