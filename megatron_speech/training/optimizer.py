@@ -128,7 +128,18 @@ class Optimizer:
     @torch.no_grad()
     def load_state(self, state: Any) -> None:
         """Take over what a load filled in; :meth:`start_stage` follows. In-place writes on parameters: no grad."""
-        self.core.load_state_dict(state)
+        (part,) = self._parts
+        if not (isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW)):
+            self.core.load_state_dict(state)
+            return
+        # The same in two halves: megatron-core copies every entry of an AdamW state from the checkpoint, and the
+        # step counts, which it keeps elsewhere, are not there.
+        shards = state.pop("param_state")
+        part.load_state_dict(state)
+        steps = {p: entry.pop("step") for p, entry in part.optimizer.state.items()}
+        part.load_parameter_state_from_fully_reshardable(shards)
+        for p, step in steps.items():
+            part.optimizer.state[p]["step"] = step.clone()  # loaded as one tensor for all, which each would count up
 
     def reset_state(self) -> None:
         """Forget moments and step count, as a stage with `carry_optimizer: false` asks."""
