@@ -623,6 +623,9 @@ def main(argv: list[str] | None = None) -> int:
             with contextlib.suppress(OSError):  # not empty: another shard works there
                 directory.rmdir()
         raise
+    except KeyboardInterrupt:
+        print(f"what is done so far is kept in {outputs.work}; --resume continues from there", file=sys.stderr)
+        raise
     return 0
 
 
