@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,6 +134,8 @@ def _number(fields: dict[str, Any], name: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RowRejected("bad_field", f"field {name} is {_short(value)}, needed a number")
+    if not math.isfinite(value):
+        raise RowRejected("not_finite", f"field {name} is {value}; leave it out")
     return float(value)
 
 

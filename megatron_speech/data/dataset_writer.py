@@ -169,6 +169,9 @@ def _claim(folder: Path, prefix: Path) -> int:
                 f"another process is writing {prefix} (it holds {folder / 'lock'}); wait for it, or name another output"
             ) from error
         # A file system without locks (some network ones): nothing tells two writers apart, the renames still do.
+    if os.fstat(lock).st_nlink == 0:  # it finished, and took the folder with it, while we were looking
+        os.close(lock)
+        return _claim(folder, prefix)
     for name in os.listdir(folder):
         if name != "lock":
             (folder / name).unlink() if not (folder / name).is_dir() else shutil.rmtree(folder / name)

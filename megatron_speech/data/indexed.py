@@ -380,6 +380,10 @@ class TokenDataset:
             if size != entry.bytes:
                 raise InputError(f"{file}: holds {size:,} bytes, needed {entry.bytes:,} by {path}; {REMAKE}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process maps the files itself: the arrays do not travel.
+        return _open, (self.prefix, self.manifest is not None)
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -485,6 +489,10 @@ class TokenDataset:
             raise InputError(
                 f"{file_of(self.prefix, suffix)}: {what} of document {i} is {found[i]}, needed {needed[i]}; {REMAKE}"
             )
+
+
+def _open(prefix: str, require_manifest: bool) -> TokenDataset:
+    return TokenDataset(prefix, require_manifest=require_manifest)
 
 
 def _find_manifest(prefix: str, path: Path) -> Manifest:

@@ -67,5 +67,12 @@ class RowReader(Protocol):
 
 
 def extra_json(fields: dict[str, Any]) -> str | None:
-    """Fields without a column of their own as a JSON object; None if there are none."""
-    return _EXTRA.encode(fields) if fields else None
+    """Fields without a column of their own as a JSON object; None if there are none.
+
+    Raises:
+        RowRejected: a number in them is not finite.
+    """
+    try:
+        return _EXTRA.encode(fields) if fields else None
+    except ValueError as error:
+        raise RowRejected("not_finite", f"one of the fields {', '.join(fields)} holds NaN or infinity") from error

@@ -42,9 +42,11 @@ class JsonlBatch:
 def _parse(number: int, line: bytes) -> Row:
     try:
         fields = _DECODER.decode(line.decode("utf-8"))
+        if b"\\ud" in line or b"\\uD" in line:  # half of a surrogate pair is no text, though JSON can spell it
+            json.dumps(fields, ensure_ascii=False).encode("utf-8")
     except RowRejected as error:
         return Row(number, {}, error)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError and UnicodeEncodeError
         return Row(number, {}, RowRejected("bad_json", f"not a line of JSON: {error}"))
     except RecursionError:
         return Row(number, {}, RowRejected("bad_json", "not a line of JSON: nested too deeply"))

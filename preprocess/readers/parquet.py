@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_speech.errors import InputError
@@ -72,10 +73,13 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _grid(frames: pa.Array) -> np.ndarray:
-    lengths = np.unique(np.array([len(frame) for frame in frames.to_pylist()] if frames.null_count == 0 else [-1, 0]))
-    if len(lengths) != 1:
-        return np.zeros((len(frames), 0), dtype=object) if len(frames) else np.zeros((0, 0), np.int32)
-    return frames.flatten().to_numpy(zero_copy_only=False).reshape(len(frames), int(lengths[0]))
+    """[T, K] of a list of frames; an array of objects, which no check lets pass, if they differ in length."""
+    if not len(frames):
+        return np.zeros((0, 0), np.int32)
+    lengths = pc.list_value_length(frames)
+    if frames.null_count or pc.min(lengths) != pc.max(lengths):
+        return np.empty(len(frames), dtype=object)
+    return frames.flatten().to_numpy(zero_copy_only=False).reshape(len(frames), lengths[0].as_py())
 
 
 class ParquetReader:

@@ -1,0 +1,110 @@
+"""Joining datasets: shards become what one run gives, and what does not fit together is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_speech.data.indexed import TokenDataset
+from megatron_speech.token_space import TokenSpace
+from preprocess import merge_datasets
+
+
+def merge(folder: Path, output: str, *inputs: str) -> int:
+    return merge_datasets.main(
+        ["--input", *(str(folder / name) for name in inputs), "--output-prefix", str(folder / output)]
+    )
+
+
+@pytest.mark.parametrize("flags", [("--cloning", "same-speaker", "--references", 2), ()], ids=["cloning", "plain"])
+def test_merged_shards_are_the_bytes_of_one_run(make_corpus: Any, flags: tuple[object, ...]) -> None:
+    corpus = make_corpus(1300)
+    rows: list[Any] = list(corpus.rows)
+    rows[3] = "{"
+    rows[1290] = "{"
+    corpus.write(rows)
+    corpus.convert("tts", *flags, prefix="out/one")
+    for i in range(3):
+        corpus.convert("tts", *flags, "--shard", f"{i}/3", prefix=f"out/shard{i}")
+    assert merge(corpus.folder / "out", "merged", "shard0", "shard1", "shard2") == 0
+    one, merged = corpus.files("out/one"), corpus.files("out/merged")
+    assert set(one) == {"bin", "idx", "docs.parquet", "manifest.json", "rejected.jsonl"}
+    assert one == merged
+    TokenDataset(corpus.folder / "out" / "merged").verify()
+
+
+def test_different_datasets_are_joined_in_order(corpus: Any) -> None:
+    first = corpus.convert("tts", prefix="out/a")
+    other = corpus.write([{**row, "dataset_source": "third", "language": "am"} for row in corpus.rows[:7]], "b.jsonl")
+    second = corpus.convert("tts", "--seed", 5, prefix="out/b", inputs=[other])
+    assert merge(corpus.folder / "out", "c", "b", "a") == 0
+    merged = TokenDataset(corpus.folder / "out" / "c")
+    merged.verify()
+    assert np.array_equal(merged.tokens, np.concatenate([second.tokens, first.tokens]))
+    assert merged.columns("sample_id")["sample_id"].to_pylist()[:8] == [*(f"s{i}" for i in range(7)), "s0"]
+    manifest = merged.manifest
+    assert manifest is not None and manifest.seed is None
+    assert manifest.languages["am"].documents == 7 and manifest.totals.documents == 67
+    assert [Path(entry.path).name for entry in manifest.inputs] == ["b.jsonl", "samples.jsonl"]
+
+
+def test_what_does_not_fit_together_is_refused(corpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_speech.token_space import CodecDescription
+
+    out = corpus.folder / "out"
+    corpus.convert("tts", prefix="out/pairs")
+    corpus.convert("speech_lm", prefix="out/speech")
+    corpus.convert("tts", "--split-seed", 9, prefix="out/split")
+    corpus.convert("tts", "--append-eod", prefix="out/eod")
+    corpus.write([{**row, "codec_hash": "d" * 64} for row in corpus.rows])
+    TokenSpace.build("bytes", CodecDescription("toy", "d" * 64, 8000, 25.0, ("a", "b"), (512, 64))).save(
+        corpus.folder / "ts.json"
+    )
+    assert corpus.run("tts", prefix="out/codec") == 0
+    before = corpus.left()
+    for name, message in {
+        "speech": "speech.manifest.json: task is 'speech_lm', but 'tts' in",
+        "split": "split_seed is 9, but 0",
+        "eod": "append_eod is True, but False",
+        "codec": f"codec.hash is '{'d' * 64}', but '{'c' * 64}'",
+        "pairs": "twice",
+        "nothing": "does not exist",
+    }.items():
+        capsys.readouterr()
+        assert merge(out, "merged", "pairs", name) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error
+    assert merge(out, "pairs", "pairs", "split") == 2
+    assert "is one of --input" in capsys.readouterr().err
+    (out / "copy.manifest.json").write_text((out / "pairs.manifest.json").read_text())
+    for suffix in (".bin", ".idx", ".docs.parquet"):
+        (out / f"copy{suffix}").write_bytes((out / f"pairs{suffix}").read_bytes())
+    assert merge(out, "merged", "pairs", "copy") == 2
+    assert "holds the same ids as" in capsys.readouterr().err
+    assert [name for name in corpus.left() if not name.startswith("copy.")] == before
+
+
+def test_a_damaged_part_is_found_while_copying(corpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus.convert("tts", "--shard", "0/2", prefix="out/a")
+    corpus.convert("tts", "--shard", "1/2", prefix="out/b")
+    path = corpus.folder / "out" / "b.bin"
+    data = bytearray(path.read_bytes())
+    data[11] ^= 1
+    path.write_bytes(data)
+    before = corpus.left()
+    assert merge(corpus.folder / "out", "merged", "a", "b") == 2
+    assert "b.bin: SHA-256 is" in capsys.readouterr().err
+    assert corpus.left() == before
+
+
+def test_a_part_of_the_shards_says_so(corpus: Any) -> None:
+    for i in range(3):
+        corpus.convert("tts", "--shard", f"{i}/3", prefix=f"out/{i}")
+    assert merge(corpus.folder / "out", "some", "0", "2") == 0
+    manifest = json.loads((corpus.folder / "out" / "some.manifest.json").read_text())
+    assert manifest["shard"] == "0/3 2/3"
+    assert manifest["documents"] == 40
