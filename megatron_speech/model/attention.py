@@ -89,9 +89,7 @@ class PaddedLayout:
 
     def to(self, device: torch.device) -> PaddedLayout:
         """The same with its indices on `device`."""
-        return PaddedLayout(
-            self.buckets, self.slots.to(device, non_blocking=True), self.inverse.to(device, non_blocking=True)
-        )
+        return PaddedLayout(self.buckets, _send(self.slots, device), _send(self.inverse, device))
 
 
 def _cut(starts: np.ndarray, lengths: np.ndarray, padding: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -175,7 +173,7 @@ class PackedSequences(PackedSeqParams):
         loss_rows = None
         if loss_weights is not None:
             loss_rows = loss_weights.detach().cpu().reshape(-1).nonzero().squeeze(1)
-        cu_device = cu.to(device, non_blocking=True)
+        cu_device = _send(cu, device)
         longest = int(lengths.max(initial=0))
         return cls(
             qkv_format="sbhd",
@@ -183,14 +181,21 @@ class PackedSequences(PackedSeqParams):
             cu_seqlens_kv=cu_device,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
-            position_ids=position_ids.reshape(-1).to(device, non_blocking=True),
-            loss_rows=None if loss_rows is None else loss_rows.to(device, non_blocking=True),
+            position_ids=_send(position_ids.reshape(-1), device),
+            loss_rows=None if loss_rows is None else _send(loss_rows, device),
             layout=PaddedLayout.build(bounds, padding).to(device),
         )
 
 
 def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """To `device`, from pinned memory so that the host does not wait for the stream."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class KVCache:
@@ -437,10 +442,13 @@ class PackedSdpaAttention(nn.Module):
         return result
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
-        if query.shape[1] != key.shape[1]:
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         # torch 2.10 has is_causal, later ones a window that reaches back without end and forward not at all.
-        causal = {"is_causal": True} if "is_causal" in _VARLEN_ARGUMENTS else {"window_size": (-1, 0)}
+        options: dict[str, Any] = {"is_causal": True} if "is_causal" in _VARLEN_ARGUMENTS else {"window_size": (-1, 0)}
+        if query.shape[1] != key.shape[1]:
+            if "enable_gqa" in _VARLEN_ARGUMENTS:
+                options["enable_gqa"] = True
+            else:
+                key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         assert varlen_attn is not None
         result: Tensor = varlen_attn(
             query,
@@ -451,7 +459,7 @@ class PackedSdpaAttention(nn.Module):
             packed.max_seqlen_q,
             packed.max_seqlen_kv,
             scale=self.scale,
-            **causal,
+            **options,
         )
         return result
 

@@ -46,6 +46,9 @@ def linear_cross_entropy(
 
     Returns:
         [N] fp32. The gradient with respect to `hidden_NH` is this rank's part of a sum over `group`.
+
+    Raises:
+        ValueError: a label is no id (checked on CPU only: elsewhere it would make the host wait).
     """
     loss: Tensor = _LinearCrossEntropy.apply(hidden_NH, weight_VH, labels_N, vocab_size, group, chunk_rows, keep_bytes)
     return loss
@@ -69,6 +72,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         real = max(0, min(weight_VH.shape[0], vocab_size - first))
         rows = hidden_NH.shape[0]
         on_cpu = hidden_NH.device.type == "cpu"
+        if on_cpu and rows and not 0 <= int(labels_N.min()) <= int(labels_N.max()) < vocab_size:
+            raise ValueError(f"labels lie in {int(labels_N.min())}…{int(labels_N.max())}, ids in 0…{vocab_size - 1}")
         if chunk_rows is None:
             elements = _CHUNK_ELEMENTS_CPU if on_cpu else _CHUNK_ELEMENTS_CUDA
             chunk_rows = max(64, elements // max(1, real))

@@ -52,3 +52,11 @@ def test_no_rows_give_no_loss_and_zero_gradients():
     loss.sum().backward()
     assert loss.shape == (0,)
     assert not table.grad.any()
+
+
+@pytest.mark.parametrize("label", [-100, 80])
+def test_a_label_that_is_no_id_is_an_error(label):
+    hidden, table, labels, _ = inputs(3)
+    labels[1] = label
+    with pytest.raises(ValueError, match=r"ids in 0…79"):
+        linear_cross_entropy(hidden, table, labels, vocab_size=80)

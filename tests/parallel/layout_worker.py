@@ -125,3 +125,17 @@ def train(
     if rank == 0:
         Path(directory, "losses.json").write_text(json.dumps(history))
     groups.destroy()
+
+
+def predict(rank: int, world_size: int, directory: str, layout: dict[str, Any], options: dict[str, Any]) -> None:
+    """Write the logits of one micro-batch to `directory`/logits.npy."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+    groups.initialize(**layout, init_method=f"file://{directory}/store")
+    (model,) = build_model(ModelConfig(preset="tiny"), VOCAB, valid_vocab_size=REAL, seed=5, **options)
+    batch = micro_batch(0, 0)
+    with torch.no_grad():
+        logits = model.eval()(batch["tokens"][None], packed_seq_params=PackedSequences.build(batch["cu_seqlens"]))
+    if rank == world_size - 1:
+        np.save(Path(directory, "logits.npy"), logits.numpy())
+    groups.destroy()

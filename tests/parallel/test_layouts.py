@@ -3,6 +3,7 @@
 import json
 
 import layout_worker
+import numpy as np
 import pytest
 
 
@@ -19,6 +20,9 @@ def train(run_ranks, tmp_path_factory):
         return done[key]
 
     return run
+
+
+SEQUENCE = {"sequence_parallel": True}
 
 
 def check_same(one, other):
@@ -38,7 +42,7 @@ def test_the_model_learns(train):
     [
         pytest.param({}, None, id="data-parallel"),
         pytest.param({"tensor": 2}, None, id="tensor-parallel"),
-        pytest.param({"tensor": 2}, {"sequence_parallel": True}, id="tensor-and-sequence-parallel"),
+        pytest.param({"tensor": 2}, SEQUENCE, id="tensor-and-sequence-parallel"),
         pytest.param({"pipeline": 2}, None, id="pipeline-parallel"),
         pytest.param({"pipeline": 2, "virtual_pipeline": 2}, None, id="interleaved-pipeline"),
     ],
@@ -50,8 +54,7 @@ def test_two_ranks_have_the_losses_of_one(train, layout, model):
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=["tensor", "pipeline"])
 def test_an_untied_head_and_query_norms_keep_the_losses(train, layout):
     shape = {"tie_embeddings": False, "qk_norm": True, "qkv_bias": True}
-    sequence = {"sequence_parallel": True} if "tensor" in layout else None
-    check_same(train(1, {}, shape), train(2, layout, shape, sequence))
+    check_same(train(1, {}, shape), train(2, layout, shape, SEQUENCE if "tensor" in layout else None))
 
 
 def test_the_distributed_optimizer_keeps_the_losses(train):
@@ -62,3 +65,16 @@ def test_bf16_with_the_distributed_optimizer_learns(train):
     losses = [loss for loss, _ in train(2, {}, None, {"precision": "bf16"}, {"use_distributed": True})]
     reference = [loss for loss, _ in train(1, {})]
     assert losses[-1] == pytest.approx(reference[-1], rel=0.03)
+
+
+def test_every_tensor_parallel_rank_has_all_logits(run_ranks, tmp_path):
+    logits = []
+    for number, (layout, options) in enumerate([({}, {}), ({"tensor": 2}, {}), ({"tensor": 2}, SEQUENCE)]):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        run_ranks(layout_worker.predict, layout.get("tensor", 1), str(directory), layout, options)
+        logits.append(np.load(directory / "logits.npy"))
+    real = layout_worker.REAL
+    for other in logits[1:]:
+        np.testing.assert_allclose(other[:, :real], logits[0][:, :real], rtol=1e-4, atol=1e-5)
+        assert np.isneginf(other[:, real:]).all()
