@@ -4,7 +4,7 @@
     python examples/quickstart/make_corpus.py --output-dir corpus --utterances 1200
 
 Writes `wavs/LANGUAGE/SPEAKER/NNNNN.wav` (22,050 Hz, mono, 16 bit), `samples.jsonl` (one line per recording),
-`text.jsonl` (text, language, source: for text_lm) and `vocabulary.json` (what can be said in each language).
+`text.jsonl` (text, language, dataset_source: for text_lm) and `vocabulary.json` (what can be said in each language).
 
 espeak-ng is GPL-3 and stays outside the package: it comes from the wheel espeakng-loader, is called through ctypes,
 and only in processes that this script starts. Each speaker of each language has a process of its own, because
@@ -288,7 +288,7 @@ def compose_text(languages: list[str], lines: int, seed: int) -> list[dict[str, 
         {
             "text": ", ".join(decks[name].draw() for _ in range(generator.randint(3, 8))),
             "language": name,
-            "source": "espeak-ng-vocabulary",
+            "dataset_source": "espeak-ng-vocabulary",
         }
         for name in (languages[index % len(languages)] for index in range(lines))
     ]

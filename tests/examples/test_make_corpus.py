@@ -87,7 +87,7 @@ def _fundamental_hz(audio: np.ndarray, rate: int) -> float:
 def test_text_and_vocabulary_are_of_the_same_words(corpus: Path) -> None:
     vocabulary = json.loads((corpus / "vocabulary.json").read_text(encoding="utf-8"))
     text = read_rows(corpus / "text.jsonl")
-    assert len(text) == 2000 and set(text[0]) == {"text", "language", "source"}
+    assert len(text) == 2000 and set(text[0]) == {"text", "language", "dataset_source"}
     assert {row["language"] for row in text} == set(vocabulary) == {"en", "hi", "am", "ta", "sw", "bn"}
     for row in text:
         known = {*vocabulary[row["language"]]["numbers"], *vocabulary[row["language"]]["phrases"]}
