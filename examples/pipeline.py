@@ -132,7 +132,7 @@ def token_budgets(
             road.step(
                 f"How fast is this machine? ({stage})",
                 megatron_speech(
-                    *("benchmark", "train", recipe, "--stage", stage, "--steps", "30", "--json", figure), *overrides
+                    *("benchmark", "train", recipe, *overrides, "--stage", stage, "--steps", "30", "--json", figure)
                 ),
             )
             rate = float(read_json(figure, "benchmark result")["tokens_per_second"])

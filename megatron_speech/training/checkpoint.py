@@ -472,6 +472,8 @@ def check_resumable(info: CheckpointInfo, recipe: Recipe, space: TokenSpace, fin
                 f"{where}: {key} was {_show(before.get(key))}, the recipe now says {_show(after.get(key))}; that "
                 "would be another run. Set it back, or start a new run with another run_dir"
             )
+        if key == f"stages.{current}.tokens" and recipe.stages[current].packing_mode == "fit":
+            change += " (packing fit: the order of the stage's documents is drawn anew)"
         if key not in ("data.datasets", "run_dir"):
             notes.append(change)
     stage, taken = recipe.stages[current], int(info.fields["stage_step"])

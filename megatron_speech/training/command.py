@@ -41,6 +41,10 @@ def run(args: argparse.Namespace) -> int:
     except InputError as error:  # of this process alone: the launcher ends the others
         record_failure(recipe, str(error))
         raise
+    except Exception as error:
+        if _is_main():
+            record_failure(recipe, str(error) or type(error).__name__)
+        raise
     return 0
 
 
@@ -75,14 +79,20 @@ def train(recipe: Recipe) -> str:
 
 
 def record_failure(recipe: Recipe, message: str) -> None:
-    """Note in an existing run directory why the run did not start or go on; leaves the position as it was."""
+    """Note in the run directory, if there is one, why the run did not start or go on.
+
+    The position stays as it was, and a finished run stays finished: a later command that was refused, for a
+    changed recipe say, took nothing from it.
+    """
     path = recipe.run_directory / "status.json"
     if not recipe.run_directory.is_dir():
         return
-    position = {"stage": recipe.stages[0].name, "step": 0, "consumed_sequences": 0, "consumed_tokens": 0}
+    status = {"stage": recipe.stages[0].name, "step": 0, "consumed_sequences": 0, "consumed_tokens": 0}
     if path.exists():
-        position = {key: value for key, value in read_json(path, "run status").items() if key in position}
-    write_json(path, {"state": "failed", **position, "message": message})
+        status = read_json(path, "run status")
+        if status.get("state") == "finished":
+            return
+    write_json(path, {**status, "state": "failed", "message": message})
 
 
 def adopt_slurm_environment() -> None:

@@ -82,11 +82,10 @@ class Trainer:
         self.is_main = self.rank == 0
         with agreed():
             self.dp_size = recipe.data_parallel_size(self.world_size)
-            if self.is_main:
-                prepare_output_directory(self.directory / "checkpoints")
             self.space = TokenSpace.load(recipe.token_space)
             self.datasets = open_datasets(recipe.data, self.space)
             self._fingerprints = {name: _fingerprint(dataset) for name, dataset in self.datasets.items()}
+            prepare_output_directory(self.directory / "checkpoints")
             self.stages = [self._stage_data(stage) for stage in recipe.stages]
             self._held_out = [self._stage_data(stage, validation=True) for stage in recipe.stages]
         with agreed():
