@@ -43,11 +43,11 @@ def run(args: argparse.Namespace) -> int:
     for name in ("steps", "warmup_steps", "interval"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be at least 1")
-    from megatron_speech.training.environment import detect, hide_foreign_apex
+    from megatron_speech.training.environment import detect, prepare_imports
     from megatron_speech.training.metrics import is_main_process
     from megatron_speech.training.recipe import load_recipe
 
-    hide_foreign_apex()
+    prepare_imports()
     total = args.warmup_steps + args.steps
     with tempfile.TemporaryDirectory(prefix="megatron-speech-benchmark-") as folder:
         # Under torchrun each process has a folder of its own: only rank 0 writes figures, and the index is the same.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import time
-import warnings
 from pathlib import Path
 
 from megatron_speech.errors import InputError
@@ -63,12 +62,9 @@ def _report_for_all(error: InputError) -> int:
 
 def train(recipe: Recipe) -> str:
     """Train `recipe` in this process (group); returns the state that status.json ends with."""
-    # The order matters: megatron-core must not see a foreign apex.
-    from megatron_speech.training.environment import hide_foreign_apex
+    from megatron_speech.training.environment import prepare_imports
 
-    hide_foreign_apex()
-    # On import megatron-core warns a dozen times that optional libraries are absent; one printed line says so too.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    prepare_imports()  # before megatron-core is imported
     from megatron_speech.parallel import groups
     from megatron_speech.training.trainer import Trainer
 

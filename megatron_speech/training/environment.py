@@ -1,6 +1,6 @@
 """What this process runs on: detected once, printed once, written to RUN/environment.json.
 
-Light to import: no torch. :func:`hide_foreign_apex` has to run before the first `import megatron.core`.
+Light to import: no torch. :func:`prepare_imports` has to run before the first `import megatron.core`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib.util
 import platform
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,15 @@ def hide_foreign_apex() -> str | None:
         sys.modules["apex"] = None  # type: ignore[assignment]
         _hidden_apex = location
     return _hidden_apex
+
+
+def prepare_imports() -> None:
+    """Call before the first `import megatron.core`: hides a foreign apex, and a dozen notices about absent extras.
+
+    What is present and absent is said once, by :func:`describe`.
+    """
+    hide_foreign_apex()
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 
 
 def _version(distribution: str) -> str | None:
