@@ -58,8 +58,8 @@ def prepare_audio(audio: np.ndarray, sample_rate_hz: int) -> np.ndarray:
     """
     signal = np.asarray(audio, dtype=np.float64)
     if signal.size:
-        signal = soxr.resample(signal, sample_rate_hz, _RATE_HZ)
-        signal = signal - signal.mean()
+        # The offset goes first: the resampler would see a step at either end.
+        signal = soxr.resample(signal - signal.mean(), sample_rate_hz, _RATE_HZ)
         signal = signal * (_PEAK / max(float(np.abs(signal).max()), 1e-9))
     signal = np.pad(signal, round(_PADDING_SECONDS * _RATE_HZ))
     noise = np.random.default_rng(0).normal(0.0, _NOISE_RMS, len(signal))
