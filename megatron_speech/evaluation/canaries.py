@@ -143,7 +143,10 @@ def load_canaries(path: Path) -> CanarySet:
     except ValidationError as error:
         problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
         raise InputError(f"canary file {path}: {_explain(problems[0]['loc'], dict(problems[0]))}") from error
-    _ = canaries.sampling
+    try:
+        _ = canaries.sampling
+    except InputError as error:
+        raise InputError(f"canary file {path}, decoding: {error}") from error
     folder = path.resolve().parent
     items = []
     names: set[str] = set()
