@@ -97,7 +97,9 @@ def read_info(path: Path) -> CheckpointInfo:
     """
     fields = read_json(path / "checkpoint.json", "checkpoint description")
     if not isinstance(fields, dict) or "format_version" not in fields or "files" not in fields:
-        raise InputError(f"{path / 'checkpoint.json'} is not a checkpoint description: format_version or files is missing")
+        raise InputError(
+            f"{path / 'checkpoint.json'} is not a checkpoint description: format_version or files is missing"
+        )
     if fields["format_version"] != FORMAT_VERSION:
         raise InputError(
             f"checkpoint {path} has format_version {fields['format_version']}, this version reads {FORMAT_VERSION}; "
@@ -366,6 +368,7 @@ def load_for_inference(path: str | os.PathLike[str]) -> tuple[SpeechGPTModel, To
         precision=info.fields["precision"],
         max_sequence_length=int(info.fields["max_seq_length"]),
         seed=0,
+        valid_vocab_size=space.size,
     )
     with _quiet():
         loaded = dist_checkpointing.load(_model_state(chunks), str(info.path))
@@ -479,8 +482,9 @@ def check_resumable(info: CheckpointInfo, recipe: Recipe, space: TokenSpace, fin
     stage, taken = recipe.stages[current], int(info.fields["stage_step"])
     if stage.steps < taken:
         raise InputError(
-            f"{where}: stage {stage.name} has taken {taken} steps, its tokens {stage.tokens} now pay for {stage.steps}; "
-            f"give it at least {taken * stage.global_batch_tokens} tokens, or start a new run with another run_dir"
+            f"{where}: stage {stage.name} has taken {taken} steps, its tokens {stage.tokens} now pay for "
+            f"{stage.steps}; give it at least {taken * stage.global_batch_tokens} tokens, or start a new run with "
+            "another run_dir"
         )
     return notes
 

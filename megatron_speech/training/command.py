@@ -14,7 +14,10 @@ from megatron_speech.training.recipe import Recipe, load_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="the recipe; everything about the run is in it")
+    """The command's arguments."""
+    parser.add_argument(
+        "recipe", type=Path, metavar="RECIPE.yaml", help="the recipe; everything about the run is in it"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -56,7 +59,7 @@ def _report_for_all(error: InputError) -> int:
     if _is_main():
         raise error
     # The main process may be a little behind, and a launcher ends it as soon as this one has ended: let it speak.
-    time.sleep(5.0)
+    time.sleep(2.0)
     return 2
 
 

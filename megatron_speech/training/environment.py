@@ -132,7 +132,8 @@ def describe(environment: dict[str, Any]) -> str:
         absent.append("NVIDIA apex")
     line = (
         f"torch {environment['torch']}, megatron-core {environment['megatron-core']}, Python {environment['python']}; "
-        f"{device}; ops: {environment['ops']}; with {', '.join(present) or 'nothing optional'}; without {', '.join(absent)}"
+        f"{device}; ops: {environment['ops']}; with {', '.join(present) or 'nothing optional'}; "
+        f"without {', '.join(absent)}"
     )
     if environment["foreign-apex"]:
         line += (

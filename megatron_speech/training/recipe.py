@@ -12,6 +12,7 @@ Light to import: no torch.
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -167,7 +168,9 @@ class Recipe(StrictConfig):
     stages: list[StageConfig] = Field(min_length=1)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of activations and weights; masters are fp32")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="of activations and weights; masters are fp32"
+    )
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
@@ -185,7 +188,7 @@ class Recipe(StrictConfig):
                     f"stage {stage.name}: tokens {stage.tokens} is less than one step of global_batch_tokens "
                     f"{stage.global_batch_tokens}; raise tokens or lower global_batch_tokens"
                 )
-        for before, stage in zip(stages, stages[1:], strict=False):
+        for before, stage in itertools.pairwise(stages):
             if stage.lr.peak > before.lr.peak and not stage.allow_lr_increase:
                 raise ValueError(
                     f"stage {stage.name}: lr.peak {stage.lr.peak:g} is above lr.peak {before.lr.peak:g} of stage "
@@ -350,10 +353,8 @@ def _read_layers(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     config = OmegaConf.create(layer)
     if bases is None:
         return config
-    merged = OmegaConf.create({})
-    for base in [bases] if isinstance(bases, str) else bases:
-        merged = OmegaConf.merge(merged, _read_layers(path.parent / str(base), (*seen, path)))
-    merged = OmegaConf.merge(merged, config)
+    layers = [_read_layers(path.parent / str(base), (*seen, path)) for base in _as_list(bases)]
+    merged = OmegaConf.merge(*layers, config)
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -416,8 +417,14 @@ def _apply_override(config: DictConfig, override: str) -> None:
 
 def _list_index(part: str, node: ListConfig, override: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise InputError(f"override {override!r}: {part!r} is not an item of a list of {len(node)} (0 to {len(node) - 1})")
+        raise InputError(
+            f"override {override!r}: {part!r} is not an item of a list of {len(node)} (0 to {len(node) - 1})"
+        )
     return int(part)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _first_line(error: Exception) -> str:

@@ -193,8 +193,9 @@ class Trainer:
                 f"{task} {row['realised']:.1%} (asked {row['target']:.1%})" for task, row in report["by_task"].items()
             )
             log.say(
-                f"  {stage.name}: {stage.steps} steps × {stage.global_batch_tokens} tokens, seq_length {stage.seq_length}, "
-                f"lr {stage.lr.peak:g} → {stage.lr.floor:g}; {tasks}; padding {report['pad_fraction']:.1%}"
+                f"  {stage.name}: {stage.steps} steps × {stage.global_batch_tokens} tokens, seq_length "
+                f"{stage.seq_length}, lr {stage.lr.peak:g} → {stage.lr.floor:g}; {tasks}; "
+                f"padding {report['pad_fraction']:.1%}"
             )
 
     # ---- the run
@@ -337,11 +338,12 @@ class Trainer:
         per_second = tokens / seconds
         flops = self._flops_per_token(index) * per_second / self.world_size / 1e12
         peak = peak_tflops(torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+        grad_norm = norm.item()
         record = {
             **position.as_record(self.recipe),
             **means,
             "lr": self.optimizer.learning_rate,
-            "grad_norm": norm.item(),
+            "grad_norm": grad_norm,
             "tokens_per_second": per_second,
             "tokens_per_second_per_gpu": per_second / self.world_size,
             "tflops_per_gpu": flops,
@@ -357,9 +359,9 @@ class Trainer:
         if self.is_main:
             self._log.say(console_line(record, stage_step=done, stage_steps=stage.steps, eta_seconds=eta))
         self._write_status("running", force=False)
-        if not math.isfinite(means["loss"]) or not math.isfinite(record["grad_norm"]):
+        if not math.isfinite(means["loss"]) or not math.isfinite(grad_norm):
             raise RuntimeError(
-                f"step {position.step}: loss {means['loss']} and gradient norm {record['grad_norm']} are not both "
+                f"step {position.step}: loss {means['loss']} and gradient norm {grad_norm} are not both "
                 "finite; lower lr.peak of the stage or lengthen its warm-up, and continue from the last checkpoint"
             )
         return stop
@@ -391,9 +393,7 @@ class Trainer:
         )
         return scores
 
-    def _save(
-        self, index: int, meter: LossMeter, scheduler: OptimizerParamScheduler, scores: dict[str, Any]
-    ) -> None:
+    def _save(self, index: int, meter: LossMeter, scheduler: OptimizerParamScheduler, scores: dict[str, Any]) -> None:
         """Write a checkpoint, promote the best one, drop the old ones. A collective."""
         # Reduced here in every run, continued or not: the sums that the next line is made of are added up in the
         # same order in both.

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
-from toy_runs import toy_recipe, write_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
+from toy_runs import toy_recipe, write_recipe
 
 from megatron_speech.errors import InputError
 from megatron_speech.training.recipe import LearningRateConfig, Recipe, _models_in, load_recipe, parse_recipe
@@ -95,7 +95,7 @@ def test_the_nearest_batches_take_the_data_parallel_ranks_into_account(recipe_fi
 
 def test_a_world_that_the_layout_does_not_divide_is_refused(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file, ["parallel.tensor=2", "parallel.pipeline=2"])
-    with pytest.raises(InputError, match="6 processes cannot be divided by .* = 4; start 4 or 8 processes"):
+    with pytest.raises(InputError, match=r"6 processes cannot be divided by .* = 4; start 4 or 8 processes"):
         recipe.data_parallel_size(6)
 
 
@@ -104,9 +104,7 @@ def test_a_learning_rate_may_rise_where_the_stage_says_so(recipe_file: Path) -> 
     assert recipe.stages[1].lr.peak == 1.0
 
 
-def test_paths_are_relative_to_the_file_that_gives_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_are_relative_to_the_file_that_gives_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = toy_recipe(Path("ignored"), token_space="ts.json")
     values["data"]["datasets"] = {"speech": "data/speech", "text": "/data/text"}
     (tmp_path / "shared").mkdir()
@@ -121,7 +119,9 @@ def test_paths_are_relative_to_the_file_that_gives_them(
     assert (recipe.name, recipe.seed) == ("mine", 3)
 
 
-@pytest.mark.parametrize(("text", "value"), [("0.5M", 500_000), ("2_000_000", 2_000_000), ("3 k", 3_000), ("1e6", 10**6)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("0.5M", 500_000), ("2_000_000", 2_000_000), ("3 k", 3_000), ("1e6", 10**6)]
+)
 def test_token_counts_may_be_written_for_people(recipe_file: Path, text: str, value: int) -> None:
     assert load_recipe(recipe_file, [f"stages.0.tokens={text}"]).stages[0].tokens == value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -48,7 +49,8 @@ def make_dataset(prefix: Path, space: TokenSpace, task: str, *, documents: int =
         elif task == "speech_lm":
             ids, audio, target = compile_document(space, task, code_ids=codes), len(codes), len(codes) + 1
         else:
-            ids, audio, target = compile_document(space, task, text_ids=text, code_ids=codes), len(codes), len(codes) + 1
+            ids = compile_document(space, task, text_ids=text, code_ids=codes)
+            audio, target = len(codes), len(codes) + 1
         flat.append(ids)
         rows.append(
             {
@@ -131,8 +133,10 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-TIMING = {"tokens_per_second", "tokens_per_second_per_gpu", "tflops_per_gpu", "mfu", "data_wait_seconds", "step_seconds",
-          "memory_gib", "validation_seconds"}  # fmt: skip
+TIMING = {
+    "tokens_per_second", "tokens_per_second_per_gpu", "tflops_per_gpu", "mfu", "data_wait_seconds", "step_seconds",
+    "memory_gib", "validation_seconds",
+}  # fmt: skip
 
 
 def without_timing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -140,24 +144,29 @@ def without_timing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
 
 
-def launch(*arguments: str, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run `megatron-speech train ARGUMENTS`, under torchrun when `processes` is above 1."""
-    command = ["-m", "megatron_speech.cli", "train", *arguments]
-    if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [
-            "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1",
-            "--master-port", str(port), *command,
-        ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
+def launch_two(*commands: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run `megatron-speech train` with each of the argument lists on the same two processes, under torchrun."""
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(len(commands) + 1)]
+    first, *ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    arguments = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
+        "--master-port", str(first), str(Path(__file__).with_name("train_many.py")), json.dumps(commands),
+        json.dumps(ports),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
+        start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    if check:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        if process.poll() is None:  # timed out: torchrun would leave its workers behind
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
