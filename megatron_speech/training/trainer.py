@@ -80,6 +80,9 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.is_main = self.rank == 0
+        found = environment.detect() if self.is_main else {}
+        if self.is_main and say_environment:
+            print(environment.describe(found), flush=True)
         with agreed():
             self.dp_size = recipe.data_parallel_size(self.world_size)
             self.space = TokenSpace.load(recipe.token_space)
@@ -90,18 +93,15 @@ class Trainer:
             self._held_out = [self._stage_data(stage, validation=True) for stage in recipe.stages]
         with agreed():
             self._build()
-        info = self._resume()
+        self._resume()
         self._log = RunLog(
             self.directory, active=self.is_main, resume_step=self.position.step, tensorboard=recipe.logging.tensorboard
         )
         if self.is_main:
-            found = environment.detect()
             write_json(self.directory / "environment.json", found)
             recipe.save(self.directory / "recipe.yaml")
             save_blend(self.directory / "blend.json", self.stages)
-            if say_environment:
-                self._log.say(environment.describe(found))
-            self._say_plan(info)
+            self._say_plan()
         self._stop_requested = False
 
     # ---- setting up
@@ -156,7 +156,7 @@ class Trainer:
         self._contributes = last_stage and first_copy and parallel_state.get_context_parallel_rank() == 0
         self._no_tokens = torch.zeros((), dtype=torch.int, device=self.device)
 
-    def _resume(self) -> checkpoint.CheckpointInfo | None:
+    def _resume(self) -> None:
         """Load the newest sound checkpoint of the run directory, if there is one."""
         directory = self.directory / "checkpoints"
         if self.is_main:
@@ -166,7 +166,7 @@ class Trainer:
         self._loaded: dict[str, Any] = {}
         info = checkpoint.find_latest(directory)
         if info is None:
-            return None
+            return
         with agreed():
             notes = checkpoint.check_resumable(info, self.recipe, self.space, self._fingerprints)
         self._loaded = checkpoint.load_checkpoint(info, chunks=self.chunks, optimizer=self.optimizer)
@@ -174,9 +174,8 @@ class Trainer:
         checkpoint.say_resume(info, notes)
         if self.is_main:
             checkpoint.promote_best(directory, info.fields["stage"])
-        return info
 
-    def _say_plan(self, info: checkpoint.CheckpointInfo | None) -> None:
+    def _say_plan(self) -> None:
         recipe, log = self.recipe, self._log
         parameters = recipe.model.parameters(self.space.size)
         layout = f"{self.world_size} process{'es' * (self.world_size > 1)}"
