@@ -116,28 +116,67 @@ def held_out_recordings(codes: Path, prefix: Path, data: DataConfig) -> list[dic
     return [row for row in rows if row["source_id"] in sources]
 
 
-def token_budgets(
+def processes() -> int:
+    """Data-parallel processes for this machine's cores, one thread each: 1, 2 or 4.
+
+    Two processes with a thread each train a small model faster than one process with two threads.
+    """
+    return 1 << (min(cores(), 4).bit_length() - 1)
+
+
+def launched(*words: str | Path) -> list[str | Path]:
+    """The console script's argv under torchrun, one process per core that is used."""
+    return [
+        *(PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes())),
+        *("-m", "megatron_speech.cli", *words),
+    ]
+
+
+def batch_overrides(stages: Iterable[str], seq_length: int, global_batch_tokens: int) -> list[str]:
+    """Overrides that cut every stage's global batch into one micro-batch per process."""
+    sequences = global_batch_tokens // seq_length
+    rows = max(1, sequences // processes())
+    return [
+        f"stages.{stage}.{key}={value}"
+        for stage in stages
+        for key, value in (
+            ("seq_length", seq_length),
+            ("global_batch_tokens", max(sequences, processes()) * seq_length),
+            ("micro_batch_size", rows),
+        )
+    ]
+
+
+def budgets(
     road: Pipeline, recipe: Path, overrides: Sequence[str], shares: dict[str, float], seconds: float, out: Path
 ) -> list[str]:
     """Overrides that give each stage the tokens which this machine trains in its share of `seconds`.
 
-    A recipe's budget is in tokens; how many tokens some minutes are is measured, not guessed. The answer is kept in
-    `out`: a second call continues the run that the first began.
+    A recipe's budget is in tokens; how many tokens some minutes are is measured, not guessed. So is the precision:
+    some CPUs multiply bf16 several times as fast as fp32, others emulate it. The answer is kept in `out`: a second
+    call continues the run that the first began.
     """
     kept = out / "budgets.json"
     if not kept.exists():
-        budgets = []
-        for stage, share in shares.items():
-            figure = out / f"rate_{stage}.json"
+
+        def rate(stage: str, precision: str) -> float:
+            figure = out / f"rate_{stage}_{precision}.json"
+            words = ("benchmark", "train", recipe, *overrides, f"precision={precision}", "--stage", stage)
             road.step(
-                f"How fast is this machine? ({stage})",
-                megatron_speech(
-                    *("benchmark", "train", recipe, *overrides, "--stage", stage, "--steps", "30", "--json", figure)
-                ),
+                f"How fast is this machine? ({stage}, {precision})",
+                launched(*words, "--steps", "20", "--warmup-steps", "5", "--json", figure),
+                OMP_NUM_THREADS="1",
             )
-            rate = float(read_json(figure, "benchmark result")["tokens_per_second"])
-            tokens = int(rate * seconds * share)
-            say(f"   {stage}: {rate:,.0f} tokens/s × {seconds * share:.0f} s = {tokens / 1e6:.2f} M tokens")
-            budgets.append(f"stages.{stage}.tokens={max(tokens, 20_000)}")
-        write_json(kept, budgets)
+            return float(read_json(figure, "benchmark result")["tokens_per_second"])
+
+        first, *others = shares
+        rates = {precision: rate(first, precision) for precision in ("fp32", "bf16")}
+        precision = max(rates, key=lambda name: rates[name])
+        found = [f"precision={precision}"]
+        for stage in shares:
+            speed = rates[precision] if stage == first else rate(stage, precision)
+            tokens = int(speed * seconds * shares[stage])
+            say(f"   {stage}: {speed:,.0f} tokens/s × {seconds * shares[stage]:.0f} s = {tokens / 1e6:.2f} M tokens")
+            found.append(f"stages.{stage}.tokens={max(tokens, 20_000)}")
+        write_json(kept, found)
     return list(read_json(kept, "token budgets"))

@@ -11,13 +11,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline import (
     Pipeline,
+    batch_overrides,
+    budgets,
     cores,
     held_out_recordings,
+    launched,
     megatron_speech,
     read_jsonl,
     say,
     script,
-    token_budgets,
     write_jsonl,
 )
 
@@ -26,6 +28,7 @@ from megatron_speech.files import prepare_output_directory
 from megatron_speech.training.recipe import load_recipe
 
 HERE = Path(__file__).resolve().parent
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # How the training time is divided.
 SHARES = {"pt": 0.4, "sft": 0.6}
 
@@ -115,7 +118,7 @@ def main() -> int:
             *("--augment", "8", "--workers", workers, "--resume"),
         ),
     )
-    common = ("--input", out / "codes/samples.jsonl", "--token-space", space, "--workers", workers)
+    common = ("--input", out / "codes/samples.jsonl", "--token-space", space, "--workers", workers, "--language", "und")
     preprocess = "preprocess/preprocess_data.py"
     road.step(
         "Codes → speech documents",
@@ -135,6 +138,7 @@ def main() -> int:
         f"data.datasets.speech={out / 'data/speech'}",
         f"data.datasets.tts={out / 'data/tts'}",
         f"run_dir={out / 'run'}",
+        *batch_overrides(SHARES, seq_length=512, global_batch_tokens=2048),
         *args.overrides,
     ]
     data = load_recipe(recipe, overrides).data
@@ -142,8 +146,8 @@ def main() -> int:
     prompts = choose_prompts(rows, held_out, args.utterances, args.seeds)
     write_jsonl(out / "prompts.jsonl", prompts)
 
-    overrides += token_budgets(road, recipe, overrides, SHARES, args.minutes * 60, out)
-    road.step(f"Train: pretraining, then SFT ({args.minutes:g} minutes)", megatron_speech("train", recipe, *overrides))
+    overrides += budgets(road, recipe, overrides, SHARES, args.minutes * 60, out)
+    road.step(f"Train: pretraining, then SFT ({args.minutes:g} minutes)", launched("train", recipe, *overrides), **ONE_THREAD)
     road.step(
         f"Speak: {len(prompts)} utterances in voices given by recordings that training never saw",
         megatron_speech(

@@ -18,13 +18,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline import (
     Pipeline,
+    batch_overrides,
+    budgets,
     cores,
     held_out_recordings,
+    launched,
     megatron_speech,
     read_jsonl,
     say,
     script,
-    token_budgets,
     write_jsonl,
 )
 
@@ -159,23 +161,17 @@ def main() -> int:
             script(
                 "preprocess/preprocess_data.py",
                 *("--task", task, "--input", source, "--token-space", space, "--output-prefix", prefix),
-                *("--workers", workers, *more),
+                *("--workers", workers, "--language", "und", *more),
             ),
         )
 
     length = sequence_length([speech, tts])
-    batch = max(2048, length)
     overrides = [
         f"token_space={space}",
         *(f"data.datasets.{name}={prefix}" for name, prefix in (("speech", speech), ("tts", tts), ("text", words))),
         f"run_dir={out / 'run'}",
     ]
-    for stage in SHARES:
-        overrides += [
-            f"stages.{stage}.seq_length={length}",
-            f"stages.{stage}.global_batch_tokens={batch}",
-            f"stages.{stage}.micro_batch_size={batch // length}",
-        ]
+    overrides += batch_overrides(SHARES, length, max(2048, length))
     if length == LONGEST_SEQUENCE:
         overrides.append("stages.sft.packing.oversize=drop")
     data = load_recipe(recipe, overrides).data
@@ -187,9 +183,13 @@ def main() -> int:
         )
     write_canaries(out / "canaries.yaml", canaries)
 
-    overrides += token_budgets(road, recipe, overrides, SHARES, args.minutes * 60, out)
+    overrides += budgets(road, recipe, overrides, SHARES, args.minutes * 60, out)
     road.step("Proportions: what the stages will train on", megatron_speech("blend", recipe, *overrides))
-    road.step(f"Train: pretraining, then SFT ({args.minutes:g} minutes)", megatron_speech("train", recipe, *overrides))
+    road.step(
+        f"Train: pretraining, then SFT ({args.minutes:g} minutes)",
+        launched("train", recipe, *overrides),
+        OMP_NUM_THREADS="1",
+    )
     road.step(
         f"Speak and listen: {len(canaries)} canaries",
         megatron_speech(

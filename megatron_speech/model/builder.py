@@ -74,6 +74,7 @@ def transformer_config(
         # The trainer divides by the weight of the whole global batch: nothing else may scale the loss.
         calculate_per_token_loss=True,
         batch_p2p_comm=torch.cuda.is_available(),
+        cuda_graph_scope=[],  # megatron-core warns about its own default
     )
     fields.update(overrides)
     return TransformerConfig(**fields)
