@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from megatron_speech import __version__
 from megatron_speech.errors import InputError, command
+from megatron_speech.training.environment import prepare_imports
 
 # name → (module with add_arguments(parser) and run(args), one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"needed: one of {', '.join(COMMANDS)}"
         raise InputError(f"megatron-speech has no command {name!r}; {hint}")
+    prepare_imports()  # before any room imports megatron-core
     args = build_parser(name).parse_args(arguments)
     return importlib.import_module(COMMANDS[args.command][0]).run(args)
 
