@@ -2,8 +2,8 @@
 """Which word is this, and whose voice? A small CNN trained on REAL recordings, to judge generated ones.
 
 It never sees codec audio or generated speech: trained on those it would learn to forgive what listeners do not.
-What carries it over to codec audio is augmentation of the originals alone: shift, level, speed, noise, a random
-tilt of the spectrum and masked bands.
+What carries it over to codec audio is what is done to the originals alone: only the band of a telephone is heard, and
+they are shifted, sped up and slowed down, put under noise, blurred and tilted in their spectrum, and masked in part.
 
     python examples/digits/classifier.py --samples samples.jsonl [--output judge.pt]
 
@@ -37,6 +37,8 @@ from megatron_speech.text import normalize_transcript
 MELS = 40
 WINDOW_SECONDS = 0.025
 HOP_SECONDS = 0.0125
+# The band that a telephone keeps. Speech codecs weaken what lies outside it, and hum and hiss of a room live there.
+BAND_HZ = (200.0, 3500.0)
 HELD_OUT_SHARE = 0.1
 # Longer recordings are heard up to here; a judge of single words needs no more.
 LONGEST_SECONDS = 4.0
@@ -83,8 +85,10 @@ def read_recordings(samples: Path, sample_rate_hz: int) -> tuple[list[Recording]
 
 
 def mel_filters(sample_rate_hz: int, bins: int) -> Tensor:
-    """Triangular filters on the mel scale (O'Shaughnessy), float [bins, MELS], 60 Hz to 95 % of Nyquist."""
-    mel = np.linspace(2595 * np.log10(1 + 60 / 700), 2595 * np.log10(1 + 0.475 * sample_rate_hz / 700), MELS + 2)
+    """Triangular filters on the mel scale (O'Shaughnessy), float [bins, MELS], over `BAND_HZ`."""
+    low, high = BAND_HZ
+    high = min(high, 0.45 * sample_rate_hz)
+    mel = np.linspace(2595 * np.log10(1 + low / 700), 2595 * np.log10(1 + high / 700), MELS + 2)
     edges = 700 * (10 ** (mel / 2595) - 1)
     frequency = np.linspace(0, sample_rate_hz / 2, bins)[:, None]
     up = (frequency - edges[:-2]) / (edges[1:-1] - edges[:-2])
@@ -125,20 +129,13 @@ class Judge(nn.Module):
         self.sample_rate_hz = sample_rate_hz
         self.features = LogMel(sample_rate_hz)
         layers: list[nn.Module] = []
-        # The first layer strides: at full resolution it would cost more than all the others.
-        for narrow, wide, kernel, stride, pool in (
-            (1, 24, 5, 2, 1),
-            (24, 48, 3, 1, 2),
-            (48, 64, 3, 1, 2),
-            (64, 64, 3, 1, 1),
-        ):
+        # Strides early: at full resolution a layer would cost more than all the others.
+        for narrow, wide, kernel, stride in ((1, 32, 5, 2), (32, 64, 3, 2), (64, 64, 3, 1), (64, 64, 3, 2)):
             layers += [
                 nn.Conv2d(narrow, wide, kernel, stride, kernel // 2, bias=False),
                 nn.BatchNorm2d(wide),
                 nn.ReLU(),
             ]
-            if pool > 1:
-                layers.append(nn.MaxPool2d(pool))
         self.trunk = nn.Sequential(*layers)
         self.word_head = self._head(64, len(words))
         self.speaker_head = self._head(64, len(speakers))
@@ -203,24 +200,26 @@ class Augmentation:
         return [parts[i] for i in torch.randperm(len(parts), generator=self.generator).tolist()]
 
     def audio(self, batch: Tensor) -> Tensor:
-        """Speed ±8 %, a shift of up to 4 % of the window, and noise 15 to 50 dB below the peak."""
+        """Speed ±4 %, a shift of up to 4 % of the window, and noise 15 to 50 dB below the peak."""
         count, samples = batch.shape
         # One linear map per clip does speed and shift at once.
-        speed = self._uniform(0.92, 1.08, count, 1)
+        speed = self._uniform(0.96, 1.04, count, 1)
         shift = self._uniform(-0.08, 0.08, count, 1)
         position = torch.linspace(-1, 1, samples) * speed + shift
         grid = torch.stack([position, torch.zeros_like(position)], -1).unsqueeze(1)
-        moved = F.grid_sample(
-            batch[:, None, None], grid, mode="bilinear", padding_mode="zeros", align_corners=True
-        )[:, 0, 0]  # fmt: skip
+        moved = F.grid_sample(batch[:, None, None], grid, mode="bilinear", padding_mode="zeros", align_corners=True)
         level = 0.5 * 10 ** (-self._uniform(15, 50, count, 1) / 20)
-        return moved + level * torch.randn(moved.shape, generator=self.generator) * 0.3
+        return moved[:, 0, 0] + level * torch.randn(count, samples, generator=self.generator) * 0.3
 
     def mel(self, mel: Tensor) -> Tensor:
-        """A smooth random equaliser, one masked band, one masked stretch of time."""
+        """What channels and codecs do to a spectrum: blur, a tilt, a raised floor; then a band and a time masked."""
         count, _, bands, frames = mel.shape
-        curve = torch.randn(count, 1, 5, 1, generator=self.generator) * 0.35
+        kernel = torch.tensor([0.25, 0.5, 0.25])
+        blurred = F.conv2d(F.pad(mel, (1, 1, 1, 1), mode="replicate"), torch.outer(kernel, kernel)[None, None])
+        mel = torch.lerp(mel, blurred, self._uniform(0, 1, count, 1, 1, 1))
+        curve = torch.randn(count, 1, 5, 1, generator=self.generator) * 0.2
         mel = mel + F.interpolate(curve, size=(bands, 1), mode="bilinear", align_corners=True)
+        mel = torch.maximum(mel, mel.amin((1, 2, 3), keepdim=True) + self._uniform(0, 0.7, count, 1, 1, 1))
         for axis, size, widest in ((2, bands, 6), (3, frames, max(1, frames // 10))):
             width = self._uniform(0, widest, count)
             start = self._uniform(0, 1, count) * (size - width)
