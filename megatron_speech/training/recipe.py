@@ -126,6 +126,11 @@ class ParallelConfig(StrictConfig):
         """Ranks that hold one copy of the model."""
         return self.tensor * self.pipeline * self.context
 
+    @property
+    def micro_batch_multiple(self) -> int:
+        """What the number of micro-batches per step has to be a multiple of: the interleaved schedule's groups."""
+        return self.pipeline if self.virtual_pipeline is not None else 1
+
     @model_validator(mode="after")
     def _sequence_needs_tensor(self) -> ParallelConfig:
         if self.sequence_parallel and self.tensor == 1:
@@ -224,7 +229,7 @@ class Recipe(StrictConfig):
         data_parallel = world_size // size
         for stage in self.stages:
             try:
-                _check_batch(stage, data_parallel)
+                _check_batch(stage, data_parallel, self.parallel.micro_batch_multiple)
             except ValueError as error:
                 raise InputError(f"recipe {self.name}: {error}") from error
         return data_parallel
@@ -238,14 +243,16 @@ class Recipe(StrictConfig):
         write_text(path, self.to_yaml())
 
 
-def _check_batch(stage: StageConfig, data_parallel: int) -> None:
+def _check_batch(stage: StageConfig, data_parallel: int, micro_batches: int = 1) -> None:
     """Refuse a global batch that micro-batches do not fill exactly; the message holds the nearest that do."""
-    unit = stage.seq_length * stage.micro_batch_size * data_parallel
+    unit = stage.seq_length * stage.micro_batch_size * data_parallel * micro_batches
     if stage.global_batch_tokens % unit == 0:
         return
     lower, upper = stage.global_batch_tokens // unit * unit, (stage.global_batch_tokens // unit + 1) * unit
     nearest = f"{lower} and {upper}" if lower else f"{upper}"
     ranks = f" × {data_parallel} data-parallel ranks" if data_parallel > 1 else ""
+    if micro_batches > 1:
+        ranks += f" × {micro_batches} (micro-batches of an interleaved pipeline come in such groups)"
     raise ValueError(
         f"stage {stage.name}: global_batch_tokens {stage.global_batch_tokens} is not a multiple of seq_length "
         f"{stage.seq_length} × micro_batch_size {stage.micro_batch_size}{ranks} = {unit}; "

@@ -371,7 +371,13 @@ class Trainer:
             return None
         meter = LossMeter(data.groups, self.device, contributes=self._contributes)
         return Validator(
-            self.recipe.stages[index], data, meter, self._run_batch, dp_rank=self.dp_rank, dp_size=self.dp_size
+            self.recipe.stages[index],
+            data,
+            meter,
+            self._run_batch,
+            dp_rank=self.dp_rank,
+            dp_size=self.dp_size,
+            micro_batches=self.recipe.parallel.micro_batch_multiple,
         )
 
     def _validate(self, validator: Validator) -> dict[str, Any]:

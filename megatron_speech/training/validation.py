@@ -26,6 +26,7 @@ class Validator:
         meter: a meter of `data.groups` on this rank's device.
         run_batch: (micro-batches, meter, weight of the global batch, forward_only) of the trainer.
         dp_rank, dp_size: of this rank.
+        micro_batches: micro-batches per global batch that the schedule needs.
     """
 
     def __init__(
@@ -37,21 +38,22 @@ class Validator:
         *,
         dp_rank: int,
         dp_size: int,
+        micro_batches: int,
     ) -> None:
         self.stage, self.data, self.meter = stage, data, meter
         self._run_batch = run_batch
         self._dp_rank, self._dp_size = dp_rank, dp_size
+        # As small as can be: what the last one is filled up with (rows of padding) is computed for nothing.
+        self._rows = stage.micro_batch_size * dp_size * micro_batches
 
     def run(self) -> dict[str, Any]:
         """Means by group, as in training lines; a collective. Empty when nothing is held out."""
         if self.data.n_sequences == 0:
             return {}
         stage = self.stage
-        # Small batches: what the last one is filled up with (rows of padding) is computed for nothing.
-        rows = stage.micro_batch_size * self._dp_size
         with (
             torch.no_grad(),
-            self.data.loader(0, stage.micro_batch_size, rows, self._dp_rank, self._dp_size) as batches,
+            self.data.loader(0, stage.micro_batch_size, self._rows, self._dp_rank, self._dp_size) as batches,
         ):
             for batch in batches:
                 self._run_batch(batch, self.meter, weight=batch.loss_weight_sum or 1.0, forward_only=True)

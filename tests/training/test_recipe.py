@@ -93,6 +93,12 @@ def test_the_nearest_batches_take_the_data_parallel_ranks_into_account(recipe_fi
         recipe.data_parallel_size(3)
 
 
+def test_an_interleaved_pipeline_takes_micro_batches_in_groups(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file, ["parallel.pipeline=4", "parallel.virtual_pipeline=2"])
+    with pytest.raises(InputError, match=r"stage sft: .* × 4 .* = 1024; the nearest that is: 1024"):
+        recipe.data_parallel_size(4)
+
+
 def test_a_world_that_the_layout_does_not_divide_is_refused(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file, ["parallel.tensor=2", "parallel.pipeline=2"])
     with pytest.raises(InputError, match=r"6 processes cannot be divided by .* = 4; start 4 or 8 processes"):
