@@ -296,7 +296,7 @@ def console(report: dict[str, Any]) -> list[str]:
     distance = found["nearest_edit_distance"]
     lines += [
         f"{report['utterances']} utterances: {cell(report['eos_rate']).strip()} ended by themselves, "
-        f"{cell(report['loop_rate']).strip()} loops, mass on illegal ids {cell(report['illegal_mass']).strip()}",
+        f"{cell(report['loop_rate']).strip()} loops, invalid-token rate {cell(report['invalid_token_rate']).strip()}",
         f"copies of the {found['training_sequences']:,} training sequences: {found['exact']}; longest common start "
         f"{found['longest_common_prefix_frames']['max']} frames"
         + ("" if distance is None else f"; nearest edit distance {distance['min']:.2f}, mean {distance['mean']:.2f}"),
@@ -348,7 +348,7 @@ def main() -> int:
         "eos_rate": share([bool(row.get("ended")) for row in rows]),
         "loop_rate": share([is_loop(codes, frame_rate) for codes in generated_codes]),
         "loop_rate_original": share([is_loop(codes, frame_rate) for codes in real_codes]),
-        "illegal_mass": float(np.mean([row.get("illegal_mass", 0.0) for row in rows])),
+        "invalid_token_rate": float(np.mean([row.get("invalid_token_rate", 0.0) for row in rows])),
         "duration_seconds": {
             "generated": float(np.mean([len(clip) for clip in generated]) / codec.sample_rate_hz),
             "original": float(np.mean([len(clip) for clip in clips]) / codec.sample_rate_hz),

@@ -84,7 +84,7 @@ def console_lines(report: dict[str, Any]) -> list[str]:
     for name, group in {**report["by_language"], "all": report["overall"]}.items():
         line = (
             f"{name}: {group['utterances']} utterances, ended {percent(group['eos_rate'])}, loops "
-            f"{percent(group['loop_rate'])}, illegal mass {percent(group['illegal_mass'])}, "
+            f"{percent(group['loop_rate'])}, invalid tokens {percent(group['invalid_token_rate'])}, "
             f"{group['duration_seconds']['mean']:.2f} s on average"
         )
         if group["speech"] is not None:

@@ -111,9 +111,9 @@ def _cards(overall: dict[str, Any]) -> str:
         ("ended by themselves", _percent(overall["eos_rate"]), f"{overall['stop_failures']} cut at the limit"),
         ("caught in a loop", _percent(overall["loop_rate"]), f"originals: {_percent(overall['loop_rate_original'])}"),
         (
-            "mass on illegal ids",
-            _percent(overall["illegal_mass"], 2),
-            f"most probable id illegal: {_percent(overall['illegal_argmax'], 2)}",
+            "invalid-token rate",
+            _percent(overall["invalid_token_rate"], 2),
+            f"most probable id invalid: {_percent(overall['invalid_argmax_rate'], 2)}",
         ),
     ]
     speech = overall["speech"]
@@ -139,7 +139,7 @@ def _cards(overall: dict[str, Any]) -> str:
 
 
 _GROUP_HEADER = (
-    "utterances", "ended", "loops", "illegal mass", "seconds", "× original",
+    "utterances", "ended", "loops", "invalid", "seconds", "× original",
     "WER", "codec", "original", "chance", "CER", "codec", "exact", "codec", "chance",
 )  # fmt: skip
 
@@ -159,7 +159,7 @@ def _group_table(title: str, groups: dict[str, Any]) -> str:
                 f"{group['utterances']:,}",
                 _percent(group["eos_rate"]),
                 _percent(group["loop_rate"]),
-                _percent(group["illegal_mass"], 2),
+                _percent(group["invalid_token_rate"], 2),
                 f"{group['duration_seconds']['mean']:.2f}",
                 "–" if ratio is None else f"{ratio:.2f}",
                 *(rate(part, "wer") for part in ("generated", "round_trip", "original", "chance")),
@@ -292,6 +292,7 @@ def _canary_table(evaluation: Evaluation, players: int) -> str:
         text = html.escape(item["text"])
         if item["expected"] != item["text"]:
             text += f'<br><small class="soft">expected: {html.escape(item["expected"])}</small>'
+        seconds, invalid = item["generated"]["seconds"], _percent(item["invalid_token_rate"], 2)
         rows.append(
             [
                 f"<b>{html.escape(item['id'])}</b><br><small>{html.escape(item['language'])} · "
@@ -300,8 +301,7 @@ def _canary_table(evaluation: Evaluation, players: int) -> str:
                 sound,
                 original,
                 transcript,
-                f"{item['generated']['seconds']:.2f} s<br><small>illegal {_percent(item['illegal_mass'], 2)}</small>"
-                + "".join(f"<br>{flag}" for flag in flags),
+                f"{seconds:.2f} s<br><small>invalid {invalid}</small>" + "".join(f"<br>{flag}" for flag in flags),
             ]
         )
     return _table(("canary", "text", "generated", "original", "heard", ""), rows)
@@ -351,7 +351,7 @@ def build_html(evaluation: Evaluation, run: RunFiles | None = None, *, players: 
         _group_table("language", {**report["by_language"], "all": report["overall"]}),
         "<p></p>",
         _group_table("category", report["by_category"]),
-        f'<p class="soft">Loops: {html.escape(report["loop_definition"])}. Illegal mass: probability that an '
+        f'<p class="soft">Loops: {html.escape(report["loop_definition"])}. Invalid-token rate: probability that an '
         "unrestricted model would have put on ids which are not legal at their place; sampling itself is restricted "
         "to legal ids.</p>",
         "<h2>Canaries</h2>",

@@ -146,7 +146,7 @@ def evaluate(
     if scorer is not None and unheard:
         notes.append(
             f"no error rate is claimed for {', '.join(unheard)}: the scorer hears English only; their durations, ends, "
-            "loops and illegal tokens are reported"
+            "loops and invalid-token rate are reported"
         )
     if scorer is not None and not real:
         notes.append("no item names original_audio: the scorer's own ceilings are unknown, so its rates say little")
@@ -220,9 +220,10 @@ def summarise(
 ) -> dict[str, Any]:
     """The figures of a group of utterances.
 
-    `eos_rate`, `loop_rate` are shares of utterances; `stop_failures` a count; `illegal_mass` and `illegal_argmax`
-    means over sampled tokens of what an unrestricted model would have done; durations are in seconds;
-    `duration_ratio` is the mean of generated / original duration. `speech` is None where nothing was transcribed.
+    `eos_rate` and `loop_rate` are shares of utterances, `stop_failures` is a count; `invalid_token_rate` and
+    `invalid_argmax_rate` are means over sampled tokens of what an unrestricted model would have done; durations are
+    in seconds; `duration_ratio` is the mean of generated / original duration. `speech` is None where nothing was
+    transcribed.
     """
     # One position more than audio tokens is sampled: the end, or what the limit cut off.
     weights = np.array([row.result.codes.size + 1 for row in rows], dtype=np.float64)
@@ -237,8 +238,8 @@ def summarise(
         "stop_failures": sum(not row.result.ended for row in rows),
         "loop_rate": float(np.mean([row.loop for row in rows])),
         "loop_rate_original": float(np.mean([item.loop for item in originals])) if originals else None,
-        "illegal_mass": float(np.average([row.result.illegal_mass for row in rows], weights=weights)),
-        "illegal_argmax": float(np.average([row.result.illegal_argmax for row in rows], weights=weights)),
+        "invalid_token_rate": float(np.average([row.result.invalid_token_rate for row in rows], weights=weights)),
+        "invalid_argmax_rate": float(np.average([row.result.invalid_argmax_rate for row in rows], weights=weights)),
         "duration_seconds": {
             "mean": float(seconds.mean()),
             "min": float(seconds.min()),
@@ -300,8 +301,8 @@ def _item_report(row: Spoken, real: Real | None, sample_rate_hz: int) -> dict[st
         "ended": result.ended,
         "stop_reason": result.stop_reason,
         "loop": row.loop,
-        "illegal_mass": result.illegal_mass,
-        "illegal_argmax": result.illegal_argmax,
+        "invalid_token_rate": result.invalid_token_rate,
+        "invalid_argmax_rate": result.invalid_argmax_rate,
         "prompt_tokens": result.prompt_tokens,
         "generated_tokens": result.generated_tokens,
         "generated": heard(row.generated),

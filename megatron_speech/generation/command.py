@@ -140,11 +140,11 @@ def summary(generator: SpeechGenerator, results: Sequence[GenerationResult], sec
     frames = sum(len(result.codes) for result in results)
     spoken = frames / generator.space.codec.frame_rate_hz
     ended = sum(result.ended for result in results)
-    mass = sum(result.illegal_mass for result in results) / len(results)
+    mass = sum(result.invalid_token_rate for result in results) / len(results)
     noun = "utterance" if len(results) == 1 else "utterances"
     return (
         f"{len(results)} {noun}, {spoken:.1f} s of speech sampled in {seconds:.1f} s ({spoken / seconds:.1f}× real "
-        f"time), {ended} ended by themselves, {len(results) - ended} cut; mass on illegal ids {100 * mass:.2f} %"
+        f"time), {ended} ended by themselves, {len(results) - ended} cut; invalid-token rate {100 * mass:.2f} %"
     )
 
 
@@ -154,8 +154,8 @@ def write_generated(
     """Write wavs, codes and, last, generated.jsonl; returns the path of the last.
 
     A row holds the prompt's fields and `wav_path` and `codes_path` (relative to the file), `code_offset`, `code_len`
-    (frames), `duration` (seconds), `ended`, `stop_reason`, `prompt_tokens`, `generated_tokens`, `illegal_mass` and
-    `illegal_argmax` (see :class:`megatron_speech.generation.engine.GenerationResult`).
+    (frames), `duration` (seconds), `ended`, `stop_reason`, `prompt_tokens`, `generated_tokens`, `invalid_token_rate`
+    and `invalid_argmax_rate` (see :class:`megatron_speech.generation.engine.GenerationResult`).
     """
     import numpy as np
 
@@ -187,8 +187,8 @@ def write_generated(
                 "stop_reason": result.stop_reason,
                 "prompt_tokens": result.prompt_tokens,
                 "generated_tokens": result.generated_tokens,
-                "illegal_mass": result.illegal_mass,
-                "illegal_argmax": result.illegal_argmax,
+                "invalid_token_rate": result.invalid_token_rate,
+                "invalid_argmax_rate": result.invalid_argmax_rate,
             }
         )
         offset += len(result.codes)

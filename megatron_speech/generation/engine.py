@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from megatron_speech.codecs import Codec, get_codec
 from megatron_speech.codecs.audio import read_audio
@@ -78,9 +79,9 @@ class GenerationResult:
             sequence length).
         prompt_tokens: length of the prompt.
         generated_tokens: tokens sampled, `<speech_end>` included.
-        illegal_mass: mean probability (temperature 1) that the model put on ids which were not legal at their
+        invalid_token_rate: mean probability (temperature 1) that the model put on ids which were not legal at their
             place: the invalid-token rate that unrestricted sampling would have had.
-        illegal_argmax: share of positions at which the most probable id was not a legal one.
+        invalid_argmax_rate: share of positions at which the most probable id was not a legal one.
     """
 
     codes: np.ndarray
@@ -88,8 +89,8 @@ class GenerationResult:
     stop_reason: str
     prompt_tokens: int
     generated_tokens: int
-    illegal_mass: float
-    illegal_argmax: float
+    invalid_token_rate: float
+    invalid_argmax_rate: float
 
 
 class DecodingSession(Protocol):
@@ -115,23 +116,44 @@ SessionFactory = Callable[[int, int], DecodingSession]
 class CachedSession:
     """A :class:`DecodingSession` of a megatron-core model with a KV cache."""
 
+    # Room for so many new tokens is taken at once: most speech ends long before its limit.
+    ROOM_TOKENS = 256
+
     def __init__(self, model: SpeechGPTModel, rows: int, capacity: int) -> None:
         self._model = model
-        self._cache = KVCache(rows, capacity, model.device)
+        self._rows = rows
+        self._capacity = capacity
+        self._cache = KVCache(0, 0, model.device)
 
     def prefill(self, prompts: Sequence[np.ndarray]) -> Tensor:
         """Feed the prompts end to end; logits fp32 [B, V] of what follows each."""
-        packed = self._cache.prefill([len(prompt) for prompt in prompts])
+        lengths = [len(prompt) for prompt in prompts]
+        room = min(self._capacity, max(lengths) + self.ROOM_TOKENS)
+        self._cache = KVCache(self._rows, room, self._model.device)
+        packed = self._cache.prefill(lengths)
         ids_T = torch.from_numpy(np.concatenate(prompts).astype(np.int64)).to(self._model.device)
         return self._forward(ids_T, packed)
 
     def step(self, ids_B: Tensor) -> Tensor:
         """Feed one more id per row; logits fp32 [B, V] of what follows."""
+        if self._cache.lengths.max() == self._cache.max_length:
+            self._grow()
         return self._forward(ids_B, self._cache.decode())
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but `rows`."""
         self._cache.keep(rows.cpu().numpy())
+
+    def _grow(self) -> None:
+        """Twice the room, up to what the session may take."""
+        cache = self._cache
+        longer = min(self._capacity, 2 * cache.max_length)
+        extra = (0, 0, 0, 0, 0, longer - cache.max_length)  # keys and values are [rows, length, heads, width]
+        cache.layers = {
+            layer: (functional.pad(keys, extra), functional.pad(values, extra))
+            for layer, (keys, values) in cache.layers.items()
+        }
+        cache.max_length = longer
 
     def _forward(self, ids_T: Tensor, packed: PackedSequences) -> Tensor:
         assert packed.position_ids is not None
@@ -375,15 +397,15 @@ class SpeechGenerator:
                 )
                 for row, i in enumerate(batch):
                     # One position more than audio tokens was sampled: the end, or what the limit cut off.
-                    illegal_mass, illegal_argmax = diagnostics[row] / (lengths[row] + 1)
+                    invalid_token_rate, invalid_argmax_rate = diagnostics[row] / (lengths[row] + 1)
                     results[i] = GenerationResult(
                         codes=self.space.decode_codes(ids[row, : lengths[row]]),
                         ended=bool(ended[row]),
                         stop_reason="end" if ended[row] else limits[i][1],
                         prompt_tokens=len(prompts[i]),
                         generated_tokens=int(lengths[row]) + int(ended[row]),
-                        illegal_mass=float(illegal_mass),
-                        illegal_argmax=float(illegal_argmax),
+                        invalid_token_rate=float(invalid_token_rate),
+                        invalid_argmax_rate=float(invalid_argmax_rate),
                     )
                 if progress is not None:
                     progress(len(batch))

@@ -88,7 +88,7 @@ class LegalIds:
 
 
 def illegal_share(logits_BV: Tensor, legal_Bn: Tensor) -> tuple[Tensor, Tensor]:
-    """How much an unrestricted model would have erred: (probability mass [B], argmax is illegal [B]).
+    """How much an unrestricted model would have erred: (invalid-token rate [B], argmax is invalid [B]).
 
     Args:
         logits_BV: logits float [B, V] of the whole vocabulary.

@@ -66,7 +66,7 @@ def scored(samples: Path) -> dict[str, Any]:
             {
                 "wav_path": f"{i}.wav", "text": row["transcript"], "speaker_id": row["speaker_id"], "seed": i,
                 "codes_path": "said.npy", "code_offset": int(places[i]), "code_len": len(codes), "ended": i != 3,
-                "illegal_mass": 0.25,
+                "invalid_token_rate": 0.25,
             }
         )  # fmt: skip
     generated[5]["text"] = "six" if generated[5]["text"] != "six" else "one"
@@ -103,7 +103,7 @@ def test_generated_speech_is_scored_beside_its_ceilings(scored: dict[str, Any]) 
     assert scored["word"]["generated"] <= 26 / 27
     assert scored["word"]["round_trip"] >= 0.6
     assert scored["eos_rate"] == pytest.approx(26 / 27)
-    assert scored["illegal_mass"] == pytest.approx(0.25)
+    assert scored["invalid_token_rate"] == pytest.approx(0.25)
     assert scored["loop_rate"] == scored["loop_rate_original"] == 0.0
     assert set(scored["per_word"]) == set(WORDS) and set(scored["per_speaker"]) == set(SPEAKERS)
     assert sum(row["utterances"] for row in scored["per_word"].values()) == 27

@@ -88,7 +88,7 @@ def test_generation_equals_a_plain_loop_over_one_request(toy_generator: SpeechGe
     np.testing.assert_array_equal(result.codes, space.decode_codes(np.array(ids)))
     assert result.ended == ended
     assert result.generated_tokens == len(ids) + ended
-    assert result.illegal_mass == pytest.approx(np.mean(illegal), abs=1e-6)
+    assert result.invalid_token_rate == pytest.approx(np.mean(illegal), abs=1e-6)
 
 
 def test_ended_requests_leave_the_batch(toy_generator: SpeechGenerator, leaky_model: Any) -> None:
@@ -124,8 +124,8 @@ def test_a_model_that_wants_illegal_ids_is_found_out_but_stays_legal(toy_space: 
     )
     results = generator.generate(requests(6), SamplingConfig(max_seconds=0.5))
     for result in results:
-        assert result.illegal_mass > 0.99
-        assert result.illegal_argmax == 1.0
+        assert result.invalid_token_rate > 0.99
+        assert result.invalid_argmax_rate == 1.0
         toy_space.encode_codes(result.codes)  # refuses a code outside its codebook
 
 

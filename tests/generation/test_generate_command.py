@@ -70,7 +70,7 @@ def test_many_prompts_become_wavs_codes_and_a_table(checkpoint: Path, recording:
             assert sound.getnframes() == row["code_len"] * 320
             assert row["duration"] == row["code_len"] / 25
         assert row["ended"] == (row["stop_reason"] == "end")
-        assert 0 <= row["illegal_mass"] <= 1
+        assert 0 <= row["invalid_token_rate"] <= 1
 
 
 @pytest.mark.parametrize(

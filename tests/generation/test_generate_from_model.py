@@ -102,7 +102,15 @@ def test_the_cache_changes_nothing(model: SpeechGPTModel, space: TokenSpace, gen
     ):
         np.testing.assert_array_equal(cached.codes, recomputed.codes)
         assert cached.ended == recomputed.ended
-        assert cached.illegal_mass == pytest.approx(recomputed.illegal_mass, abs=1e-5)
+        assert cached.invalid_token_rate == pytest.approx(recomputed.invalid_token_rate, abs=1e-5)
+
+
+def test_the_cache_may_grow(generator: SpeechGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SamplingConfig(temperature=1.0, max_seconds=0.8)
+    wide = generator.generate(requests(6), config)
+    monkeypatch.setattr(CachedSession, "ROOM_TOKENS", 1)
+    for a, b in zip(wide, generator.generate(requests(6), config), strict=True):
+        np.testing.assert_array_equal(a.codes, b.codes)
 
 
 def test_batches_of_the_real_model_do_not_mix(generator: SpeechGenerator) -> None:

@@ -46,7 +46,7 @@ def test_a_trained_model_says_what_it_is_asked_and_stops(run: Path) -> None:
         right = [np.array_equal(result.codes, spoken(word)) for word, result in zip(words, results, strict=True)]
         assert np.mean(right) >= 0.75, [result.codes[:, 0].tolist() for result in results]
         assert all(result.ended for result, good in zip(results, right, strict=True) if good)
-        assert max(result.illegal_mass for result in results) < 0.1
+        assert max(result.invalid_token_rate for result in results) < 0.1
     assert generator.checkpoint["step"] == 130
 
 
