@@ -169,7 +169,7 @@ def budgets(
             )
             return float(read_json(figure, "benchmark result")["tokens_per_second"])
 
-        first, *others = shares
+        first = next(iter(shares))
         rates = {precision: rate(first, precision) for precision in ("fp32", "bf16")}
         precision = max(rates, key=lambda name: rates[name])
         found = [f"precision={precision}"]

@@ -19,7 +19,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("megatron_speech.data.inspect_command", "what a dataset is; --verify reads every byte"),
     "train": ("megatron_speech.training.command", "train the stages of a recipe, or continue a run"),
     "generate": ("megatron_speech.generation.command", "speech from a checkpoint"),
-    "evaluate": ("megatron_speech.evaluation.command", "what a checkpoint says on fixed canaries: report.json, report.html"),
+    "evaluate": (
+        "megatron_speech.evaluation.command",
+        "what a checkpoint says on fixed canaries: report.json, report.html",
+    ),
     "benchmark": ("megatron_speech.benchmark.command", "measured figures, with device, versions and commit"),
 }
 

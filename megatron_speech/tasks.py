@@ -6,6 +6,7 @@ fills with ids. Whatever is clever (which reference, which transcript, what is l
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -80,7 +81,7 @@ def _variant(task: str, given: set[str]) -> tuple[str, tuple[str, ...]]:
 
 
 def _turn_ids(space: TokenSpace, turns: Sequence[tuple[str, Ids]]) -> Ids:
-    parts = []
+    parts: list[Ids | list[int]] = []
     for role, ids in turns:
         if role not in ROLES:
             raise InputError(f"role {role!r} of a turn is unknown; needed: {' or '.join(ROLES)}")
@@ -185,7 +186,7 @@ def render(space: TokenSpace, ids: Ids, *, max_frames: int = 4) -> str:
     kind = np.where(special, -1 - np.arange(len(ids)), np.where(audio, 1, 0))  # every special is a run of its own
     edges = np.flatnonzero(np.diff(kind, prepend=np.nan, append=np.nan) != 0) if len(ids) else np.zeros(1, np.int64)
     words = []
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in itertools.pairwise(edges):
         run = ids[start:end]
         if special[start]:
             words.append(names[int(run[0])])

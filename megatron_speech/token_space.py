@@ -14,7 +14,7 @@ import base64
 import functools
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,10 +65,12 @@ class CodecDescription:
 
     @property
     def codebook_count(self) -> int:
+        """Codes per frame."""
         return len(self.codebook_sizes)
 
     @property
     def tokens_per_second(self) -> float:
+        """Audio tokens per second of sound."""
         return self.frame_rate_hz * self.codebook_count
 
 
@@ -86,9 +88,13 @@ class TextEncoder(Protocol):
 
     size: int
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, int32 [n]."""
+        ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids."""
+        ...
 
 
 class _BytesEncoder:
@@ -143,14 +149,19 @@ class _HuggingFaceEncoder:
         return self._tokenizer.token_to_id(token)
 
 
-_ENCODERS = {"sentencepiece": _SentencePieceEncoder, "huggingface": _HuggingFaceEncoder}
+_ENCODERS: dict[str, Callable[[bytes], TextEncoder]] = {
+    "sentencepiece": _SentencePieceEncoder,
+    "huggingface": _HuggingFaceEncoder,
+}
 
 
 def _make_encoder(kind: str, payload: bytes, where: str) -> TextEncoder:
     if kind == "bytes":
         return _BytesEncoder()
     if kind not in _ENCODERS:
-        raise InputError(f"{where}: text tokenizer kind {kind!r} is unknown; needed: bytes, sentencepiece or huggingface")
+        raise InputError(
+            f"{where}: text tokenizer kind {kind!r} is unknown; needed: bytes, sentencepiece or huggingface"
+        )
     try:
         return _ENCODERS[kind](payload)
     # sentencepiece raises RuntimeError, tokenizers a bare Exception subclass of its own: both mean a bad file.
@@ -232,7 +243,8 @@ class TokenSpace:
                 f"text tokenizer {text_tokenizer} yields no token for plain text (vocabulary of {encoder.size}); "
                 "name a trained tokenizer, or bytes"
             )
-        text_size, kept = encoder.size, {}
+        text_size = encoder.size
+        kept: dict[str, int] = {}
         if base is not None:
             text_size, kept = _base_layout(Path(base), encoder)
         next_id = text_size
@@ -350,6 +362,7 @@ class TokenSpace:
 
     @property
     def codebook_count(self) -> int:
+        """Audio tokens per frame."""
         return len(self.codebooks)
 
     @property
@@ -445,7 +458,7 @@ class TokenSpace:
 
     @property
     def dtype(self) -> type[np.uint16] | type[np.int32]:
-        """dtype of ids on disk: the smallest that megatron-core's format has for this size."""
+        """Type of ids on disk: the smallest that megatron-core's format has for this size."""
         return np.uint16 if self.size < UINT16_LIMIT else np.int32
 
     def describe(self) -> str:
@@ -462,7 +475,9 @@ def _base_layout(base: Path, encoder: TextEncoder) -> tuple[int, dict[str, int]]
     config = read_json(base / "config.json", "base model config")
     vocab_size = config.get("vocab_size") if isinstance(config, dict) else None
     if not isinstance(vocab_size, int):
-        raise InputError(f"base model config {base / 'config.json'}: field vocab_size is {vocab_size!r}, needed: an integer")
+        raise InputError(
+            f"base model config {base / 'config.json'}: field vocab_size is {vocab_size!r}, needed: an integer"
+        )
     kept = {}
     for name, field in (("<bos>", "bos_token_id"), ("<eos>", "eos_token_id")):
         found = config.get(field)

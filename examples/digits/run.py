@@ -88,6 +88,7 @@ def choose_prompts(samples: list[dict[str, Any]], held_out: list[dict[str, Any]]
 
 @command
 def main() -> int:
+    """Walk the whole road; a second call continues where the first one ended."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", required=True, type=Path, help="samples.jsonl: wav_path, transcript, speaker_id")
     parser.add_argument("--output-dir", required=True, type=Path, help="everything goes here")
@@ -147,7 +148,9 @@ def main() -> int:
     write_jsonl(out / "prompts.jsonl", prompts)
 
     overrides += budgets(road, recipe, overrides, SHARES, args.minutes * 60, out)
-    road.step(f"Train: pretraining, then SFT ({args.minutes:g} minutes)", launched("train", recipe, *overrides), **ONE_THREAD)
+    road.step(
+        f"Train: pretraining, then SFT ({args.minutes:g} minutes)", launched("train", recipe, *overrides), **ONE_THREAD
+    )
     road.step(
         f"Speak: {len(prompts)} utterances in voices given by recordings that training never saw",
         megatron_speech(

@@ -104,6 +104,7 @@ def sequence_length(prefixes: list[Path]) -> int:
 
 @command
 def main() -> int:
+    """Walk the whole road; a second call continues where the first one ended."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", required=True, type=Path, help="everything goes here")
     parser.add_argument("--data", type=Path, help="your samples.jsonl; without it a corpus is synthesised")
@@ -136,7 +137,10 @@ def main() -> int:
         fields = ("language", "dataset_source")
         write_jsonl(
             text,
-            ({"text": row["transcript"], **{f: row[f] for f in fields if row.get(f)}} for row in check_samples(samples)),
+            (
+                {"text": row["transcript"], **{f: row[f] for f in fields if row.get(f)}}
+                for row in check_samples(samples)
+            ),
         )
     road.step(
         "Id space: bytes, specials, Codec2's four codebooks",
@@ -197,8 +201,17 @@ def main() -> int:
             *("--run", out / "run", "--output-dir", out / "report"),
         ),
     )
+    road.step(
+        "Draw",
+        script(
+            "examples/quickstart/picture.py",
+            *("--run", out / "run", "--report", out / "report", "--canaries", out / "canaries.yaml"),
+            *("--output", out / "picture.png"),
+        ),
+    )
     say(
         f"\n{road.elapsed() / 60:.1f} minutes in all.\n"
+        f"  picture {out / 'picture.png'}\n"
         f"  report  {out / 'report/report.html'}\n"
         f"  speech  {out / 'report/wavs'}\n"
         f"  run     {out / 'run'}\n"

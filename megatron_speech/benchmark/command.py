@@ -13,6 +13,7 @@ BENCHMARKS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every benchmark, each a subcommand."""
     subparsers = parser.add_subparsers(dest="benchmark", required=True, metavar="WHAT")
     for name, (module, summary) in BENCHMARKS.items():
         importlib.import_module(module).add_arguments(
@@ -21,4 +22,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the one that was named."""
     return importlib.import_module(BENCHMARKS[args.benchmark][0]).run(args)

@@ -9,6 +9,7 @@ from megatron_speech.token_space import TokenSpace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
     parser.add_argument(
         "--text-tokenizer",
         required=True,
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Build the id space and save it."""
     from megatron_speech.codecs import describe_codec
 
     space = TokenSpace.build(args.text_tokenizer, describe_codec(args.codec), args.base, args.pad_multiple)

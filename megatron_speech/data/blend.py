@@ -152,7 +152,13 @@ def _numbers(column: pa.ChunkedArray, dtype: type[np.generic]) -> np.ndarray:
 def read_documents(name: str, task: str, dataset: TokenDataset, data: DataConfig) -> DocumentTable:
     """Read what the blend needs of `dataset`, which holds documents of `task`, from its table and its index."""
     columns = dataset.columns(
-        "source_id", "sample_id", "language", "dataset_source", "target_tokens", "duration_seconds", "reference_source_id"
+        "source_id",
+        "sample_id",
+        "language",
+        "dataset_source",
+        "target_tokens",
+        "duration_seconds",
+        "reference_source_id",
     )
     language, languages = _codes(columns["language"], UNKNOWN_LANGUAGE)
     source, sources = _codes(columns["dataset_source"], UNKNOWN_SOURCE)

@@ -29,9 +29,7 @@ def test_documents_are_exactly_the_grammar() -> None:
     assert compile_document(SPACE, "tts", text_ids=TEXT, code_ids=CODES).tolist() == written(
         "<bos>", "<target_text>", TEXT, "</target_text>", "<speech_start>", CODES, "<speech_end>"
     )
-    cloning = compile_document(
-        SPACE, "tts", text_ids=TEXT, code_ids=CODES, ref_text_ids=REF_TEXT, ref_code_ids=OTHER
-    )
+    cloning = compile_document(SPACE, "tts", text_ids=TEXT, code_ids=CODES, ref_text_ids=REF_TEXT, ref_code_ids=OTHER)
     assert cloning.tolist() == written(
         *("<bos>", "<ref_text>", REF_TEXT, "</ref_text>", "<ref_speech>", OTHER, "</ref_speech>"),
         *("<target_text>", TEXT, "</target_text>", "<speech_start>", CODES, "<speech_end>"),
