@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_speech.errors import InputError
 from megatron_speech.files import prepare_output_directory, write_json, write_text
+from megatron_speech.generation.command import share_cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     for flag, value, least in (("--batch-size", args.batch_size, 1), ("--players", args.players, 0)):
         if value < least:
             raise InputError(f"{flag} is {value}; it must be {least} or more")
+    share_cores()
     # Slow to import; --help and a misspelt flag need none of it.
     from megatron_speech.evaluation.canaries import load_canaries
     from megatron_speech.evaluation.run_files import read_run
