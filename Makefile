@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 # Where the quickstart leaves its corpus, datasets, run and report, and how long its two stages train.
 OUT ?= quickstart-out
 DATA ?=
+# More flags of examples/quickstart/run.py, such as ARGS="--minutes 10".
+ARGS ?=
 STAMP := $(VENV)/.installed
 
 .PHONY: quickstart test venv lint clean
 
 quickstart: venv
-	$(BIN)/python examples/quickstart/run.py --output-dir $(OUT) $(if $(DATA),--data $(DATA))
+	$(BIN)/python examples/quickstart/run.py --output-dir $(OUT) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadgroup tests

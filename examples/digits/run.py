@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from megatron_speech.training.recipe import load_recipe
 
 HERE = Path(__file__).resolve().parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+# Recordings of each speaker that should be held out, to be references of generation.
+REFERENCES_PER_SPEAKER = 5
 # How the training time is divided.
 SHARES = {"pt": 0.4, "sft": 0.6}
 
@@ -47,6 +49,12 @@ def check_samples(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def held_out_share(rows: list[dict[str, Any]]) -> float:
+    """Share of the recordings to hold out: 3 %, and more where that would leave a speaker without references."""
+    fewest = min(Counter(row["speaker_id"] for row in rows).values())
+    return min(0.3, max(0.03, REFERENCES_PER_SPEAKER / fewest))
+
+
 def choose_prompts(samples: list[dict[str, Any]], held_out: list[dict[str, Any]], count: int, seeds: int) -> list[dict]:
     """What is spoken: every word by every speaker with `seeds` seeds, or an even choice of `count` among them.
 
@@ -62,8 +70,7 @@ def choose_prompts(samples: list[dict[str, Any]], held_out: list[dict[str, Any]]
     for speaker in speakers:
         if speaker not in references:
             raise InputError(
-                f"no recording of speaker {speaker!r} was held out to be a reference; give more recordings of each "
-                "speaker, or raise data.validation_fraction in examples/digits/recipe.yaml"
+                f"no recording of speaker {speaker!r} was held out to be a reference; give more recordings of them"
             )
     pairs = [(word, speaker) for word in sorted({row["transcript"] for row in samples}) for speaker in speakers]
     wanted = max(1, min(len(pairs), count // seeds))
@@ -139,6 +146,7 @@ def main() -> int:
         f"data.datasets.speech={out / 'data/speech'}",
         f"data.datasets.tts={out / 'data/tts'}",
         f"run_dir={out / 'run'}",
+        f"data.validation_fraction={held_out_share(rows)}",
         *batch_overrides(SHARES, seq_length=512, global_batch_tokens=2048),
         *args.overrides,
     ]
