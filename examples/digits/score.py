@@ -161,11 +161,6 @@ def share(hits: Sequence[bool]) -> float | None:
     return float(np.mean(hits)) if len(hits) else None
 
 
-def agreement(wanted: Sequence[str], heard: Sequence[str]) -> float | None:
-    """Share of equal labels."""
-    return share([a == b for a, b in zip(wanted, heard, strict=True)])
-
-
 def open_pocketsphinx(samples: Path, words: Sequence[str]) -> tuple[PocketSphinx | None, str | None]:
     """(the recogniser with the words as its grammar, None) or (None, why it does not apply)."""
     missing = missing_packages()
@@ -212,30 +207,28 @@ def score(
     rate = codec.sample_rate_hz
     held = [i for i, recording in enumerate(recordings) if recording.held_out]
     originals = [clips[i] for i in held]
-    sets = {
+    real = [(recordings[i].word, recordings[i].speaker) for i in held]
+    round_trips = [codec.decode(codec.encode(clip)) for clip in originals]
+    sets: dict[str, Heard] = {
         "generated": (listen(generated, judge, recogniser, rate), [(row["text"], row["speaker_id"]) for row in rows]),
-        "round_trip": (
-            listen([codec.decode(codec.encode(clip)) for clip in originals], judge, recogniser, rate),
-            [(recordings[i].word, recordings[i].speaker) for i in held],
-        ),
-        "original": (
-            listen(originals, judge, recogniser, rate),
-            [(recordings[i].word, recordings[i].speaker) for i in held],
-        ),
+        "round_trip": (listen(round_trips, judge, recogniser, rate), real),
+        "original": (listen(originals, judge, recogniser, rate), real),
     }
+    chance = {"word": 1 / len(judge.words), "speaker": 1 / len(judge.speakers), "pocketsphinx": 1 / len(judge.words)}
     report: dict[str, Any] = {
-        "word": {"chance": 1 / len(judge.words)},
-        "speaker": {"chance": 1 / len(judge.speakers)},
-        "pocketsphinx": {"chance": 1 / len(judge.words)},
+        listener: {
+            "chance": chance[listener],
+            **{
+                name: share(
+                    [said == wanted(listener, label) for said, label in zip(heard[listener], labels, strict=True)]
+                )
+                if listener in heard
+                else None
+                for name, (heard, labels) in sets.items()
+            },
+        }
+        for listener in ("word", "speaker", "pocketsphinx")
     }
-    for name, (heard, labels) in sets.items():
-        report["word"][name] = agreement([word for word, _ in labels], heard["word"])
-        report["speaker"][name] = agreement([speaker for _, speaker in labels], heard["speaker"])
-        report["pocketsphinx"][name] = (
-            None
-            if recogniser is None
-            else agreement([normalise_text(word) for word, _ in labels], heard["pocketsphinx"])
-        )
     per_train = sum(not recording.held_out for recording in recordings)
     for head, classes in (("word", judge.words), ("speaker", judge.speakers)):
         report[head]["applicable"] = len(classes) > 1 and per_train >= RECORDINGS_PER_CLASS * len(classes)
@@ -244,34 +237,34 @@ def score(
             report[head]["reason"] = (
                 f"{per_train} recordings of {len(classes)} {head}s: too few of each to learn to tell them apart"
             )
-    heard = sets["generated"][0]
-    report["per_word"] = {
-        word: {
-            "utterances": len(mine),
-            **{
-                listener: agreement(
-                    [rows[i]["text"] if listener == "word" else normalise_text(word) for i in mine], found
-                )
-                for listener in ("word", "pocketsphinx")
-                if listener in heard
-                for found in [[heard[listener][i] for i in mine]]
-            },
-            "heard_as": dict(Counter(heard["word"][i] for i in mine).most_common()),
-        }
-        for word in sorted({row["text"] for row in rows})
-        for mine in [[i for i, row in enumerate(rows) if row["text"] == word]]
-    }
-    report["per_speaker"] = {
-        speaker: {
-            "utterances": len(mine),
-            "speaker": agreement([speaker] * len(mine), [heard["speaker"][i] for i in mine]),
-            "word": agreement([rows[i]["text"] for i in mine], [heard["word"][i] for i in mine]),
-            "heard_as": dict(Counter(heard["speaker"][i] for i in mine).most_common()),
-        }
-        for speaker in sorted({row["speaker_id"] for row in rows})
-        for mine in [[i for i, row in enumerate(rows) if row["speaker_id"] == speaker]]
-    }
+    report["per_word"] = breakdown(sets, judge.words, 0, "word")
+    report["per_speaker"] = breakdown(sets, judge.speakers, 1, "speaker")
     return report
+
+
+Heard = tuple[dict[str, list[str]], list[tuple[str, str]]]
+
+
+def breakdown(sets: dict[str, Heard], classes: Sequence[str], label: int, head: str) -> dict[str, Any]:
+    """Scores of each word (label 0) or speaker (label 1), with what the CNN's `head` took generated speech for."""
+    table: dict[str, Any] = {}
+    for name in classes:
+        row: dict[str, Any] = {}
+        for part, (heard, labels) in sets.items():
+            mine = [i for i, pair in enumerate(labels) if pair[label] == name]
+            row[part] = {"utterances": len(mine)} | {
+                listener: share([said[i] == wanted(listener, labels[i]) for i in mine])
+                for listener, said in heard.items()
+            }
+            if part == "generated":
+                row["heard_as"] = dict(Counter(heard[head][i] for i in mine).most_common())
+        table[name] = row
+    return table
+
+
+def wanted(listener: str, label: tuple[str, str]) -> str:
+    """What a listener should have said for (word, speaker)."""
+    return {"word": label[0], "speaker": label[1], "pocketsphinx": normalise_text(label[0])}[listener]
 
 
 def console(report: dict[str, Any]) -> list[str]:

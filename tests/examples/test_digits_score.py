@@ -106,9 +106,17 @@ def test_generated_speech_is_scored_beside_its_ceilings(scored: dict[str, Any]) 
     assert scored["invalid_token_rate"] == pytest.approx(0.25)
     assert scored["loop_rate"] == scored["loop_rate_original"] == 0.0
     assert set(scored["per_word"]) == set(WORDS) and set(scored["per_speaker"]) == set(SPEAKERS)
-    assert sum(row["utterances"] for row in scored["per_word"].values()) == 27
-    for row in scored["per_word"].values():
-        assert sum(row["heard_as"].values()) == row["utterances"]
+    for table, listener in (("per_word", "word"), ("per_speaker", "speaker")):
+        for part, count in (("generated", 27), ("original", scored["judge"]["held_out"])):
+            rows = [row[part] for row in scored[table].values()]
+            assert sum(row["utterances"] for row in rows) == count
+            hits = sum(row["utterances"] * (row[listener] or 0) for row in rows)
+            assert hits / count == pytest.approx(scored[listener][part])
+        for name, row in scored[table].items():
+            assert sum(row["heard_as"].values()) == row["generated"]["utterances"]
+            assert row["heard_as"].get(name, 0) == pytest.approx(
+                row["generated"]["utterances"] * row["generated"][listener]
+            )
 
 
 def test_pocketsphinx_listens_with_the_words_of_the_file(scored: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import wave
 from pathlib import Path
@@ -12,7 +14,9 @@ import pytest
 
 from megatron_speech.cli import main
 from megatron_speech.codecs.audio import write_wav
-from megatron_speech.generation.engine import SpeechGenerator
+from megatron_speech.generation.command import add_arguments
+from megatron_speech.generation.engine import DEFAULT_BATCH_SIZE, SpeechGenerator
+from megatron_speech.generation.sampling import SamplingConfig
 
 
 @pytest.fixture
@@ -71,6 +75,15 @@ def test_many_prompts_become_wavs_codes_and_a_table(checkpoint: Path, recording:
             assert row["duration"] == row["code_len"] / 25
         assert row["ended"] == (row["stop_reason"] == "end")
         assert 0 <= row["invalid_token_rate"] <= 1
+
+
+def test_the_flags_default_to_the_library_s_settings() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(["--checkpoint", "c", "--text", "t"])
+    for field in dataclasses.fields(SamplingConfig):
+        assert getattr(args, field.name) == field.default
+    assert args.batch_size == DEFAULT_BATCH_SIZE
 
 
 @pytest.mark.parametrize(
