@@ -216,9 +216,12 @@ def _loss_plot(run: RunFiles) -> str:
         points = [(row["step"], row[key]) for row in run.training if row.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), linewidth=1.8 if key == "loss" else 1.0, label=label)
-    points = [(row["step"], row["loss"]) for row in run.validation if row.get("loss") is not None]
-    if points:
-        axes.plot(*zip(*points, strict=True), "o-", color="black", markersize=3, linewidth=0.8, label="validation")
+    # Stages validate what they learn: an SFT loss is of target speech only, so lines do not cross from stage to stage.
+    for number, stage in enumerate(dict.fromkeys(row.get("stage") for row in run.validation)):
+        points = [(row["step"], row["loss"]) for row in run.validation if row.get("stage") == stage and row.get("loss")]
+        if points:
+            label = None if number else "validation"
+            axes.plot(*zip(*points, strict=True), "o-", color="black", markersize=3, linewidth=0.8, label=label)
     before = None
     for row in run.training:
         if row.get("stage") != before:
