@@ -108,8 +108,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", required=True, type=Path, help="everything goes here")
     parser.add_argument("--data", type=Path, help="your samples.jsonl; without it a corpus is synthesised")
-    parser.add_argument("--minutes", type=float, default=4.5, help="of training, both stages together (4.5)")
-    parser.add_argument("--utterances", type=int, default=900, help="to synthesise (900)")
+    parser.add_argument("--minutes", type=float, default=5.5, help="of training, both stages together (5.5)")
+    parser.add_argument("--utterances", type=int, default=1800, help="to synthesise (1800)")
     parser.add_argument("--canaries", type=int, default=20, help="utterances per language in the report (20)")
     args = parser.parse_args()
     if args.minutes <= 0:
