@@ -217,11 +217,11 @@ def _loss_plot(run: RunFiles) -> str:
         if points:
             axes.plot(*zip(*points, strict=True), linewidth=1.8 if key == "loss" else 1.0, label=label)
     # Stages validate what they learn: an SFT loss is of target speech only, so lines do not cross from stage to stage.
-    for number, stage in enumerate(dict.fromkeys(row.get("stage") for row in run.validation)):
-        points = [(row["step"], row["loss"]) for row in run.validation if row.get("stage") == stage and row.get("loss")]
-        if points:
-            label = None if number else "validation"
-            axes.plot(*zip(*points, strict=True), "o-", color="black", markersize=3, linewidth=0.8, label=label)
+    validated = [row for row in run.validation if row.get("loss") is not None]
+    for number, stage in enumerate(dict.fromkeys(row.get("stage") for row in validated)):
+        points = [(row["step"], row["loss"]) for row in validated if row.get("stage") == stage]
+        name = "_nolegend_" if number else "validation"
+        axes.plot(*zip(*points, strict=True), "o-", color="black", markersize=3, linewidth=0.8, label=name)
     before = None
     for row in run.training:
         if row.get("stage") != before:
