@@ -14,8 +14,8 @@ from typing import IO, Any
 from megatron_speech.errors import InputError
 
 
-def fsync_directory(path: Path) -> None:
-    """Make a rename inside directory `path` survive a power cut."""
+def fsync_path(path: Path) -> None:
+    """Make what was written to file `path`, or renamed inside directory `path`, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -68,7 +68,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-        fsync_directory(path.parent)
+        fsync_path(path.parent)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)

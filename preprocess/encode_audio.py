@@ -45,7 +45,7 @@ from megatron_speech.errors import InputError, command
 from megatron_speech.files import (
     atomic_write,
     canonical_json,
-    fsync_directory,
+    fsync_path,
     prepare_output_directory,
     read_json,
     sha256_hex,
@@ -517,7 +517,7 @@ class Writer:
         os.replace(work / "rejected", outputs.rejected)
         write_json(outputs.manifest, manifest)
         os.replace(work / "samples", outputs.samples)
-        fsync_directory(outputs.directory)
+        fsync_path(outputs.directory)
 
 
 def join_shards(outputs: Outputs, common: str) -> bool:

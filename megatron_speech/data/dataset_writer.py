@@ -25,7 +25,7 @@ from megatron_speech.data.documents_table import DocumentsTableWriter
 from megatron_speech.data.indexed import IndexedDatasetWriter, file_of
 from megatron_speech.data.manifest import FileEntry, Manifest, write_manifest
 from megatron_speech.errors import InputError
-from megatron_speech.files import fsync_directory, prepare_output_directory, sha256_file
+from megatron_speech.files import fsync_path, prepare_output_directory, sha256_file
 
 BIN, IDX, DOCUMENTS, MANIFEST, REJECTED = ".bin", ".idx", ".docs.parquet", ".manifest.json", ".rejected.jsonl"
 
@@ -127,7 +127,7 @@ class DatasetWriter:
         if written.documents != self._table.rows:
             raise ValueError(f"{written.documents} documents, but {self._table.rows} rows of the documents table")
         table_path = self.folder / "docs.parquet"
-        _fsync(table_path)
+        fsync_path(table_path)
         entry = FileEntry(bytes=table_path.stat().st_size, sha256=sha256_file(table_path))
         manifest = manifest.model_copy(
             update={
@@ -150,7 +150,7 @@ class DatasetWriter:
             file_of(self.prefix, REJECTED).unlink(missing_ok=True)
         for name, suffix in [*moves, ("manifest.json", MANIFEST)]:
             os.replace(self.folder / name, file_of(self.prefix, suffix))
-        fsync_directory(self.prefix.parent)
+        fsync_path(self.prefix.parent)
 
     def _write_error(self, error: OSError) -> InputError:
         return InputError(f"cannot write {self.prefix}: {error.strerror or error}; nothing was kept of it")
@@ -176,11 +176,3 @@ def _claim(folder: Path, prefix: Path) -> int:
         if name != "lock":
             (folder / name).unlink() if not (folder / name).is_dir() else shutil.rmtree(folder / name)
     return lock
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -37,7 +37,7 @@ import numpy as np
 
 from megatron_speech.data.manifest import FileEntry, Manifest, read_manifest
 from megatron_speech.errors import InputError
-from megatron_speech.files import fsync_directory, sha256_file
+from megatron_speech.files import fsync_path, sha256_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -216,7 +216,7 @@ class IndexedDatasetWriter:
         self._idx.close()
         self._bin.commit()
         self._idx.commit()
-        fsync_directory(self._bin.path.parent)
+        fsync_path(self._bin.path.parent)
         return WrittenIndex(
             documents=self.documents,
             tokens=self.tokens,

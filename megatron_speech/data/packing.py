@@ -23,7 +23,7 @@ import numpy as np
 from megatron_speech.data.blend import Order
 from megatron_speech.data.packing_kernels import pack_cut, pack_fit
 from megatron_speech.errors import InputError
-from megatron_speech.files import fsync_directory, prepare_output_directory, read_json, write_json
+from megatron_speech.files import fsync_path, prepare_output_directory, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ def _write_table(
             # Another machine's builder was first: its folder is the same, so ours is not needed.
             if not folder.is_dir():
                 raise
-        fsync_directory(cache_dir)
+        fsync_path(cache_dir)
     except OSError as error:
         raise InputError(
             f"cannot write the sequence index {folder}: {error.strerror or error}; name a data.cache_dir with room"

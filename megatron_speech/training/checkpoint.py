@@ -39,7 +39,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as torch_save
 
 from megatron_speech.errors import InputError
-from megatron_speech.files import fsync_directory, read_json, write_json
+from megatron_speech.files import fsync_path, read_json, write_json
 from megatron_speech.model.builder import SpeechGPTModel, build_model
 from megatron_speech.model.config import ModelConfig
 from megatron_speech.parallel import groups
@@ -231,11 +231,11 @@ def save_checkpoint(
                 "files": files,
             },
         )
-        fsync_directory(building)
+        fsync_path(building)
         if final.exists():  # a damaged one that was skipped on resume
             shutil.rmtree(final)
         os.rename(building, final)
-        fsync_directory(directory)
+        fsync_path(directory)
     dist.barrier()
     return final
 
@@ -280,7 +280,7 @@ def promote_best(directory: Path, stage: str) -> CheckpointInfo | None:
                 temporary.unlink()
             temporary.symlink_to(best.path.name)
             os.replace(temporary, link)
-            fsync_directory(directory)
+            fsync_path(directory)
     return best
 
 
