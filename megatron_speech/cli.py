@@ -51,7 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"needed: one of {', '.join(COMMANDS)}"
         raise InputError(f"megatron-speech has no command {name!r}; {hint}")
     prepare_imports()  # before any room imports megatron-core
-    args = build_parser(name).parse_args(arguments)
+    parser = build_parser(name)
+    args, rest = parser.parse_known_args(arguments)
+    # argparse takes key=value overrides only where they follow the recipe at once; after an option is as clear.
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(overrides) < len(rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *overrides]
     return importlib.import_module(COMMANDS[args.command][0]).run(args)
 
 

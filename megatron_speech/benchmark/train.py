@@ -29,8 +29,7 @@ FIGURES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="what to train")
-    # argparse takes all positional arguments from one place: these stand right after the recipe.
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="right after RECIPE.yaml: replace its values")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace values of the recipe")
     parser.add_argument("--stage", metavar="S", help="name of the stage that is measured; default: the first")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="optimizer steps measured (50)")
     parser.add_argument("--warmup-steps", type=int, default=10, metavar="N", help="steps before the clock starts (10)")
