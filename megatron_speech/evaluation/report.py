@@ -254,7 +254,8 @@ def _blend_plot(stages: Sequence[dict[str, Any]]) -> str:
         axes.set_title(aspect.removeprefix("by_"), fontsize=9)
         axes.set_xlim(0, 100)
         axes.set_yticks(np.arange(len(labels)), labels, fontsize=8)
-        axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+        if names:
+            axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
         axes.spines[["top", "right"]].set_visible(False)
     all_axes[0].invert_yaxis()
     return _figure(figure, "blend: target and realised shares of tokens, %")
