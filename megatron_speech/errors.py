@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
 from collections.abc import Callable
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class InputError(ValueError):
@@ -19,8 +22,8 @@ class InputError(ValueError):
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a command's `main` so that bad input prints one sentence and exits 2.
 
-    The wrapped function returns the exit status: 0 (also for None), 2 on :class:`InputError`, 130 on an
-    interrupt. Any other exception is a failure of our own: it keeps its traceback and exits 1.
+    The wrapped function returns the exit status: 0 (also for None), 2 on :class:`InputError`, 1 with a sentence when
+    a disk is full, 130 on an interrupt. Any other exception is our own failure: it keeps its traceback and exits 1.
     """
 
     @functools.wraps(main)
@@ -37,5 +40,11 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             # The reader of our stdout went away (`| head`): not an error of the data or of ours.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            where = f" while writing {error.filename}" if error.filename else ""
+            print(f"error: {error.strerror}{where}; free some space and run the same command again", file=sys.stderr)
+            return 1
 
     return run

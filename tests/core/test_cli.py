@@ -41,3 +41,16 @@ def test_words_that_nobody_reads_are_refused(words: list[str], capsys: pytest.Ca
         cli.main(words)
     assert stopped.value.code == 2
     assert "error" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(args: argparse.Namespace) -> int:
+        with open("/dev/full", "wb") as handle:
+            handle.write(b"x" * 100_000)
+        return 0
+
+    monkeypatch.setattr(blend_command, "run", run)
+    assert cli.main(["blend", "r.yaml"]) == 1
+    assert capsys.readouterr().err == (
+        "error: No space left on device; free some space and run the same command again\n"
+    )
