@@ -17,6 +17,7 @@ from megatron_speech.data.indexed import TokenDataset
 from megatron_speech.data.split import held_out
 from megatron_speech.errors import InputError
 from megatron_speech.files import atomic_write, read_json, write_json
+from megatron_speech.generation.prompts import read_json_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
@@ -73,21 +74,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: the file is missing or unreadable, a line is not a JSON object, or there is no line.
     """
-    rows = []
-    try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise InputError(f"{path} line {number} is not JSON ({error}); mend or remove the line") from error
-                if not isinstance(row, dict):
-                    raise InputError(f"{path} line {number} is not a JSON object; needed: one object per recording")
-                rows.append(row)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); check the path") from error
+    rows = [row for _, row in read_json_lines(path, "samples file")]
     if not rows:
         raise InputError(f"{path} has no line; it needs one JSON object per recording")
     return rows

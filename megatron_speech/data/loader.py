@@ -35,6 +35,7 @@ class MicroBatch:
     tokens, labels (-100 where nothing is learned), position_ids: int64 [B, S]; loss_weights: float32 [B, S];
     group_ids: int32 [B, S], document group * 3 + modality of the label, -1 where nothing is learned;
     cu_seqlens: int32, ends of the documents in the flattened [B * S]; max_seqlen: the longest of them, in tokens;
+    row_pointers: int32 [B + 1], row b holds documents row_pointers[b] to row_pointers[b + 1];
     counts: int64 [4], document, pad, learned and prompt tokens; sequences: int64 [B], numbers in the stage, those
     at or above the stage's `n_sequences` are padding; documents: int32 [segments, 2], (dataset, document) of each.
     """
@@ -45,6 +46,7 @@ class MicroBatch:
     position_ids: torch.Tensor
     group_ids: torch.Tensor
     cu_seqlens: torch.Tensor
+    row_pointers: torch.Tensor
     max_seqlen: int
     counts: torch.Tensor
     sequences: np.ndarray
@@ -148,6 +150,7 @@ class RowSource:
             position_ids=masked.position_ids,
             group_ids=masked.group_ids,
             cu_seqlens=masked.cu_seqlens,
+            row_pointers=arguments[2],
             max_seqlen=int(masked.cu_seqlens.diff().max()),
             counts=masked.counts,
             sequences=sequences,

@@ -466,18 +466,9 @@ class _Inputs:
             batch.cu_seqlens,
             position_ids=batch.position_ids,
             loss_weights=batch.loss_weights,
-            row_pointers=_row_pointers(batch),
+            row_pointers=batch.row_pointers,
             device=device,
         )
-
-
-def _row_pointers(batch: MicroBatch) -> torch.Tensor:
-    """Documents before each row, int32 [B+1]: a row's padding is the last segment that ends at the row's edge."""
-    rows, columns = batch.tokens.shape
-    ends = batch.cu_seqlens.numpy()
-    last = np.searchsorted(ends, np.arange(rows + 1) * columns, side="right") - 1
-    # `last` counts the segments up to each edge, each row's padding among them.
-    return torch.from_numpy((last - np.arange(rows + 1)).astype(np.int32))
 
 
 def _sum_gradients(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
