@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -146,14 +145,9 @@ def without_timing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def launch_two(*commands: list[str]) -> subprocess.CompletedProcess[str]:
     """Run `megatron-speech train` with each of the argument lists on the same two processes, under torchrun."""
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(len(commands) + 1)]
-    first, *ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
     arguments = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
-        "--master-port", str(first), str(Path(__file__).with_name("train_many.py")), json.dumps(commands),
-        json.dumps(ports),
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        str(Path(__file__).with_name("train_many.py")), json.dumps(commands),
     ]  # fmt: skip
     process = subprocess.Popen(
         arguments,
