@@ -1,4 +1,4 @@
-// The interleaving of strata: what is meant, and a slow equal, is in megatron_speech/data/blend.py (`schedule`).
+// The interleaving of strata: what is meant, and a slow equal, is in megatron_speech/data/order.py (`schedule`).
 #include <cstdint>
 #include <functional>
 #include <queue>

@@ -29,7 +29,7 @@ PackedSegments pack_cut(const int32_t* lengths, int64_t count, int64_t seq_lengt
 PackedSegments pack_fit(const int32_t* lengths, int64_t count, int64_t seq_length, int64_t open_bins,
                         std::vector<int64_t>* oversize);
 
-// See `schedule` in megatron_speech/data/blend.py. Stratum k holds costs[ptr[k]:ptr[k + 1]].
+// See `schedule` in megatron_speech/data/order.py. Stratum k holds costs[ptr[k]:ptr[k + 1]].
 // Throws std::invalid_argument when a stratum runs out before `stop` tokens.
 std::vector<int64_t> blend_order(const int32_t* costs, const int64_t* ptr, const double* shares, int64_t strata,
                                  int64_t stop);

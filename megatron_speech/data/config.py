@@ -2,7 +2,7 @@
 
 `training.recipe` embeds :class:`DataConfig` as the recipe's `data` section and extends
 :class:`StageDataConfig` with what the optimizer needs. Types and ranges of single fields are checked here;
-what depends on the datasets (a task without data, a language nobody speaks) is checked by `data.blend`.
+what depends on the datasets (a task without data, a language nobody speaks) is checked by `data.strata`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_speech.data.blend import Order
+from megatron_speech.data.order import Order
 from megatron_speech.data.packing_kernels import pack_cut, pack_fit
 from megatron_speech.errors import InputError
 from megatron_speech.files import fsync_path, prepare_output_directory, read_json, write_json

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from megatron_speech.data import blend as blending
+from megatron_speech.data import order as ordering
+from megatron_speech.data import strata as blending
 from megatron_speech.data.config import DataConfig, StageDataConfig
 from megatron_speech.data.indexed import TokenDataset, file_of
 from megatron_speech.data.packing import INDEX_VERSION, SegmentTable, cached_table, pack
@@ -186,11 +187,11 @@ class StageData:
         ]
         blend = blending.resolve(stage, tables, validation=validation)
         if validation:
-            order = blending.fixed_order(blend, self.data.split_seed)
+            order = ordering.fixed_order(blend, self.data.split_seed)
         else:
             assert n_sequences is not None
             tokens = n_sequences * stage.seq_length
-            order = blending.draw(stage, blend, tables, tokens=tokens, seed=self.seed)
+            order = ordering.draw(stage, blend, tables, tokens=tokens, seed=self.seed)
         stratum_dataset = np.array([stratum.dataset for stratum in blend.strata], dtype=np.int32)
         lengths = np.zeros(len(order.document), dtype=np.int32)
         for index, documents in enumerate(tables):

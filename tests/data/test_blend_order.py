@@ -7,19 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_speech.data.blend import (
-    Blend,
-    DocumentTable,
-    Order,
-    _schedule_python,
-    check_stage,
-    draw,
-    fixed_order,
-    resolve,
-    schedule,
-    shuffled,
-)
 from megatron_speech.data.config import StageDataConfig
+from megatron_speech.data.order import Order, _schedule_python, draw, fixed_order, schedule, shuffled
+from megatron_speech.data.strata import Blend, DocumentTable, check_stage, resolve
 from megatron_speech.errors import InputError
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_speech.data.blend import Order
+from megatron_speech.data.order import Order
 from megatron_speech.data.packing import SegmentTable, cached_table, pack
 from megatron_speech.errors import InputError
 
