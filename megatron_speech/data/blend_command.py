@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         stages = [stages[names.index(args.stage)]]
     space = TokenSpace.load(recipe.token_space)
     datasets = open_datasets(recipe.data, space)
-    cache = recipe.data.cache_dir or recipe.run_directory / "index_cache"
+    cache = recipe.data.index_directory(recipe.run_directory)
     reports = [
         StageData(stage, recipe.data, datasets, space, seed=recipe.seed, cache_dir=cache).blend_report()
         for stage in stages

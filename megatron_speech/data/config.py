@@ -7,9 +7,10 @@ what depends on the datasets (a task without data, a language nobody speaks) is 
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = float
 """A relative mass: any positive number; the masses of a stage are divided by their sum."""
@@ -32,9 +33,34 @@ class DataConfig(StrictConfig):
     )
     split_seed: int = Field(default=0, description="seed of the hash that draws the validation sources")
     cache_dir: str | None = Field(
-        default=None, description="folder of built sequence indices; null: `index_cache` in the run directory"
+        default=None,
+        description="folder on this node's disk: indices/<key> and, where asked for, datasets/<sha256>; null: indices "
+        "lie in `index_cache` of the run directory, and datasets are read where they are",
+    )
+    cache_gib: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="above this size the datasets in cache_dir that are least used go; null: never",
+    )
+    stage_datasets: bool = Field(
+        default=False, description="copy the datasets to cache_dir once per node, checked, and read them there"
+    )
+    on_change: Literal["refuse", "continue"] = Field(
+        default="refuse",
+        description="what to do with a run that is continued with another blend: refuse, naming the change, or "
+        "continue, repeating no document before the ones that are still due",
     )
     prefetch: int = Field(default=2, ge=1, description="global batches prepared ahead of the step that uses them")
+
+    @model_validator(mode="after")
+    def _staging_needs_a_folder(self) -> DataConfig:
+        if self.stage_datasets and self.cache_dir is None:
+            raise ValueError("stage_datasets needs cache_dir; name a folder on this node's disk")
+        return self
+
+    def index_directory(self, run_directory: Path) -> Path:
+        """Where the sequence indices of a run lie."""
+        return run_directory / "index_cache" if self.cache_dir is None else Path(self.cache_dir) / "indices"
 
 
 class LossConfig(StrictConfig):
@@ -53,18 +79,41 @@ class LossConfig(StrictConfig):
 class PackingConfig(StrictConfig):
     """Stage section `packing`: how documents fill sequences of `seq_length` tokens."""
 
-    mode: Literal["auto", "cut", "fit"] = Field(
+    mode: Literal["auto", "cut", "fit", "bucket"] = Field(
         default="auto",
-        description="cut: documents run on over sequence edges, no padding; fit: a document is never cut; "
-        "auto: cut where loss.prompt is 1, else fit",
+        description="cut: documents run on over sequence edges, no padding; fit: a document is never cut; bucket: a "
+        "sequence is a rectangle of whole documents of about the same target length; auto: cut where loss.prompt is "
+        "1, else fit",
     )
     oversize: Literal["refuse", "drop"] = Field(
-        default="refuse", description="fit only: what to do with documents longer than seq_length"
+        default="refuse", description="fit and bucket: what to do with documents longer than a sequence holds"
+    )
+    max_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="bucket only: documents of a sequence × length of the longest of them; null: seq_length",
     )
     open_sequences: int = Field(
         default=256,
         ge=1,
         description="fit only: the packer's look-ahead, in sequences; more pads less, and reorders over a longer run",
+    )
+
+
+class StitchConfig(StrictConfig):
+    """Stage section `stitch`: adjacent segments of one recording become one long document, up to `seq_length`.
+
+    Adjacent: same source, same speaker and language, consecutive `segment_order`, and a gap within the bounds.
+    """
+
+    max_gap_seconds: float = Field(
+        default=1.0, ge=0.0, description="longest silence between the end of a segment and the start of the next"
+    )
+    max_overlap_seconds: float = Field(
+        default=0.1, ge=0.0, description="furthest that a segment may start before the end of the one before"
+    )
+    singles: Literal["keep", "drop"] = Field(
+        default="keep", description="documents without a neighbour: keep them as they are, or leave them out, counted"
     )
 
 
@@ -77,6 +126,17 @@ class StratumConfig(StrictConfig):
     datasets: list[str] | None = Field(default=None, description="names of datasets; null: every dataset of the task")
     languages: list[str] | None = Field(default=None, description="languages; null: all")
     sources: list[str] | None = Field(default=None, description="values of dataset_source; null: all")
+    where: dict[str, Any] = Field(
+        default_factory=dict,
+        description="column of the documents table, or extra.NAME: a value, a list of values, {min, max}, "
+        "{not: value or list}, {null: true or false}",
+    )
+    max_epochs: float | None = Field(
+        default=None, gt=0.0, description="repeated more often than this is warned about; null: the stage's max_epochs"
+    )
+    epoch_limit: float | None = Field(
+        default=None, gt=0.0, description="never repeated more often than this; null: the stage's epoch_limit"
+    )
 
 
 class StageDataConfig(StrictConfig):
@@ -97,10 +157,18 @@ class StageDataConfig(StrictConfig):
     max_epochs: float = Field(
         default=4.0, gt=0.0, description="a stratum repeated more often than this is warned about, never refused"
     )
+    epoch_limit: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="a stratum gets at most this many epochs: the rest of its share goes to the others of its group",
+    )
     tokens: int = Field(gt=0, description="budget: positions fed to the model, padding included")
     seq_length: int = Field(gt=0)
     global_batch_tokens: int = Field(gt=0, description="positions per optimizer step; a multiple of seq_length")
     packing: PackingConfig = Field(default_factory=PackingConfig)
+    stitch: StitchConfig | None = Field(
+        default=None, description="join adjacent segments of a recording to long documents; null: leave them apart"
+    )
     loss: LossConfig = Field(default_factory=LossConfig)
     allow_text_in_sft: bool = Field(default=False, description="let text_lm documents into a stage with loss.prompt 0")
 
@@ -110,11 +178,20 @@ class StageDataConfig(StrictConfig):
         return self.loss.prompt == 0.0
 
     @property
-    def packing_mode(self) -> Literal["cut", "fit"]:
+    def packing_mode(self) -> Literal["cut", "fit", "bucket"]:
         """The packing mode with `auto` resolved."""
         if self.packing.mode != "auto":
             return self.packing.mode
         return "cut" if self.loss.prompt == 1.0 else "fit"
+
+    @property
+    def max_document_tokens(self) -> int | None:
+        """Tokens of the longest document that a sequence takes whole; None where documents are cut."""
+        if self.packing_mode == "cut":
+            return None
+        if self.packing_mode == "bucket" and self.packing.max_tokens is not None:
+            return self.packing.max_tokens
+        return self.seq_length
 
     @property
     def global_batch_sequences(self) -> int:

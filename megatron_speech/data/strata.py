@@ -75,6 +75,27 @@ def check_stage(stage: StageDataConfig) -> list[StratumConfig]:
             f"{where}: packing.mode is cut but loss.prompt is {stage.loss.prompt:g}: in the rest of a cut document "
             "nothing tells where its prompt ended; use packing.mode fit, or loss.prompt 1"
         )
+    if stage.packing.max_tokens is not None:
+        if stage.packing_mode != "bucket":
+            raise InputError(
+                f"{where}: packing.max_tokens is {stage.packing.max_tokens} but packing.mode is {stage.packing_mode}; "
+                "it means something in mode bucket only: leave it out"
+            )
+        if stage.packing.max_tokens > stage.seq_length:
+            raise InputError(
+                f"{where}: packing.max_tokens {stage.packing.max_tokens} is above seq_length {stage.seq_length}, the "
+                "length of the row that it is laid into; lower it, or leave it out"
+            )
+    if stage.stitch is not None and stage.packing_mode == "bucket":
+        raise InputError(
+            f"{where}: stitch makes documents of up to seq_length {stage.seq_length} tokens and packing.mode bucket "
+            "puts documents of one length beside each other; use packing.mode cut or fit, or leave stitch out"
+        )
+    if stage.stitch is not None and stage.loss.prompt != 1.0:
+        raise InputError(
+            f"{where}: stitch with loss.prompt {stage.loss.prompt:g}: only the first prompt of a stitched document "
+            "would be told from what is learned; stitch in stages with loss.prompt 1"
+        )
     for source, cap in stage.source_caps.items():
         if not 0.0 < cap <= 1.0:
             raise InputError(f"{where}: source_caps.{source} is {cap:g}; a cap is a share, above 0 and at most 1")

@@ -107,7 +107,7 @@ class Trainer:
     # ---- setting up
 
     def _stage_data(self, stage: StageConfig, *, validation: bool = False) -> StageData:
-        cache = self.recipe.data.cache_dir or self.directory / "index_cache"
+        cache = self.recipe.data.index_directory(self.directory)
         return StageData(
             stage,
             self.recipe.data,
