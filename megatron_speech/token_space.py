@@ -84,9 +84,13 @@ class Codebook:
 
 
 class TextEncoder(Protocol):
-    """Text to ids of the text range and back."""
+    """Text to ids of the text range and back.
+
+    `unknown_id` stands for text that the vocabulary cannot spell; None where every text can be spelled.
+    """
 
     size: int
+    unknown_id: int | None
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32 [n]."""
@@ -101,6 +105,7 @@ class _BytesEncoder:
     """UTF-8 bytes as ids: any script, no vocabulary file."""
 
     size = 256
+    unknown_id: int | None = None
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8).astype(np.int32) for text in texts]
@@ -117,6 +122,7 @@ class _SentencePieceEncoder:
 
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=payload)
         self.size = self._processor.vocab_size()
+        self.unknown_id: int | None = self._processor.unk_id()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.asarray(ids, dtype=np.int32) for ids in self._processor.encode(list(texts), out_type=int)]
@@ -137,6 +143,10 @@ class _HuggingFaceEncoder:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        model = json.loads(payload)["model"]
+        unknown = model.get("unk_token")
+        # A Unigram model names its unknown token by id, the others by the token; byte-level ones name none.
+        self.unknown_id: int | None = model.get("unk_id") if unknown is None else self.token_id(unknown)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -357,6 +367,11 @@ class TokenSpace:
     def decode_text(self, ids: Iterable[int]) -> str:
         """Text of ids of the text range."""
         return self._encoder.decode([int(i) for i in ids])
+
+    @property
+    def unknown_id(self) -> int | None:
+        """The id that stands for text the tokenizer cannot spell; None for bytes and byte-level tokenizers."""
+        return self._encoder.unknown_id
 
     # ---- codes
 
