@@ -3,6 +3,10 @@
 A source (a recording, a book, a web page) is held out whole: its other segments, and the same segments in another
 task's dataset, fall on the same side. The hash depends on the source's name and the seed only, so adding data
 never moves a document from one side to the other.
+
+    name ─ name_hash ─► uint64, in the documents table ─ with the seed ─► is_held_out
+
+Names are hashed once, when a dataset is written; training reads eight bytes a document and no strings.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-_CHUNK = 1 << 20  # names hashed at a time: bounds the temporary arrays
+_CHUNK = 1 << 16  # names hashed at a time: bounds the temporary arrays
 _BASE = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
@@ -32,14 +36,13 @@ def _powers(count: int) -> np.ndarray:
         return np.multiply.accumulate(factors)
 
 
-def hash_strings(names: pa.Array, seed: int) -> np.ndarray:
-    """A 64-bit hash of each string, uint64 [N]: a polynomial in its UTF-8 bytes modulo 2^64, mixed with `seed`.
+def name_hash(names: pa.Array) -> np.ndarray:
+    """A 64-bit hash of each name, uint64 [N]: a polynomial in its UTF-8 bytes modulo 2^64, mixed with its length.
 
-    It is a function of the bytes and the seed alone: no Python hash, no library version takes part. Null hashes
-    like the empty string.
+    It is a function of the bytes alone: no seed, no Python hash, no library version takes part. Null hashes like
+    the empty string.
     """
     names = names.cast(pa.large_string())
-    seed_word = splitmix64(np.array([seed & _MASK], dtype=np.uint64))[0]
     out = np.empty(len(names), dtype=np.uint64)
     for first in range(0, len(names), _CHUNK):
         chunk = names.slice(first, _CHUNK).fill_null("")
@@ -55,8 +58,29 @@ def hash_strings(names: pa.Array, seed: int) -> np.ndarray:
                 full = np.flatnonzero(lengths)
                 sums[full] = np.add.reduceat(terms, offsets[:-1][full] - offsets[0])
         with np.errstate(over="ignore"):
-            mixed = splitmix64(sums ^ seed_word)
-            out[first : first + len(chunk)] = splitmix64(mixed + lengths.astype(np.uint64))
+            out[first : first + len(chunk)] = splitmix64(splitmix64(sums) + lengths.astype(np.uint64))
+    return out
+
+
+def is_held_out(hashes: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Which name hashes belong to validation: splitmix64(hash ^ word of the seed) < fraction · 2^64.
+
+    Args:
+        hashes: uint64 [N], of :func:`name_hash`.
+        fraction: expected share of the names that is held out, 0 <= fraction < 1. A larger one holds out all that
+            a smaller one does, and more.
+        seed: `data.split_seed`.
+
+    Returns:
+        bool [N].
+    """
+    if fraction <= 0.0:
+        return np.zeros(len(hashes), dtype=bool)
+    limit = np.uint64(min(int(fraction * 2.0**64), _MASK))
+    seed_word = splitmix64(np.array([seed & _MASK], dtype=np.uint64))[0]
+    out = np.empty(len(hashes), dtype=bool)
+    for first in range(0, len(hashes), _CHUNK):
+        out[first : first + _CHUNK] = splitmix64(hashes[first : first + _CHUNK] ^ seed_word) < limit
     return out
 
 
@@ -68,38 +92,44 @@ def split_names(columns: pa.Table) -> pa.Array:
     return pc.if_else(missing, sample, source)
 
 
-def quotes_held_out(columns: pa.Table, fraction: float, seed: int) -> np.ndarray:
-    """Which documents quote a held-out source as their reference or prompt.
-
-    Trained on, such a document would show the model a recording that validation promises it never saw.
-
-    Args:
-        columns: table with the string column `reference_source_id`, null for documents that quote nothing.
-        fraction, seed: as for :func:`held_out`.
-
-    Returns:
-        bool [D].
-    """
-    names = columns["reference_source_id"].combine_chunks().cast(pa.large_string())
-    if fraction <= 0.0 or names.null_count == len(names):
-        return np.zeros(columns.num_rows, dtype=bool)
-    limit = np.uint64(min(int(fraction * 2.0**64), _MASK))
-    quoted = names.is_valid().to_numpy(zero_copy_only=False)
-    return (hash_strings(names, seed) < limit) & quoted
+def split_hashes(columns: pa.Table) -> np.ndarray:
+    """:func:`name_hash` of each document's split name, uint64 [D]: column `split_hash`, or made of the names."""
+    if "split_hash" in columns.column_names:
+        return np.asarray(columns["split_hash"].to_numpy(), dtype=np.uint64)
+    return name_hash(split_names(columns))
 
 
 def held_out(columns: pa.Table, fraction: float, seed: int) -> np.ndarray:
     """Which documents are validation documents.
 
     Args:
-        columns: table with the string columns `source_id` and `sample_id`, one row per document.
-        fraction: expected share of the sources that is held out, 0 <= fraction < 1.
-        seed: `data.split_seed`.
+        columns: one row per document, with the column `split_hash` or the string columns `source_id`, `sample_id`.
+        fraction, seed: as for :func:`is_held_out`.
 
     Returns:
         bool [D].
     """
     if fraction <= 0.0:
         return np.zeros(columns.num_rows, dtype=bool)
-    limit = np.uint64(min(int(fraction * 2.0**64), _MASK))
-    return hash_strings(split_names(columns), seed) < limit
+    return is_held_out(split_hashes(columns), fraction, seed)
+
+
+def quotes_held_out(columns: pa.Table, fraction: float, seed: int) -> np.ndarray:
+    """Which documents quote a held-out source as their reference or prompt.
+
+    Trained on, such a document would show the model a recording that validation promises it never saw.
+
+    Args:
+        columns: table with the column `reference_split_hash` or the string column `reference_source_id`, null for
+            documents that quote nothing.
+        fraction, seed: as for :func:`is_held_out`.
+
+    Returns:
+        bool [D].
+    """
+    hashed = "reference_split_hash" in columns.column_names
+    quoted = columns["reference_split_hash" if hashed else "reference_source_id"].combine_chunks()
+    if fraction <= 0.0 or quoted.null_count == len(quoted):
+        return np.zeros(columns.num_rows, dtype=bool)
+    hashes = quoted.fill_null(0).to_numpy(zero_copy_only=False) if hashed else name_hash(quoted)
+    return is_held_out(hashes, fraction, seed) & quoted.is_valid().to_numpy(zero_copy_only=False)

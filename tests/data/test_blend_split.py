@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_speech.data.split import hash_strings, held_out, quotes_held_out
+from megatron_speech.data.split import held_out, is_held_out, name_hash, quotes_held_out
 
 MASK = (1 << 64) - 1
 
@@ -20,21 +20,33 @@ def mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def reference(name: str, seed: int) -> int:
+def reference(name: str) -> int:
     data, total, power = name.encode(), 0, 1
     for byte in data:
         power = power * 0x9E3779B97F4A7C15 & MASK
         total = (total + (byte + 1) * power) & MASK
-    return mix((mix(total ^ mix(seed & MASK)) + len(data)) & MASK)
+    return mix((mix(total) + len(data)) & MASK)
 
 
 @settings(deadline=None)
-@given(st.lists(st.none() | st.text(max_size=12), max_size=20), st.integers(-(2**63), 2**63))
-def test_the_hash_is_the_same_function_of_the_bytes_as_its_plain_reference(names: list[str | None], seed: int) -> None:
+@given(st.lists(st.none() | st.text(max_size=12), max_size=20), st.floats(0.001, 0.999), st.integers(-(2**63), 2**63))
+def test_the_hash_is_the_same_function_of_the_bytes_as_its_plain_reference(
+    names: list[str | None], fraction: float, seed: int
+) -> None:
     array = pa.array(names, pa.string())
-    expected = [reference(name or "", seed) for name in names]
-    assert hash_strings(array, seed).tolist() == expected
-    assert hash_strings(array.slice(1), seed).tolist() == expected[1:]  # a view into a longer array
+    expected = [reference(name or "") for name in names]
+    assert name_hash(array).tolist() == expected
+    assert name_hash(array.slice(1)).tolist() == expected[1:]  # a view into a longer array
+    sides = [mix(value ^ mix(seed & MASK)) < int(fraction * 2**64) for value in expected]
+    assert is_held_out(name_hash(array), fraction, seed).tolist() == sides
+
+
+def test_names_hash_alike_for_ever() -> None:
+    # Datasets hold these hashes: they must not change.
+    assert name_hash(pa.array(["", "recording-1", "जयपुर"])).tolist() == NAME_HASHES
+
+
+NAME_HASHES = [12035550249420947055, 10070271271558380177, 17766116273080350714]
 
 
 def columns(sources: list[str | None], samples: list[str]) -> pa.Table:
@@ -71,7 +83,7 @@ def test_the_fraction_is_met_and_a_larger_one_keeps_what_a_smaller_one_held_out(
 
 def test_names_longer_than_a_chunk_of_rows_hash_alike_wherever_they_stand() -> None:
     names = pa.chunked_array([["a" * 3000, "é", ""], ["b", "a" * 3000]]).combine_chunks()
-    hashes = hash_strings(names, 1)
+    hashes = name_hash(names)
     assert hashes[0] == hashes[4]
     assert len(np.unique(hashes)) == 4
 
@@ -83,3 +95,14 @@ def test_a_document_that_quotes_a_held_out_source_is_known_by_its_reference() ->
     quoting = pa.table({"reference_source_id": pa.array([*sources, None, None], pa.string())})
     assert quotes_held_out(quoting, 0.1, 5).tolist() == [*held.tolist(), False, False]
     assert not quotes_held_out(pa.table({"reference_source_id": pa.nulls(3, pa.string())}), 0.999, 5).any()
+
+
+def test_stored_hashes_decide_as_the_names_do() -> None:
+    names = pa.array([f"recording-{k // 3}" for k in range(600)])
+    quoted = pa.array([f"recording-{k}" if k % 2 else None for k in range(600)])
+    by_name = pa.table({"source_id": names, "sample_id": names, "reference_source_id": quoted})
+    hashes = pa.array([int(value) if k % 2 else None for k, value in enumerate(name_hash(quoted))], pa.uint64())
+    by_hash = pa.table({"split_hash": name_hash(names), "reference_split_hash": hashes})
+    for rule in (held_out, quotes_held_out):
+        assert rule(by_hash, 0.2, 9).tolist() == rule(by_name, 0.2, 9).tolist()
+        assert rule(by_hash, 0.2, 9).any()
