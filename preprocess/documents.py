@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_speech.data.documents_table import SCHEMA
+from megatron_speech.data.documents_table import SCHEMA, derive_columns
 from megatron_speech.data.manifest import Totals
 from megatron_speech.errors import InputError
 from megatron_speech.files import sha256_hex
@@ -334,12 +334,15 @@ class _Builder:
     def finish(self, rows: int) -> Documents:
         """All documents, as the writer takes them."""
         documents = [one.document for one in self.emitted]
-        flat = np.concatenate(documents) if documents else np.zeros(0, np.int32)
+        flat = (np.concatenate(documents) if documents else np.zeros(0, np.int32)).astype(self.space.dtype)
+        lengths = np.array([len(document) for document in documents], dtype=np.int32)
         columns = self._columns()
+        missing = [None] * len(documents)
+        table = pa.record_batch([pa.array(columns.get(f.name, missing), f.type) for f in SCHEMA], schema=SCHEMA)
         return Documents(
-            flat=flat.astype(self.space.dtype),
-            lengths=np.array([len(document) for document in documents], dtype=np.int32),
-            table=pa.record_batch([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA),
+            flat=flat,
+            lengths=lengths,
+            table=derive_columns(table, flat, lengths),
             rows=rows,
             kept=self.kept,
             dropped=self.dropped,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_speech.data.split import name_hash, split_names
 from megatron_speech.errors import InputError
 
 SCHEMA = pa.schema(
@@ -36,11 +40,46 @@ SCHEMA = pa.schema(
         ("normalization_version", pa.string()),
         ("checksum", pa.string()),  # of the target's codes: `code_checksum`
         ("extra", pa.string()),  # fields of the input row that have no column of their own, as a JSON object
+        ("split_hash", pa.uint64()),  # `split.name_hash` of source_id, or of sample_id where that is empty
+        ("reference_split_hash", pa.uint64()),  # of reference_source_id; null where nothing is quoted
+        ("crc32", pa.uint32()),  # of the document's bytes in `.bin`
     ]
 )
 
 # Fixed, so that the bytes depend neither on how rows arrive nor on how a dataset was put together from shards.
 ROWS_PER_GROUP = 1 << 16
+
+
+def reference_split_hashes(source_id: pa.Array) -> pa.Array:
+    """uint64 [D]: `split.name_hash` of the quoted source, null where nothing is quoted."""
+    if source_id.null_count == len(source_id):
+        return pa.nulls(len(source_id), pa.uint64())
+    return pa.array(name_hash(source_id), mask=source_id.is_null().to_numpy(zero_copy_only=False))
+
+
+def document_checksums(data: bytes | memoryview, lengths: np.ndarray, itemsize: int) -> list[int]:
+    """CRC-32 of each document's bytes as they lie in `.bin`: what tells which document is damaged.
+
+    Args:
+        data: the documents end to end, little endian.
+        lengths: int [D], ids per document.
+        itemsize: bytes per id.
+    """
+    view = memoryview(data).cast("B")
+    edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]) * itemsize
+    ends = edges.tolist()
+    return [zlib.crc32(view[start:end]) for start, end in itertools.pairwise(ends)]
+
+
+def derive_columns(table: pa.RecordBatch, ids: np.ndarray, lengths: np.ndarray) -> pa.RecordBatch:
+    """`table` with the columns that follow from its names and from the documents' ids (in the dtype on disk)."""
+    derived = {
+        "split_hash": pa.array(name_hash(split_names(pa.Table.from_batches([table])))),
+        "reference_split_hash": reference_split_hashes(table["reference_source_id"]),
+        "crc32": pa.array(document_checksums(ids.tobytes(), lengths, ids.dtype.itemsize), pa.uint32()),
+    }
+    columns = [derived.get(field.name, table[field.name]) for field in SCHEMA]
+    return pa.record_batch(columns, schema=SCHEMA)
 
 
 class DocumentsTableWriter:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megatron_speech.errors import InputError
 from megatron_speech.files import read_json, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class _Part(BaseModel):
@@ -28,6 +28,23 @@ class Totals(_Part):
     audio_tokens: int = 0
     text_tokens: int = 0
     target_tokens: int = Field(default=0, description="tokens after the SFT prompt")
+    characters: int = Field(default=0, description="Unicode characters of the target texts, normalised")
+    target_text_tokens: int = Field(default=0, description="text tokens of the target texts; references not counted")
+    unknown_tokens: int = Field(default=0, description="of those, how many stand for text the tokenizer cannot spell")
+
+    @property
+    def fertility(self) -> float | None:
+        """Text tokens per character; None without text."""
+        return self.target_text_tokens / self.characters if self.characters else None
+
+    @property
+    def unknown_rate(self) -> float | None:
+        """Share of the text tokens that stand for text the tokenizer cannot spell; None without text."""
+        return self.unknown_tokens / self.target_text_tokens if self.target_text_tokens else None
+
+
+# The fields of `Totals` that add up.
+COUNTED = tuple(name for name in Totals.model_fields if name != "seconds")
 
 
 class FileEntry(_Part):
@@ -129,7 +146,7 @@ def sum_totals(parts: Iterable[Totals], frame_rate_hz: float) -> Totals:
     """The sum of `parts`; seconds are recomputed from the frames, so that the order of summation cannot matter."""
     result = Totals()
     for part in parts:
-        for field in ("documents", "frames", "tokens", "audio_tokens", "text_tokens", "target_tokens"):
+        for field in COUNTED:
             setattr(result, field, getattr(result, field) + getattr(part, field))
     result.seconds = result.frames / frame_rate_hz
     return result

@@ -8,6 +8,10 @@ from rich.table import Table
 
 from megatron_speech.data.manifest import Manifest, Totals
 
+COLUMNS = (
+    "documents", "speech", "tokens", "audio tokens", "text tokens", "target tokens", "tokens/character", "unknown"
+)  # fmt: skip
+
 RULES = {
     "bad_json": "not a line of JSON",
     "missing_field": "a needed field is missing",
@@ -23,6 +27,7 @@ RULES = {
     "codes_length": "codes of another length than stated",
     "code_outside_codebook": "a code outside its codebook",
     "checksum": "codes differ from their checksum",
+    "text_id_outside_tokenizer": "a text id that the tokenizer has not",
     "no_reference": "no other recording to refer to",
 }
 
@@ -37,7 +42,7 @@ def totals_table(manifest: Manifest) -> Table:
     """Documents, seconds and tokens by language and by source."""
     table = Table(title=f"{manifest.task}: documents by language and source")
     table.add_column("")
-    for name in ("documents", "speech", "tokens", "audio tokens", "text tokens", "target tokens"):
+    for name in COLUMNS:
         table.add_column(name, justify="right")
     groups = (("language", manifest.languages), ("source", manifest.sources), ("all", {"": manifest.totals}))
     for kind, totals in groups:
@@ -49,7 +54,12 @@ def totals_table(manifest: Manifest) -> Table:
 
 def _cells(totals: Totals) -> list[str]:
     counts = (totals.tokens, totals.audio_tokens, totals.text_tokens, totals.target_tokens)
-    return [f"{totals.documents:,}", duration(totals.seconds), *(f"{count:,}" for count in counts)]
+    rates = (_rate(totals.fertility, ".3f"), _rate(totals.unknown_rate, ".3%"))
+    return [f"{totals.documents:,}", duration(totals.seconds), *(f"{count:,}" for count in counts), *rates]
+
+
+def _rate(value: float | None, style: str) -> str:
+    return "" if value is None else format(value, style)
 
 
 def duration(seconds: float) -> str:

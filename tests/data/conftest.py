@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from megatron_speech.data.dataset_writer import DatasetWriter
-from megatron_speech.data.documents_table import SCHEMA
+from megatron_speech.data.documents_table import SCHEMA, derive_columns
 from megatron_speech.data.indexed import TokenDataset
 from megatron_speech.data.manifest import CodecEntry, FilterStatistics, Manifest, Totals
 from megatron_speech.tasks import TEMPLATE_HASH, compile_document, count_target_tokens
@@ -83,7 +83,8 @@ def write_dataset(
     with DatasetWriter(prefix, space.dtype) as writer:
         flat = np.concatenate([*ids, np.zeros(0, np.int32)])
         lengths = np.array([len(tokens) for tokens in ids], dtype=np.int32)
-        writer.add(flat, lengths, pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
+        flat = flat.astype(space.dtype)
+        writer.add(flat, lengths, derive_columns(pa.RecordBatch.from_pylist(rows, schema=SCHEMA), flat, lengths))
         writer.finish(Manifest(**{**entry, **manifest}))
     return TokenDataset(prefix)
 

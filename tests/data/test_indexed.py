@@ -232,7 +232,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest not JSON": (lambda p: file_of(p, ".manifest.json").write_text("{"), r"manifest\.json is not valid JSON"),
     "manifest of another format": (
         lambda p: edit_manifest(p, format_version=9),
-        r"format_version is 9, this version reads 1",
+        r"format_version is 9, this version reads 2",
     ),
     "manifest of another dataset": (lambda p: edit_manifest(p, documents=9), r"documents is 10, but .* says 9"),
     "manifest with a bad field": (lambda p: edit_manifest(p, tokens="many"), r"field tokens: "),

@@ -15,7 +15,7 @@ import pyarrow as pa
 import yaml
 
 from megatron_speech.data.dataset_writer import DatasetWriter
-from megatron_speech.data.documents_table import SCHEMA
+from megatron_speech.data.documents_table import SCHEMA, derive_columns
 from megatron_speech.data.manifest import CodecEntry, FilterStatistics, Manifest, Totals
 from megatron_speech.tasks import TEMPLATE_HASH, compile_document
 from megatron_speech.token_space import CodecDescription, TokenSpace
@@ -81,7 +81,8 @@ def make_dataset(prefix: Path, space: TokenSpace, task: str, *, documents: int =
     )
     lengths = np.array([len(ids) for ids in flat], dtype=np.int32)
     with DatasetWriter(prefix, space.dtype) as writer:
-        writer.add(np.concatenate(flat).astype(space.dtype), lengths, pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
+        ids = np.concatenate(flat).astype(space.dtype)
+        writer.add(ids, lengths, derive_columns(pa.RecordBatch.from_pylist(rows, schema=SCHEMA), ids, lengths))
         writer.finish(manifest)
 
 
