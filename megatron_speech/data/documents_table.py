@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -115,24 +117,54 @@ class DocumentsTableWriter:
         self._writer.close()
 
 
+_REMEDY = "make the dataset anew with preprocess/preprocess_data.py"
+
+
+def _open_table(path: Path, columns: Sequence[str], rows: int, **options: Any) -> pq.ParquetFile:
+    file = pq.ParquetFile(path, **options)
+    known = file.schema_arrow.names
+    for name in columns:
+        if name not in known:
+            raise InputError(f"{path}: column {name} is missing; found {', '.join(known)}; {_REMEDY}")
+    if file.metadata.num_rows != rows:
+        found = file.metadata.num_rows
+        raise InputError(f"{path}: holds {found:,} rows, needed {rows:,}, one a document; {_REMEDY}")
+    return file
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what pyarrow says about a damaged table into a sentence."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist; restore it, or {_REMEDY}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} is not a readable parquet file: {error}; {_REMEDY}") from error
+
+
+def document_batches(
+    path: Path, columns: Sequence[str], rows: int, *, dictionary: Sequence[str] = (), batch_rows: int = 1 << 19
+) -> Iterator[pa.RecordBatch]:
+    """Stream `columns` of the table at `path`, whose rows are the `rows` documents, `batch_rows` at a time.
+
+    String columns named in `dictionary` come as dictionary arrays, so that a name costs its index.
+
+    Raises:
+        InputError: as :func:`read_documents_table`.
+    """
+    with (
+        _readable(path),
+        _open_table(path, columns, rows, read_dictionary=list(dictionary), pre_buffer=False) as file,
+    ):
+        yield from file.iter_batches(batch_size=batch_rows, columns=list(columns))
+
+
 def read_documents_table(path: Path, columns: Sequence[str], rows: int) -> pa.Table:
     """Read `columns` (all if empty) of the table at `path`, which has one row for each of `rows` documents.
 
     Raises:
         InputError: missing, damaged, without such a column, or of another number of rows.
     """
-    remedy = "make the dataset anew with preprocess/preprocess_data.py"
-    try:
-        file = pq.ParquetFile(path, memory_map=True)
-        known = file.schema_arrow.names
-        for name in columns:
-            if name not in known:
-                raise InputError(f"{path}: column {name} is missing; found {', '.join(known)}; {remedy}")
-        if file.metadata.num_rows != rows:
-            found = file.metadata.num_rows
-            raise InputError(f"{path}: holds {found:,} rows, needed {rows:,}, one a document; {remedy}")
-        return file.read(list(columns) or None)
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist; restore it, or {remedy}") from error
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} is not a readable parquet file: {error}; {remedy}") from error
+    with _readable(path):
+        return _open_table(path, columns, rows, memory_map=True).read(list(columns) or None)

@@ -12,12 +12,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from megatron_speech.data.config import DataConfig, StageDataConfig, StratumConfig
+from megatron_speech.data.documents_table import document_batches
+from megatron_speech.data.indexed import file_of
 from megatron_speech.data.split import held_out, quotes_held_out
 from megatron_speech.errors import InputError
 from megatron_speech.tasks import TASKS
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 # A leaf per value of `dataset_source` and language: a corpus name, not a file name. More than this is a mistake.
 MAX_STRATA = 10_000
+_ROWS = 1 << 20  # documents handled at a time: bounds the temporary arrays
 UNKNOWN_LANGUAGE = "und"  # BCP-47 for "undetermined"
 UNKNOWN_SOURCE = "unknown"
 
@@ -121,9 +125,10 @@ def check_stage(stage: StageDataConfig) -> list[StratumConfig]:
 class DocumentTable:
     """One dataset's documents as the blend sees them: arrays of D elements.
 
-    lengths, targets: int32 tokens, and tokens after the prompt; seconds: float32 of audio; language, source: int32
-    codes into `languages`, `sources`; held_out: bool, True for validation documents;
-    quotes_held_out: bool, True where the reference is held out (never trained on; validated on if itself held out).
+    lengths, targets: int32 tokens, and tokens after the prompt (empty where the stage does not count them); seconds:
+    float32 of audio; language, source: uint16 codes into `languages`, `sources`; held_out: bool, True for validation
+    documents; quotes_held_out: bool, True where the reference is held out (never trained on; validated on if itself
+    held out).
     """
 
     name: str
@@ -143,45 +148,82 @@ class DocumentTable:
         return self.targets if stage.is_sft and self.task != "text_lm" else self.lengths
 
 
-def _codes(column: pa.ChunkedArray, unknown: str) -> tuple[np.ndarray, list[str]]:
-    """A string column as int32 codes and its sorted distinct values; null and "" become `unknown`."""
-    encoded = column.combine_chunks().cast(pa.large_string()).fill_null("").dictionary_encode()
-    values = [value or unknown for value in encoded.dictionary.to_pylist()]
-    names = sorted(set(values))
-    rank = {name: code for code, name in enumerate(names)}
-    recode = np.array([rank[value] for value in values] or [0], dtype=np.int32)
-    return recode[encoded.indices.to_numpy(zero_copy_only=False)], names
+class _Codes:
+    """A string column as uint16 codes, filled batch by batch; null and "" become `unknown`."""
+
+    def __init__(self, column: str, rows: int, unknown: str) -> None:
+        self.column, self.unknown = column, unknown
+        self.codes = np.zeros(rows, dtype=np.uint16)
+        self._known: dict[str, int] = {}
+
+    def put(self, at: int, batch: pa.RecordBatch, path: Path) -> None:
+        column = batch.column(self.column)
+        # One more for rows without a value, whose index is null.
+        values = [*column.dictionary.to_pylist(), None] if column.null_count else column.dictionary.to_pylist()
+        of_value = [self._known.setdefault(value or self.unknown, len(self._known)) for value in values]
+        if len(self._known) > MAX_STRATA:
+            raise InputError(
+                f"{path}: column {self.column} has more than {MAX_STRATA} distinct values; {self.column} is a name "
+                "that many documents share, not one of a recording: preprocess with fewer values"
+            )
+        recode = np.array(of_value, dtype=np.uint16)
+        self.codes[at : at + batch.num_rows] = recode[column.indices.fill_null(len(values) - 1).to_numpy()]
+
+    def finish(self) -> tuple[np.ndarray, list[str]]:
+        """The codes, renumbered so that they do not depend on the order of the rows, and their sorted names."""
+        names = sorted(self._known)
+        rank = np.array([names.index(name) for name in self._known] or [0], dtype=np.uint16)
+        for first in range(0, len(self.codes), _ROWS):
+            self.codes[first : first + _ROWS] = rank[self.codes[first : first + _ROWS]]
+        return self.codes, names
 
 
-def _numbers(column: pa.ChunkedArray, dtype: type[np.generic]) -> np.ndarray:
-    return column.combine_chunks().fill_null(0).to_numpy(zero_copy_only=False).astype(dtype)
+def read_documents(
+    name: str, task: str, dataset: TokenDataset, data: DataConfig, *, targets: bool = True
+) -> DocumentTable:
+    """Read what the blend needs of `dataset`, which holds documents of `task`, from its table and its index.
 
+    The table is read in batches of rows and kept as 10 bytes a document, 14 with `targets`; the lengths stay in
+    the mapped index.
 
-def read_documents(name: str, task: str, dataset: TokenDataset, data: DataConfig) -> DocumentTable:
-    """Read what the blend needs of `dataset`, which holds documents of `task`, from its table and its index."""
-    columns = dataset.columns(
-        "source_id",
-        "sample_id",
-        "language",
-        "dataset_source",
-        "target_tokens",
-        "duration_seconds",
-        "reference_source_id",
-    )
-    language, languages = _codes(columns["language"], UNKNOWN_LANGUAGE)
-    source, sources = _codes(columns["dataset_source"], UNKNOWN_SOURCE)
+    Args:
+        targets: whether the stage counts the tokens after the prompt; False leaves the column empty.
+    """
+    path, rows = file_of(dataset.prefix, ".docs.parquet"), len(dataset)
+    language = _Codes("language", rows, UNKNOWN_LANGUAGE)
+    source = _Codes("dataset_source", rows, UNKNOWN_SOURCE)
+    seconds = np.zeros(rows, dtype=np.float32)
+    target_tokens = np.zeros(rows if targets else 0, dtype=np.int32)
+    held = np.zeros(rows, dtype=bool)
+    quotes = np.zeros(rows, dtype=bool)
+    names = ["language", "dataset_source", "duration_seconds", "split_hash", "reference_split_hash"]
+    at = 0
+    wanted = [*names, "target_tokens"] if targets else names
+    for batch in document_batches(path, wanted, rows, dictionary=names[:2]):
+        part = slice(at, at + batch.num_rows)
+        language.put(at, batch, path)
+        source.put(at, batch, path)
+        seconds[part] = batch.column("duration_seconds").fill_null(0).to_numpy(zero_copy_only=False)
+        if targets:
+            target_tokens[part] = batch.column("target_tokens").fill_null(0).to_numpy(zero_copy_only=False)
+        columns = pa.Table.from_batches([batch])
+        held[part] = held_out(columns, data.validation_fraction, data.split_seed)
+        quotes[part] = quotes_held_out(columns, data.validation_fraction, data.split_seed)
+        at += batch.num_rows
+    language_codes, languages = language.finish()
+    source_codes, sources = source.finish()
     return DocumentTable(
         name=name,
         task=task,
         lengths=np.asarray(dataset.lengths, dtype=np.int32),
-        targets=_numbers(columns["target_tokens"], np.int32),
-        seconds=_numbers(columns["duration_seconds"], np.float32),
-        language=language,
-        source=source,
+        targets=target_tokens,
+        seconds=seconds,
+        language=language_codes,
+        source=source_codes,
         languages=languages,
         sources=sources,
-        held_out=held_out(columns, data.validation_fraction, data.split_seed),
-        quotes_held_out=quotes_held_out(columns, data.validation_fraction, data.split_seed),
+        held_out=held,
+        quotes_held_out=quotes,
     )
 
 
@@ -246,6 +288,35 @@ def _selected(group: StratumConfig, table: DocumentTable) -> np.ndarray:
     return np.outer(np.array(language, dtype=bool), np.array(source, dtype=bool))
 
 
+def group_by_cell(
+    language: np.ndarray, source: np.ndarray, languages: int, sources: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Documents by (language, source) cell: a counting sort that holds four bytes a document, and no keys.
+
+    Returns:
+        int32 [D], the documents of cell 0, of cell 1, … (cell = language · sources + source), each in dataset order;
+        int64 [cells], how many each cell has.
+    """
+    pieces = [slice(first, first + _ROWS) for first in range(0, len(language), _ROWS)]
+
+    def cells(piece: slice) -> np.ndarray:
+        return language[piece].astype(np.int32) * sources + source[piece]
+
+    sizes = np.zeros(languages * sources, dtype=np.int64)
+    for piece in pieces:
+        sizes += np.bincount(cells(piece), minlength=len(sizes))
+    cursor = np.cumsum(sizes) - sizes
+    members = np.empty(len(language), dtype=np.int32)
+    for piece in pieces:
+        code = cells(piece)
+        order = np.argsort(code, kind="stable")
+        counts = np.bincount(code, minlength=len(sizes))
+        at = np.repeat(cursor - (np.cumsum(counts) - counts), counts) + np.arange(len(code))
+        members[at] = order + piece.start
+        cursor += counts
+    return members, sizes
+
+
 def _find_leaves(
     where: str, groups: Sequence[StratumConfig], tables: Sequence[DocumentTable]
 ) -> tuple[list[_Leaf], list[np.ndarray]]:
@@ -259,8 +330,8 @@ def _find_leaves(
         claims = np.stack([_selected(group, table).ravel() for group in groups])
         if not claims.any():
             continue
-        code = table.language.astype(np.int64) * len(table.sources) + table.source
-        present, counts = np.unique(code, return_counts=True)
+        members, sizes = group_by_cell(table.language, table.source, len(table.languages), len(table.sources))
+        present = np.flatnonzero(sizes)
         claimed = claims[:, present].sum(axis=0)
         if (claimed > 1).any():
             cell = int(present[np.argmax(claimed > 1)])
@@ -270,13 +341,12 @@ def _find_leaves(
                 f"{where}: strata {' and '.join(both)} both take language {table.languages[language]}, source "
                 f"{table.sources[source]} of dataset {table.name}; filters must not overlap"
             )
-        order = np.argsort(code, kind="stable").astype(np.int32)
-        ends = np.cumsum(counts)
-        for cell, end, count, taken in zip(present, ends, counts, claimed, strict=True):
+        ends = np.cumsum(sizes)[present]
+        for cell, end, count, taken in zip(present.tolist(), ends, sizes[present], claimed, strict=True):
             if taken:
-                language, source = divmod(int(cell), len(table.sources))
+                language, source = divmod(cell, len(table.sources))
                 leaves.append(_Leaf(int(np.argmax(claims[:, cell])), index, language, source))
-                documents.append(order[end - count : end])
+                documents.append(members[end - count : end])
     if len(leaves) > MAX_STRATA:
         raise InputError(
             f"{where}: {len(leaves)} combinations of dataset, language and dataset_source, more than {MAX_STRATA}; "
