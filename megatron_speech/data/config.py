@@ -115,6 +115,11 @@ class StitchConfig(StrictConfig):
     singles: Literal["keep", "drop"] = Field(
         default="keep", description="documents without a neighbour: keep them as they are, or leave them out, counted"
     )
+    missing: Literal["refuse", "single"] = Field(
+        default="refuse",
+        description="documents without source, speaker, segment_order or times, which nothing can be joined to: refuse "
+        "the dataset, or take them as documents without a neighbour",
+    )
 
 
 class StratumConfig(StrictConfig):
