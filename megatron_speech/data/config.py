@@ -136,6 +136,9 @@ class StratumConfig(StrictConfig):
         description="column of the documents table, or extra.NAME: a value, a list of values, {min, max}, "
         "{not: value or list}, {null: true or false}",
     )
+    otherwise: bool = Field(
+        default=False, description="of the documents that pass the filters, only those that no other stratum takes"
+    )
     max_epochs: float | None = Field(
         default=None, gt=0.0, description="repeated more often than this is warned about; null: the stage's max_epochs"
     )

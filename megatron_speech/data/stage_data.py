@@ -182,7 +182,9 @@ class StageData:
     def _build(self, n_sequences: int | None) -> tuple[SegmentTable, Report]:
         stage, validation = self.stage, self.split == "validation"
         tables = [
-            blending.read_documents(name, _manifest(dataset).task, dataset, self.data)
+            blending.apply_filters(
+                stage, blending.read_documents(name, _manifest(dataset).task, dataset, self.data), dataset
+            )
             for name, dataset in self.datasets.items()
         ]
         blend = blending.resolve(stage, tables, validation=validation)

@@ -9,18 +9,21 @@ where prompts are not learned, the tokens after the prompt (`target_tokens`; all
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
+from megatron_speech.data import where as filtering
 from megatron_speech.data.config import DataConfig, StageDataConfig, StratumConfig
 from megatron_speech.data.documents_table import document_batches
 from megatron_speech.data.indexed import file_of
+from megatron_speech.data.shares import bounded_shares, natural_shares
 from megatron_speech.data.split import held_out, quotes_held_out
 from megatron_speech.errors import InputError
 from megatron_speech.tasks import TASKS
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 # A leaf per value of `dataset_source` and language: a corpus name, not a file name. More than this is a mistake.
 MAX_STRATA = 10_000
 _ROWS = 1 << 20  # documents handled at a time: bounds the temporary arrays
+_NOBODY = np.uint16(2**16 - 1)  # the leaf of a document that no group takes
+REASONS = ("oversize", "without_target", "other_side_of_split", "quotes_held_out")
 UNKNOWN_LANGUAGE = "und"  # BCP-47 for "undetermined"
 UNKNOWN_SOURCE = "unknown"
 
@@ -142,6 +147,7 @@ class DocumentTable:
     sources: list[str]
     held_out: np.ndarray
     quotes_held_out: np.ndarray
+    marks: np.ndarray | None = dataclasses.field(default=None, kw_only=True)
 
     def counted(self, stage: StageDataConfig) -> np.ndarray:
         """Tokens that a document counts for in the proportions of `stage`, int32 [D]."""
@@ -279,80 +285,167 @@ def group_name(group: StratumConfig) -> str:
     return "/".join([group.task, *filters])
 
 
-def _selected(group: StratumConfig, table: DocumentTable) -> np.ndarray:
-    """Which (language, source) cells of a table a group selects, bool [languages, sources]."""
-    if group.task != table.task or (group.datasets is not None and table.name not in group.datasets):
-        return np.zeros((len(table.languages), len(table.sources)), dtype=bool)
-    language = [group.languages is None or value in group.languages for value in table.languages]
-    source = [group.sources is None or value in group.sources for value in table.sources]
-    return np.outer(np.array(language, dtype=bool), np.array(source, dtype=bool))
+def filters_of(groups: Sequence[StratumConfig]) -> list[dict[str, Any]]:
+    """The distinct `where` filters of a stage, in the order of its groups: bit i of a document's marks is of filter i.
 
-
-def group_by_cell(
-    language: np.ndarray, source: np.ndarray, languages: int, sources: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Documents by (language, source) cell: a counting sort that holds four bytes a document, and no keys.
-
-    Returns:
-        int32 [D], the documents of cell 0, of cell 1, … (cell = language · sources + source), each in dataset order;
-        int64 [cells], how many each cell has.
+    Empty filters are none.
     """
-    pieces = [slice(first, first + _ROWS) for first in range(0, len(language), _ROWS)]
+    filters: list[dict[str, Any]] = []
+    for group in groups:
+        if group.where and group.where not in filters:
+            filters.append(group.where)
+    return filters
 
-    def cells(piece: slice) -> np.ndarray:
-        return language[piece].astype(np.int32) * sources + source[piece]
 
-    sizes = np.zeros(languages * sources, dtype=np.int64)
-    for piece in pieces:
-        sizes += np.bincount(cells(piece), minlength=len(sizes))
-    cursor = np.cumsum(sizes) - sizes
-    members = np.empty(len(language), dtype=np.int32)
-    for piece in pieces:
-        code = cells(piece)
-        order = np.argsort(code, kind="stable")
-        counts = np.bincount(code, minlength=len(sizes))
-        at = np.repeat(cursor - (np.cumsum(counts) - counts), counts) + np.arange(len(code))
-        members[at] = order + piece.start
-        cursor += counts
-    return members, sizes
+def apply_filters(stage: StageDataConfig, table: DocumentTable, dataset: TokenDataset) -> DocumentTable:
+    """`table` with the marks that the stage's `where` filters give its documents; read from the documents table.
+
+    Raises:
+        InputError: a filter that cannot be read or compared with what the column holds.
+    """
+    groups = check_stage(stage)
+    filters: list[list[filtering.Condition]] = []
+    field = f"stage {stage.name!r}: where"
+    for wanted in filters_of(groups):
+        # A filter of strata that take nothing from this dataset is not asked of it: it may lack the column.
+        concerned = any(group.where == wanted and _takes_from(group, table) for group in groups)
+        filters.append(filtering.parse(wanted, field) if concerned else [])
+    if not any(filters):
+        return table
+    path = file_of(dataset.prefix, ".docs.parquet")
+    return dataclasses.replace(table, marks=filtering.marks(path, filters, len(table.lengths), field))
+
+
+def _takes_from(group: StratumConfig, table: DocumentTable) -> bool:
+    return group.task == table.task and (group.datasets is None or table.name in group.datasets)
+
+
+def _claims(
+    groups: Sequence[StratumConfig], table: DocumentTable, marks: np.ndarray, filters: Sequence[Mapping[str, Any]]
+) -> np.ndarray:
+    """Which (language, source, marks) cells of a table each group selects, bool [groups, languages, sources, marks].
+
+    A group that says `otherwise` selects what the others leave.
+    """
+    claims = np.zeros((len(groups), len(table.languages), len(table.sources), len(marks)), dtype=bool)
+    for index, group in enumerate(groups):
+        if not _takes_from(group, table):
+            continue
+        language = [group.languages is None or value in group.languages for value in table.languages]
+        source = [group.sources is None or value in group.sources for value in table.sources]
+        passes = np.ones(len(marks), dtype=bool)
+        if group.where:
+            passes = (marks >> marks.dtype.type(filters.index(group.where)) & marks.dtype.type(1)) != 0
+        claims[index] = np.multiply.outer(np.outer(np.array(language, bool), np.array(source, bool)), passes)
+    rest = np.array([group.otherwise for group in groups])
+    claims[rest] &= ~claims[~rest].any(axis=0)
+    return claims
 
 
 def _find_leaves(
     where: str, groups: Sequence[StratumConfig], tables: Sequence[DocumentTable]
 ) -> tuple[list[_Leaf], list[np.ndarray]]:
-    """The leaves of all groups, and the documents of each (dataset order), whatever their split or length."""
+    """The leaves of all groups, and of each table the leaf that its documents belong to.
+
+    Returns:
+        The leaves, those of one table together; per table uint16 [D], index into them, _NOBODY where no group takes
+        the document.
+    """
     leaves: list[_Leaf] = []
-    documents: list[np.ndarray] = []
+    leaf_of_document: list[np.ndarray] = []
+    filters = filters_of(groups)
     for index, table in enumerate(tables):
-        cells = len(table.languages) * len(table.sources)
-        if cells == 0:
+        result = np.full(len(table.lengths), _NOBODY, dtype=np.uint16)
+        leaf_of_document.append(result)
+        if not len(result) or not any(_takes_from(group, table) for group in groups):
             continue
-        claims = np.stack([_selected(group, table).ravel() for group in groups])
-        if not claims.any():
-            continue
-        members, sizes = group_by_cell(table.language, table.source, len(table.languages), len(table.sources))
-        present = np.flatnonzero(sizes)
-        claimed = claims[:, present].sum(axis=0)
-        if (claimed > 1).any():
-            cell = int(present[np.argmax(claimed > 1)])
-            both = [group_name(groups[k]) for k in np.flatnonzero(claims[:, cell]).tolist()]
-            language, source = divmod(cell, len(table.sources))
+        known_marks = np.unique(table.marks) if table.marks is not None else np.zeros(1, dtype=np.uint8)
+        claims = _claims(groups, table, known_marks, filters)
+        claims = claims.reshape(len(groups), -1)
+        pieces = [slice(first, first + _ROWS) for first in range(0, len(result), _ROWS)]
+
+        def cells(piece: slice, table: DocumentTable = table, known: np.ndarray = known_marks) -> np.ndarray:
+            code = table.language[piece].astype(np.int64) * len(table.sources) + table.source[piece]
+            return code if table.marks is None else code * len(known) + np.searchsorted(known, table.marks[piece])
+
+        present = np.zeros(claims.shape[1], dtype=bool)
+        for piece in pieces:
+            present[cells(piece)] = True
+        leaf_of_cell = np.full(claims.shape[1], _NOBODY, dtype=np.uint16)
+        numbers: dict[_Leaf, int] = {}
+        for cell in np.flatnonzero(present & claims.any(axis=0)).tolist():
+            language, source = divmod(cell // len(known_marks), len(table.sources))
+            takers = np.flatnonzero(claims[:, cell]).tolist()
+            if len(takers) > 1:
+                both = " and ".join(group_name(groups[k]) for k in takers)
+                filtered = ", documents that pass both of their filters" if len(known_marks) > 1 else ""
+                raise InputError(
+                    f"{where}: strata {both} both take language {table.languages[language]}, source "
+                    f"{table.sources[source]} of dataset {table.name}{filtered}; filters must not overlap"
+                )
+            leaf = _Leaf(takers[0], index, language, source)
+            # Cells that differ in their marks alone are one leaf.
+            leaf_of_cell[cell] = min(_NOBODY, numbers.setdefault(leaf, len(leaves) + len(numbers)))
+        leaves += numbers
+        if len(leaves) > MAX_STRATA:
             raise InputError(
-                f"{where}: strata {' and '.join(both)} both take language {table.languages[language]}, source "
-                f"{table.sources[source]} of dataset {table.name}; filters must not overlap"
+                f"{where}: {len(leaves)} combinations of dataset, language and dataset_source, more than "
+                f"{MAX_STRATA}; dataset_source names a corpus, not a recording: preprocess with fewer values"
             )
-        ends = np.cumsum(sizes)[present]
-        for cell, end, count, taken in zip(present.tolist(), ends, sizes[present], claimed, strict=True):
-            if taken:
-                language, source = divmod(cell, len(table.sources))
-                leaves.append(_Leaf(int(np.argmax(claims[:, cell])), index, language, source))
-                documents.append(members[end - count : end])
-    if len(leaves) > MAX_STRATA:
-        raise InputError(
-            f"{where}: {len(leaves)} combinations of dataset, language and dataset_source, more than {MAX_STRATA}; "
-            "dataset_source is the name of a corpus, not of a recording: preprocess with fewer values"
-        )
-    return leaves, documents
+        for piece in pieces:
+            result[piece] = leaf_of_cell[cells(piece)]
+    return leaves, leaf_of_document
+
+
+def _leave_out(
+    stage: StageDataConfig, table: DocumentTable, leaf: np.ndarray, *, validation: bool
+) -> tuple[dict[str, int], int]:
+    """Mark in `leaf` the documents that the stage cannot take; returns how many by reason, and the longest's tokens.
+
+    The longest of all documents that a group asks for, 0 where documents are cut.
+    """
+    counts = dict.fromkeys(REASONS, 0)
+    limit, counted, longest = stage.max_document_tokens, table.counted(stage), 0
+    for first in range(0, len(leaf), _ROWS):
+        piece = slice(first, first + _ROWS)
+        part = leaf[piece]
+
+        def leave(reason: str, out: np.ndarray, part: np.ndarray = part) -> None:
+            out = out & (part != _NOBODY)
+            counts[reason] += int(np.count_nonzero(out))
+            part[out] = _NOBODY
+
+        if limit is not None:
+            lengths = table.lengths[piece]
+            longest = max(longest, int(lengths[part != _NOBODY].max(initial=0)))
+            leave("oversize", lengths > limit)
+        leave("without_target", counted[piece] <= 0)
+        leave("other_side_of_split", table.held_out[piece] != validation)
+        if not validation:
+            leave("quotes_held_out", table.quotes_held_out[piece])
+    return counts, longest
+
+
+def _members(leaf: np.ndarray, first: int, count: int) -> list[np.ndarray]:
+    """The documents of leaves first … first + count - 1, int32, ascending: a counting sort, four bytes a document."""
+    sizes = np.zeros(count, dtype=np.int64)
+    pieces = [slice(start, start + _ROWS) for start in range(0, len(leaf), _ROWS)]
+    for piece in pieces:
+        part = leaf[piece]
+        sizes += np.bincount(part[part != _NOBODY] - first, minlength=count)[:count]
+    begins = np.cumsum(sizes) - sizes
+    members = np.empty(int(sizes.sum()), dtype=np.int32)
+    cursor = begins.copy()
+    for piece in pieces:
+        part = leaf[piece]
+        taken = np.flatnonzero(part != _NOBODY)
+        code = (part[taken] - first).astype(np.uint16)
+        order = np.argsort(code, kind="stable")
+        counts = np.bincount(code, minlength=count)
+        at = np.repeat(cursor - (np.cumsum(counts) - counts), counts) + np.arange(len(code))
+        members[at] = taken[order] + piece.start
+        cursor += counts
+    return [members[begin : begin + size] for begin, size in zip(begins.tolist(), sizes.tolist(), strict=True)]
 
 
 def _refuse_missing(where: str, groups: Sequence[StratumConfig], tables: Sequence[DocumentTable]) -> None:
@@ -380,59 +473,23 @@ def _refuse_missing(where: str, groups: Sequence[StratumConfig], tables: Sequenc
             )
 
 
-def _apply_caps(
-    where: str, shares: np.ndarray, strata_keys: Sequence[tuple[int, str, str]], caps: Mapping[str, float]
-) -> np.ndarray:
-    """Lower the capped sources to their caps; each group's surplus goes to its uncapped leaves.
-
-    `strata_keys` holds (group, language, source) of each leaf. The surplus stays in the same language while that
-    has an uncapped source, and always in the same group, so the masses of the groups are kept.
-    """
-    shares = shares.copy()
-    sources = np.array([key[2] for key in strata_keys])
-    free = np.ones(len(shares), dtype=bool)
-    while True:
-        over = [name for name, cap in caps.items() if shares[sources == name].sum() > cap * (1 + 1e-12)]
-        if not over:
-            return shares
-        surplus = np.zeros(len(shares))
-        for name in over:
-            leaf = sources == name
-            keep = caps[name] / shares[leaf].sum()
-            surplus[leaf] = shares[leaf] * (1 - keep)
-            shares[leaf] *= keep
-            free[leaf] = False
-        for index in np.flatnonzero(surplus).tolist():
-            group, language, _ = strata_keys[index]
-            in_group = [k for k in np.flatnonzero(free).tolist() if strata_keys[k][0] == group]
-            near = [k for k in in_group if strata_keys[k][1] == language] or in_group
-            if not near:
-                raise InputError(
-                    f"{where}: source_caps ({', '.join(f'{name}: {cap:g}' for name, cap in caps.items())}) leave "
-                    f"{surplus[index]:.4g} of the stage's tokens without a source: every source of a group is capped "
-                    "below the group's mass; raise a cap, or add a source"
-                )
-            shares[near] += surplus[index] * shares[near] / shares[near].sum()
-
-
-def _leaf_shares(
+def _bound(
     where: str,
     stage: StageDataConfig,
     groups: Sequence[StratumConfig],
     keys: Sequence[tuple[int, str, str]],
-    counted: np.ndarray,
+    natural: np.ndarray,
 ) -> np.ndarray:
-    """Target share of each leaf: group mass × language by tokens^T × natural inside the language, then the caps."""
-    total_mass = sum(group.mass for group in groups)
-    shares = np.zeros(len(keys))
-    for index, group in enumerate(groups):
-        members = np.array([key[0] == index for key in keys])
-        languages = sorted({key[1] for key, member in zip(keys, members, strict=True) if member})
-        cells = [np.array([key[:2] == (index, language) for key in keys]) for language in languages]
-        weights = np.array([counted[cell].sum() for cell in cells], dtype=np.float64) ** stage.language_temperature
-        for cell, weight in zip(cells, weights / weights.sum(), strict=True):
-            shares[cell] = group.mass / total_mass * weight * counted[cell] / counted[cell].sum()
-    return _apply_caps(where, shares, keys, stage.source_caps)
+    """The natural shares within the stage's caps."""
+    shares, missing = bounded_shares(natural, keys, stage.source_caps, np.full(len(natural), np.inf))
+    if missing:
+        caps = ", ".join(f"{name}: {cap:g}" for name, cap in stage.source_caps.items())
+        names = ", ".join(group_name(groups[k]) for k in missing)
+        raise InputError(
+            f"{where}: source_caps ({caps}) leave {sum(missing.values()):.4g} of the stage's tokens without a source: "
+            f"what {names} may take is capped below its mass; raise a cap, or add a source"
+        )
+    return shares
 
 
 def resolve(stage: StageDataConfig, tables: Sequence[DocumentTable], *, validation: bool = False) -> Blend:
@@ -450,7 +507,7 @@ def resolve(stage: StageDataConfig, tables: Sequence[DocumentTable], *, validati
     where = f"stage {stage.name!r}"
     groups = check_stage(stage)
     _refuse_missing(where, groups, tables)
-    leaves, documents = _find_leaves(where, groups, tables)
+    leaves, leaf_of_document = _find_leaves(where, groups, tables)
     known_sources = {tables[leaf.dataset].sources[leaf.source] for leaf in leaves}
     for name in stage.source_caps:
         if name not in known_sources:
@@ -458,38 +515,25 @@ def resolve(stage: StageDataConfig, tables: Sequence[DocumentTable], *, validati
                 f"{where}: source_caps names {name!r}, which no dataset of the stage has; "
                 f"{_nearest(name, known_sources)}"
             )
-
-    excluded: dict[str, dict[str, int]] = {
-        "oversize": {},
-        "without_target": {},
-        "other_side_of_split": {},
-        "quotes_held_out": {},
-    }
+    excluded: dict[str, dict[str, int]] = {reason: {} for reason in REASONS}
+    kept_documents: list[np.ndarray] = []
     longest = 0
-    kept_documents = []
-    for leaf, members in zip(leaves, documents, strict=True):
-        table = tables[leaf.dataset]
-
-        def leave_out(reason: str, kept: np.ndarray, members: np.ndarray, name: str = table.name) -> np.ndarray:
-            if not kept.all():
-                excluded[reason][name] = excluded[reason].get(name, 0) + int((~kept).sum())
-            return members[kept]
-
-        if stage.packing_mode == "fit":
-            fits = table.lengths[members] <= stage.seq_length
-            longest = max(longest, int(table.lengths[members].max(initial=0)))
-            members = leave_out("oversize", fits, members)
-        members = leave_out("without_target", table.counted(stage)[members] > 0, members)
-        members = leave_out("other_side_of_split", table.held_out[members] == validation, members)
-        if not validation:
-            members = leave_out("quotes_held_out", ~table.quotes_held_out[members], members)
-        kept_documents.append(members)
+    for index, table in enumerate(tables):
+        counts, tokens_of_longest = _leave_out(stage, table, leaf_of_document[index], validation=validation)
+        longest = max(longest, tokens_of_longest)
+        for reason, count in counts.items():
+            if count:
+                excluded[reason][table.name] = count
+        of_table = sum(leaf.dataset == index for leaf in leaves)
+        kept_documents += _members(leaf_of_document[index], len(kept_documents), of_table)
+        leaf_of_document[index] = np.zeros(0, np.uint16)  # not needed any more
     if excluded["oversize"] and stage.packing.oversize == "refuse":
-        counts = ", ".join(f"{count} of dataset {name}" for name, count in excluded["oversize"].items())
+        counts_text = ", ".join(f"{count} of dataset {name}" for name, count in excluded["oversize"].items())
+        limit = "seq_length" if stage.max_document_tokens == stage.seq_length else "packing.max_tokens"
         raise InputError(
-            f"{where}: {sum(excluded['oversize'].values())} documents are longer than seq_length {stage.seq_length} "
-            f"({counts}; the longest has {longest} tokens) and packing.mode fit never cuts; raise seq_length, or say "
-            "packing.oversize: drop"
+            f"{where}: {sum(excluded['oversize'].values())} documents are longer than {limit} "
+            f"{stage.max_document_tokens} ({counts_text}; the longest has {longest} tokens) and packing.mode "
+            f"{stage.packing_mode} never cuts; raise {limit}, or say packing.oversize: drop"
         )
 
     labels = sorted(
@@ -524,7 +568,9 @@ def resolve(stage: StageDataConfig, tables: Sequence[DocumentTable], *, validati
         # Held-out documents are read once each, in order: their proportions are what they are.
         shares = counted / max(1.0, counted.sum())
     else:
-        shares = _leaf_shares(where, stage, groups, [key(leaves[k]) for k in alive], counted)
+        keys = [key(leaves[k]) for k in alive]
+        natural = natural_shares([group.mass for group in groups], keys, counted, stage.language_temperature)
+        shares = _bound(where, stage, groups, keys, natural)
     strata = []
     for position, k in enumerate(alive):
         leaf, table = leaves[k], tables[leaves[k].dataset]
