@@ -19,11 +19,19 @@ class InputError(ValueError):
     """
 
 
+class OutputError(RuntimeError):
+    """The output cannot be written: a full disk, a quota, a failing device. A sentence, as :class:`InputError`'s.
+
+    It is no fault of the input, so commands exit with status 1 and may be repeated as they were.
+    """
+
+
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a command's `main` so that bad input prints one sentence and exits 2.
 
-    The wrapped function returns the exit status: 0 (also for None), 2 on :class:`InputError`, 1 with a sentence when
-    a disk is full, 130 on an interrupt. Any other exception is our own failure: it keeps its traceback and exits 1.
+    The wrapped function returns the exit status: 0 (also for None), 2 on :class:`InputError`, 1 with a sentence on
+    :class:`OutputError` or when a disk is full, 130 on an interrupt. Any other exception is our own failure: it keeps
+    its traceback and exits 1.
     """
 
     @functools.wraps(main)
@@ -33,6 +41,9 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except OutputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
@@ -40,6 +51,11 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             # The reader of our stdout went away (`| head`): not an error of the data or of ours.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        except ConnectionError as error:
+            if error.errno is not None:
+                raise
+            print(f"error: {error}", file=sys.stderr)  # a remote input broke off: its reader made a sentence of it
+            return 1
         except OSError as error:
             if error.errno not in _NO_SPACE:
                 raise

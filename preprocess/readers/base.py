@@ -1,7 +1,7 @@
 """The interface of row readers.
 
-A reader knows how many rows its file has and hands them out in batches. A batch is small, travels to a worker
-process, and is read there: for most formats it says where the rows lie and does not hold them.
+A reader hands out the rows of its files in batches. A batch is small, travels to a worker process, and is read there:
+where files can be read from any position it says where the rows lie; of a stream it carries their bytes.
 """
 
 from __future__ import annotations
@@ -28,13 +28,19 @@ class RowRejected(Exception):
         self.number = number  # of the row, where it is known
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Row:
-    """One row: its fields, or why it has none. `number` counts from 1: the line of a text file."""
+    """One row: its fields, or why it has none.
+
+    `number` counts from 1: the line of a text file, the row of a table, the sample of an archive. A field `codes` or
+    `text_ids` is an integer array where the file holds arrays. `notices` name what the file holds beside the row and
+    nobody reads (`tar_member:.wav`); they are counted, and drop nothing.
+    """
 
     number: int
     fields: dict[str, Any]
     rejected: RowRejected | None = None
+    notices: tuple[str, ...] = ()
 
 
 class RowBatch(Protocol):
@@ -42,7 +48,7 @@ class RowBatch(Protocol):
 
     @property
     def path(self) -> str:
-        """The file."""
+        """The file; relative paths in its rows are relative to its folder."""
         ...
 
     @property
@@ -56,14 +62,35 @@ class RowBatch(Protocol):
 
 
 class RowReader(Protocol):
-    """A file of rows."""
+    """Rows of one file, or of files that belong together. Making one opens nothing."""
 
     path: str
-    rows: int
+    files: tuple[str, ...]  # all that is read
 
-    def batches(self, start: int, stop: int) -> Iterator[RowBatch]:
-        """Rows `start` to `stop` (from 0), in order, in batches of at most `BATCH_ROWS`."""
+    @property
+    def known_rows(self) -> int | None:
+        """Number of rows; None where counting them would mean to read the data, and nobody has yet."""
         ...
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, counted if need be."""
+        ...
+
+    def batches(self, start: int, stop: int | None = None) -> Iterator[RowBatch]:
+        """Rows `start` to `stop` (from 0; None: the end), in order, in batches of at most `BATCH_ROWS`.
+
+        After the last row of the reader has been reached, `known_rows` is known.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What some formats need to know beside their files."""
+
+    tokenizer: str | None = None  # folder of the Hugging Face tokenizer that wrote the ids (LLaSA's memmaps)
+    eod: int | None = None  # id that ends a document and is no part of it (megatron's .bin/.idx)
 
 
 def extra_json(fields: dict[str, Any]) -> str | None:

@@ -1,15 +1,26 @@
-"""JSON lines: one object per line, UTF-8."""
+"""JSON lines: one object per line, UTF-8. Plain local files are read in the workers, others by the parent."""
 
 from __future__ import annotations
 
 import json
-import os
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
+
+import orjson
 
 from megatron_speech.errors import InputError
-from preprocess.readers.base import BATCH_BYTES, BATCH_ROWS, Row, RowRejected
+from preprocess.readers import source
+from preprocess.readers.base import BATCH_BYTES, BATCH_ROWS, Row, RowBatch, RowRejected
+from preprocess.readers.compression import DamagedInput
+
+# A line longer than this is no row but a file without line ends; reading it would take the memory.
+MAX_LINE_BYTES = 256 << 20
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_LONG_NUMBER = b"0" * 19  # the shortest that may not fit into 64 bits
+_DIGITS_TO_ZERO = bytes(ord("0") if 0x30 <= i <= 0x39 else 0x20 for i in range(256))
 
 
 def _refuse_constant(name: str) -> Any:
@@ -19,30 +30,30 @@ def _refuse_constant(name: str) -> Any:
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
-@dataclass(frozen=True)
-class JsonlBatch:
-    """A run of lines: bytes `offset` to `offset + size`, the first of them line `line`."""
-
-    path: str
-    offset: int
-    size: int
-    line: int
-    skip: int  # rows of the run before the first and after the last one wanted
-    rows: int
-
-    def read(self) -> list[Row]:
-        """Parse the lines; blank ones are no rows."""
-        with open(self.path, "rb") as handle:
-            handle.seek(self.offset)
-            lines = handle.read(self.size).split(b"\n")
-        numbered = [(self.line + i, line) for i, line in enumerate(lines) if line and not line.isspace()]
-        return [_parse(number, line) for number, line in numbered[self.skip : self.skip + self.rows]]
+def parse_lines(lines: list[bytes], first: int, skip: int, rows: int) -> list[Row]:
+    """Rows `skip` to `skip + rows` of `lines`, the first of which is line `first`; blank ones are no rows."""
+    numbered = [(first + i, line) for i, line in enumerate(lines) if line and not line.isspace()]
+    return [parse_row(number, line) for number, line in numbered[skip : skip + rows]]
 
 
-def _parse(number: int, line: bytes) -> Row:
+def parse_row(number: int, text: bytes) -> Row:
+    """One JSON object as a row.
+
+    orjson parses. What it refuses, or would round (integers beyond 64 bits), the standard library looks at again.
+    """
     try:
-        fields = _DECODER.decode(line.decode("utf-8"))
-        if b"\\ud" in line or b"\\uD" in line:  # half of a surrogate pair is no text, though JSON can spell it
+        if _LONG_NUMBER not in text.translate(_DIGITS_TO_ZERO):
+            fields = orjson.loads(text)
+            return Row(number, fields) if type(fields) is dict else _no_object(number, fields)
+    except ValueError:
+        pass
+    return _parse_exactly(number, text)
+
+
+def _parse_exactly(number: int, text: bytes) -> Row:
+    try:
+        fields = _DECODER.decode(text.decode("utf-8"))
+        if b"\\ud" in text or b"\\uD" in text:  # half of a surrogate pair is no text, though JSON can spell it
             json.dumps(fields, ensure_ascii=False).encode("utf-8")
     except RowRejected as error:
         return Row(number, {}, error)
@@ -50,46 +61,165 @@ def _parse(number: int, line: bytes) -> Row:
         return Row(number, {}, RowRejected("bad_json", f"not a line of JSON: {error}"))
     except RecursionError:
         return Row(number, {}, RowRejected("bad_json", "not a line of JSON: nested too deeply"))
-    if not isinstance(fields, dict):
-        return Row(number, {}, RowRejected("bad_json", f"holds a {type(fields).__name__}, needed an object"))
-    return Row(number, fields)
+    return Row(number, fields) if isinstance(fields, dict) else _no_object(number, fields)
+
+
+def _no_object(number: int, value: Any) -> Row:
+    return Row(number, {}, RowRejected("bad_json", f"holds a {type(value).__name__}, needed an object"))
+
+
+@dataclass(frozen=True)
+class JsonlBatch:
+    """A run of lines of a local file: bytes `offset` to `offset + size`, the first of them line `line`."""
+
+    path: str
+    offset: int
+    size: int
+    line: int
+    skip: int  # rows of the run before the first one wanted
+    rows: int
+
+    def read(self) -> list[Row]:
+        """Read and parse the lines."""
+        with source.sentences(self.path), open(source.local_path(self.path) or "", "rb", buffering=0) as handle:
+            handle.seek(self.offset)
+            data = handle.read(self.size)
+        if len(data) != self.size:
+            raise InputError(f"input {self.path} became shorter while it was read; leave it alone and start again")
+        return parse_lines(data.split(b"\n"), self.line, self.skip, self.rows)
+
+
+@dataclass(frozen=True)
+class JsonlBytes:
+    """A run of lines of a stream, as they are."""
+
+    path: str
+    lines: list[bytes]
+    line: int
+    skip: int
+    rows: int
+
+    def read(self) -> list[Row]:
+        """Parse the lines."""
+        return parse_lines(self.lines, self.line, self.skip, self.rows)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Consecutive lines with at most `BATCH_ROWS` rows."""
+
+    line: int  # number of the first one
+    rows: int
+    lines: list[bytes]
+
+
+def _runs(handle: BinaryIO, path: str) -> Iterator[_Run]:
+    """The lines of a file in runs; a byte-order mark is left on the first one."""
+    lines: list[bytes] = []
+    number = first = 1
+    rows = size = done = 0
+    try:
+        while line := handle.readline(MAX_LINE_BYTES):
+            if len(line) == MAX_LINE_BYTES:
+                raise InputError(
+                    f"input {path} line {number} is longer than {MAX_LINE_BYTES >> 20} MiB; needed one object per line"
+                )
+            lines.append(line)
+            number += 1
+            size += len(line)
+            rows += not line.isspace()
+            if rows == BATCH_ROWS or size >= BATCH_BYTES:
+                yield _Run(first, rows, lines)
+                done += rows
+                first, rows, size, lines = number, 0, 0, []
+    except DamagedInput as error:
+        raise InputError(f"{error}; {done + rows:,} rows were read before that; restore the file") from error
+    if lines:
+        yield _Run(first, rows, lines)
+
+
+def _without_mark(lines: list[bytes]) -> int:
+    """Bytes of a byte-order mark, which is no part of the first line."""
+    return len(_BYTE_ORDER_MARK) if lines[0].startswith(_BYTE_ORDER_MARK) else 0
+
+
+def _refuse_empty(path: str) -> None:
+    raise InputError(f"input {path} holds no rows; make it anew, or leave it out")
 
 
 class JsonlReader:
-    """A `.jsonl` file. Opening it scans it once for line ends."""
+    """A plain local file. It is scanned for line ends when its rows are first asked for."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._runs: list[JsonlBatch] = []
-        try:
-            self._scan()
-        except OSError as error:
-            raise InputError(f"input {path} cannot be read: {error.strerror or error}") from error
-        self.rows = sum(run.rows for run in self._runs)
+        self.files: tuple[str, ...] = (path,)
+        self._index: tuple[array, array, array] | None = None
 
-    def _scan(self) -> None:
-        offset = start = rows = 0
-        number = first = 1
-        with open(self.path, "rb", buffering=1 << 20) as handle:
-            if handle.read(3) != b"\xef\xbb\xbf":  # a byte-order mark is no part of the first line
-                handle.seek(0)
-            offset = start = handle.tell()
-            for line in handle:
-                offset += len(line)
-                number += 1
-                rows += not line.isspace()
-                if rows == BATCH_ROWS or offset - start >= BATCH_BYTES:
-                    self._runs.append(JsonlBatch(self.path, start, offset - start, first, 0, rows))
-                    start, first, rows = offset, number, 0
-            size = os.fstat(handle.fileno()).st_size
-        if rows:
-            self._runs.append(JsonlBatch(self.path, start, size - start, first, 0, rows))
+    @property
+    def known_rows(self) -> int:
+        """Number of rows."""
+        return self._runs()[2][-1]
 
-    def batches(self, start: int, stop: int) -> Iterator[JsonlBatch]:
+    rows = known_rows
+
+    def _runs(self) -> tuple[array, array, array]:
+        """Of each run its byte offset, first line and rows before it, each with one entry more: 24 bytes per run."""
+        if self._index is None:
+            offsets, numbers, rows = array("q", [0]), array("q", [1]), array("q", [0])
+            with source.open_binary(self.path) as handle:
+                for run in _runs(handle, self.path):
+                    if run.line == 1:
+                        offsets[0] = _without_mark(run.lines)
+                    offsets.append(offsets[-1] + sum(map(len, run.lines)) - (offsets[0] if run.line == 1 else 0))
+                    numbers.append(run.line + len(run.lines))
+                    rows.append(rows[-1] + run.rows)
+            if not rows[-1]:
+                _refuse_empty(self.path)
+            self._index = offsets, numbers, rows
+        return self._index
+
+    def batches(self, start: int, stop: int | None = None) -> Iterator[RowBatch]:
+        """Rows `start` to `stop` (from 0), in order."""
+        offsets, numbers, rows = self._runs()
+        stop = rows[-1] if stop is None else stop
+        for i in range(len(rows) - 1):
+            first, last = max(start, rows[i]), min(stop, rows[i + 1])
+            if first < last:
+                size = offsets[i + 1] - offsets[i]
+                yield JsonlBatch(self.path, offsets[i], size, numbers[i], first - rows[i], last - first)
+
+
+class JsonlStream:
+    """A compressed or remote file: read once from its beginning, the lines are shipped to the workers."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.files: tuple[str, ...] = (path,)
+        self.known_rows: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Number of rows; the file is read for it."""
+        if self.known_rows is None:
+            for _ in self.batches(0):
+                pass
+        assert self.known_rows is not None
+        return self.known_rows
+
+    def batches(self, start: int, stop: int | None = None) -> Iterator[RowBatch]:
         """Rows `start` to `stop` (from 0), in order."""
         position = 0
-        for run in self._runs:
-            first, last = max(start - position, 0), min(stop - position, run.rows)
-            position += run.rows
-            if first < last:
-                yield JsonlBatch(run.path, run.offset, run.size, run.line, first, last - first)
+        with source.open_binary(self.path) as handle:
+            for run in _runs(handle, self.path):
+                if stop is not None and position >= stop:
+                    return
+                if run.line == 1:
+                    run.lines[0] = run.lines[0][_without_mark(run.lines) :]
+                first = max(start - position, 0)
+                last = run.rows if stop is None else min(stop - position, run.rows)
+                position += run.rows
+                if first < last:
+                    yield JsonlBytes(self.path, run.lines, run.line, first, last - first)
+        if not position:
+            _refuse_empty(self.path)
+        self.known_rows = position
