@@ -13,9 +13,8 @@ import contextlib
 import re
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from tqdm import tqdm
 # A checkout runs as it is, installed or not, from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_speech.data.dataset_writer import DatasetWriter
+from megatron_speech.data.dataset_writer import BIN, DOCUMENTS, IDX, MANIFEST, REJECTED, DatasetWriter
+from megatron_speech.data.documents_table import SCHEMA
 from megatron_speech.data.manifest import (
     CodecEntry,
     FilterStatistics,
@@ -37,18 +37,34 @@ from megatron_speech.data.manifest import (
 )
 from megatron_speech.data.report import make_console, print_report
 from megatron_speech.errors import InputError, command
+from megatron_speech.files import sha256_hex
 from megatron_speech.tasks import TASKS, TEMPLATE_HASH, render
 from megatron_speech.text import NORMALIZATION_VERSION
 from megatron_speech.token_space import TokenSpace
-from preprocess.documents import Converter, Documents, Job, Records, Work, convert_batch, index_batch, tokenizer_version
+from preprocess.documents import (
+    Converter,
+    IndexedRows,
+    Job,
+    Records,
+    Work,
+    convert_batch,
+    index_batch,
+    tokenizer_version,
+)
 from preprocess.pool import available_cores, interrupt_on_sigterm, map_ordered
+from preprocess.prepass import look_over
 from preprocess.readers.base import BATCH_ROWS
-from preprocess.readers.open import Inputs
-from preprocess.references import Keys, fraction_of, previous_segment, same_speaker
+from preprocess.readers.open import Inputs, input_entries
+from preprocess.references import fraction_of, previous_segment, same_speaker
+from preprocess.resume import report_resume
 from preprocess.samples import TRANSCRIPTS, SampleRules
+from preprocess.tally import Tally
 
-SHOWN_DOCUMENTS = 3
-SHOWN_REASONS = 3
+# Raise it when the same arguments and input come to mean other bytes: unfinished work is then not gone on with.
+CONVERSION_VERSION = 1
+
+# Arguments that do not decide the output; the token space does by its hash, not by its path.
+UNDECIDING = ("workers", "output_prefix", "token_space", "dry_run", "restart")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -70,6 +86,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--language", metavar="TAG", help="BCP-47 tag of rows that name no language")
     add("--source", metavar="NAME", help="dataset_source of rows that name none (default: the input's file name)")
     add("--dry-run", action="store_true", help="do everything but write: totals, drops and a few documents")
+    add("--first-rows", type=int, metavar="N", help="with --dry-run: look at the first N rows only")
+    add("--restart", action="store_true", help="begin anew even if a stopped conversion could be gone on with")
     text = parser.add_argument_group("text_lm")
     text.add_argument(
         "--json-keys", nargs="+", default=["text"], metavar="KEY", help="fields with text, a document each"
@@ -107,6 +125,10 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     if match is None or int(match[1]) >= int(match[2]):
         raise InputError(f"--shard is {arguments.shard!r}, needed I/N with I from 0 to N-1, such as 0/8")
     arguments.shard = (int(match[1]), int(match[2]))
+    if arguments.first_rows is not None and (arguments.first_rows < 1 or not arguments.dry_run):
+        raise InputError(
+            f"--first-rows {arguments.first_rows} is only for --dry-run, and needs 1 or more; leave it out"
+        )
     ranges = (("max_rejected", 0, 1), ("plain_fraction", 0, 1), ("workers", 1, 4096), ("references", 1, 64))
     for name, low, high in ranges:
         value = getattr(arguments, name)
@@ -140,122 +162,73 @@ def make_job(arguments: argparse.Namespace, space: TokenSpace) -> Job:
     return Job(space, rules, quotes=quotes, drop_unquoted=drop, append_eod=arguments.append_eod)
 
 
-@dataclass
-class Tally:
-    """Counts over all batches so far."""
+def _workers(arguments: argparse.Namespace, rows: int | None) -> int:
+    return arguments.workers if rows is None else min(arguments.workers, -(-rows // BATCH_ROWS))
 
-    rows: int = 0
-    kept: int = 0
-    documents: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    notices: Counter[str] = field(default_factory=Counter)
-    forms: Counter[str] = field(default_factory=Counter)
-    totals: dict[tuple[str, str], list[Totals]] = field(default_factory=dict)
-    rejected: int = 0
-    reasons: list[str] = field(default_factory=list)
-    shown: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, batch: Documents) -> None:
-        """Count a batch in."""
-        self.rows += batch.rows
-        self.kept += batch.kept
-        self.documents += len(batch.lengths)
-        self.dropped += batch.dropped
-        self.notices += batch.notices
-        self.forms += batch.forms
-        self.rejected += len(batch.rejected)
-        for row in batch.rejected[: max(0, SHOWN_REASONS - len(self.reasons))]:
-            self.reasons.append(f"{row['input']} line {row['line']}: {row['reason']}")
-        for key, totals in batch.totals.items():
-            self.totals.setdefault(key, []).append(totals)
-        missing = SHOWN_DOCUMENTS - len(self.shown)
-        if missing > 0:
-            self.shown += np.split(batch.flat, np.cumsum(batch.lengths))[: min(missing, len(batch.lengths))]
+@dataclass(frozen=True)
+class Choices:
+    """What the look over the whole input decided, row by row."""
 
-    def check(self, rows: int, max_rejected: float, *, last: bool) -> None:
-        """Refuse an input with too many unusable rows, as soon as it is sure; at the end also one without any usable.
+    rows: int
+    records: Records
+    candidates: np.ndarray  # int64 [rows, candidates]: rows that each row may quote
+    plain: np.ndarray  # bool [rows]: stays plain all the same
 
-        Raises:
-            InputError: saying how many rows were rejected by which rule, and the first reasons.
-        """
-        if self.rejected <= max_rejected * rows and not (last and self.kept == 0):
-            return
-        if self.kept == 0 and set(self.dropped) == {"no_tokens"}:
-            raise InputError(
-                f"the text tokenizer yields nothing: none of the {self.rows:,} texts looked at gave a token; "
-                "make a token space with a trained tokenizer, or with `bytes`"
-            )
-        rules = ", ".join(f"{rule} {count:,}" for rule, count in self.dropped.most_common())
-        limit = f"more than --max-rejected {max_rejected:g} of the rows"
-        raise InputError(
-            f"{sum(self.dropped.values()):,} of the {self.rows:,} rows looked at ({rows:,} in all) cannot be used "
-            f"({rules}), {limit if self.kept else 'and no row is left'}; nothing was written; "
-            f"first: {'; '.join(self.reasons) or rules}"
+
+def choose(arguments: argparse.Namespace, inputs: Inputs, job: Job, folder: Path) -> Choices:
+    """Look over the whole input, and choose what each row quotes."""
+    known, first_rows = inputs.known_rows, arguments.first_rows
+
+    def index(start: int) -> Generator[IndexedRows, None, None]:
+        batches = inputs.batches(start, first_rows)
+        return map_ordered(
+            index_batch, batches, workers=_workers(arguments, known), make_state=Converter, arguments=(job,)
         )
 
-
-def choose_quotes(
-    arguments: argparse.Namespace, inputs: Inputs, job: Job, folder: Path
-) -> tuple[Records, np.ndarray, np.ndarray]:
-    """Look over the whole input: (records of all rows, candidates int64 [rows, n], bool [rows] of rows kept plain)."""
-    records = Records(folder / "records.bin", folder / "records.npy")
-    keys: list[Keys] = []
-    sizes: list[np.ndarray] = []
-    batches = inputs.batches(0, inputs.rows)
-    indexed = map_ordered(
-        index_batch, batches, workers=_workers(arguments, inputs.rows), make_state=Converter, arguments=(job,)
-    )
-    with (
-        contextlib.closing(indexed),
-        open(records.data, "wb") as handle,
-        tqdm(total=inputs.rows, unit="row", desc="choose references", disable=None) as progress,
-    ):
-        for part in indexed:
-            keys.append(part.keys)
-            sizes.append(np.array([len(record) for record in part.records], dtype=np.int64))
-            handle.writelines(part.records)
-            progress.update(len(part.keys))
-        handle.write(b"\0")  # an empty file cannot be mapped
-    np.save(records.offsets, np.cumsum(np.concatenate([[0], *sizes])))
-    joined = Keys.join(keys)
-    choose = previous_segment if arguments.continuation else same_speaker
-    return (
-        records,
-        choose(joined, job.quotes, arguments.seed),
-        fraction_of(joined.sample, arguments.plain_fraction, arguments.seed),
+    looked = look_over(folder / "look", index, known, "choose references")
+    pick = previous_segment if arguments.continuation else same_speaker
+    return Choices(
+        rows=len(looked.keys),
+        records=looked.records,
+        candidates=pick(looked.keys, job.quotes, arguments.seed),
+        plain=fraction_of(looked.keys.sample, arguments.plain_fraction, arguments.seed),
     )
 
 
-def _workers(arguments: argparse.Namespace, rows: int) -> int:
-    return min(arguments.workers, -(-rows // BATCH_ROWS))
-
-
-def documents(
-    arguments: argparse.Namespace, inputs: Inputs, job: Job, rows: range, folder: Path
-) -> Generator[Documents, None, None]:
-    """Documents of the shard's rows, batch by batch, in the order of the input."""
-    batches = inputs.batches(rows.start, rows.stop)
-    if job.quotes:
-        records, candidates, plain = choose_quotes(arguments, inputs, job, folder)
-        job = Job(**{**job.__dict__, "records": records})
-        work = _work_with_quotes(batches, rows.start, candidates, plain)
-    else:
-        work = (Work(batch) for batch in batches)
-    return map_ordered(
-        convert_batch, work, workers=_workers(arguments, len(rows)), make_state=Converter, arguments=(job,)
-    )
-
-
-def _work_with_quotes(batches: Iterator[Any], row: int, candidates: np.ndarray, plain: np.ndarray) -> Iterator[Work]:
+def _work(batches: Iterator[Any], row: int, choices: Choices | None) -> Iterator[Work]:
     for batch in batches:
-        yield Work(batch, candidates[row : row + batch.rows], plain[row : row + batch.rows])
+        if choices is None:
+            yield Work(batch)
+        else:
+            yield Work(batch, choices.candidates[row : row + batch.rows], choices.plain[row : row + batch.rows])
         row += batch.rows
+
+
+def shard_rows(arguments: argparse.Namespace, inputs: Inputs, choices: Choices | None) -> tuple[int, int | None]:
+    """The first row of the shard, and the one after its last; None if that is the end, wherever it is.
+
+    Rows are counted only where that takes no pass over the data, or where a shard needs it.
+    """
+    index, count = arguments.shard
+    if choices is not None:
+        rows = choices.rows
+    elif count == 1 and inputs.known_rows is None:
+        return 0, arguments.first_rows
+    else:
+        rows = inputs.rows
+    if arguments.first_rows is not None:
+        rows = min(rows, arguments.first_rows)
+    start, stop = rows * index // count, rows * (index + 1) // count
+    if start == stop and rows:
+        raise InputError(f"--shard {index}/{count} holds none of the {rows:,} rows; use fewer shards")
+    return start, stop
 
 
 def make_manifest(arguments: argparse.Namespace, inputs: Inputs, space: TokenSpace, tally: Tally) -> Manifest:
     """The manifest, but for what the writer knows (files, documents, tokens)."""
     rate = space.codec.frame_rate_hz
-    groups = {key: sum_totals(parts, rate) for key, parts in tally.totals.items()}
+    groups = {key: sum_totals([totals], rate) for key, totals in tally.totals.items()}
     options: dict[str, Any] = {"language": arguments.language, "source": arguments.source}
     if arguments.task == "text_lm":
         options["json_keys"] = arguments.json_keys
@@ -287,10 +260,7 @@ def make_manifest(arguments: argparse.Namespace, inputs: Inputs, space: TokenSpa
         languages=_by(groups, 0, rate),
         sources=_by(groups, 1, rate),
         filters=FilterStatistics(rows=tally.rows, kept=tally.kept, dropped=sum_counts([tally.dropped])),
-        inputs=[
-            InputEntry(path=reader.path, bytes=Path(reader.path).stat().st_size, rows=reader.rows)
-            for reader in inputs.readers
-        ],
+        inputs=[InputEntry(path=path, bytes=size, rows=rows) for path, size, rows in input_entries(inputs)],
         shard=f"{index}/{count}" if count > 1 else None,
         files={},
     )
@@ -301,64 +271,100 @@ def _by(groups: dict[tuple[str, str], Totals], part: int, rate: float) -> dict[s
     return {name: sum_totals([totals for key, totals in groups.items() if key[part] == name], rate) for name in names}
 
 
-def convert(arguments: argparse.Namespace, writer: DatasetWriter | None, folder: Path) -> None:
-    """Convert, and write if there is a writer.
+def convert(
+    arguments: argparse.Namespace, space: TokenSpace, inputs: Inputs, writer: DatasetWriter | None, folder: Path
+) -> tuple[Manifest, Tally]:
+    """Convert, and write if there is a writer, from where it stopped.
 
     Raises:
         InputError: unusable arguments or input.
     """
-    space = TokenSpace.load(arguments.token_space)
-    inputs = Inputs(arguments.input)
-    index, count = arguments.shard
-    rows = range(inputs.rows * index // count, inputs.rows * (index + 1) // count)
-    if not rows:
-        raise InputError(f"--shard {index}/{count} holds none of the {inputs.rows:,} rows; use fewer shards")
-    tally = Tally()
-    stream = documents(arguments, inputs, make_job(arguments, space), rows, folder)
+    job = make_job(arguments, space)
+    choices = choose(arguments, inputs, job, folder) if job.quotes else None
+    if choices is not None:
+        job = replace(job, records=choices.records)
+    first, stop = shard_rows(arguments, inputs, choices)
+    rows = None if stop is None else stop - first
+    tally = Tally() if writer is None or writer.state is None else Tally.from_json(writer.state)
+    start = first + tally.rows
+    stream = map_ordered(
+        convert_batch,
+        _work(inputs.batches(start, stop), start, choices),
+        workers=_workers(arguments, rows),
+        make_state=Converter,
+        arguments=(job,),
+    )
     # closing: an error here must end the workers now, not when the generator is collected
-    with contextlib.closing(stream), tqdm(total=len(rows), unit="row", desc=arguments.task, disable=None) as progress:
+    with (
+        contextlib.closing(stream),
+        tqdm(total=rows, initial=tally.rows, unit="row", desc=arguments.task, disable=None) as progress,
+    ):
         for batch in stream:
             tally.add(batch)
-            tally.check(len(rows), arguments.max_rejected, last=False)
+            tally.check(rows, arguments.max_rejected, last=False)
             if writer is not None:
                 writer.add(batch.flat, batch.lengths, batch.table)
                 writer.add_rejected(batch.rejected)
+                if writer.due:
+                    writer.commit(tally.to_json())
             progress.update(batch.rows)
-    tally.check(len(rows), arguments.max_rejected, last=True)
-    manifest = make_manifest(arguments, inputs, space, tally)
-    if writer is not None:
-        manifest = writer.finish(manifest)
-    print_report(manifest)
-    if writer is not None:
-        size = manifest.files[".bin"].bytes
-        counts = f"{manifest.documents:,} documents, {manifest.tokens:,} tokens, {size:,} bytes"
-        print(f"{arguments.output_prefix}: {counts}")
-        return
-    console = make_console()
-    for i, document in enumerate(tally.shown):
-        console.print(f"document {i}: {render(space, document)}", markup=False, soft_wrap=True)
-    print("dry run: nothing was written")
+    tally.check(rows, arguments.max_rejected, last=True)
+    return make_manifest(arguments, inputs, space, tally), tally
+
+
+def fingerprint(arguments: argparse.Namespace, inputs: Inputs, space: TokenSpace) -> dict[str, Any]:
+    """Everything that decides the output, and so whether unfinished work can be gone on with.
+
+    Files of codes that rows name are not looked at: there may be one for each row.
+    """
+    options = {name: value for name, value in vars(arguments).items() if name not in UNDECIDING}
+    return {
+        "command": "preprocess_data",
+        "version": CONVERSION_VERSION,
+        "options": options,
+        "inputs": {str(entry["path"]): entry for entry in inputs.fingerprints()},
+        "token_space": space.hash,
+        "templates": TEMPLATE_HASH,
+        "normalization": NORMALIZATION_VERSION,
+        "columns": sha256_hex(str(SCHEMA).encode()),
+    }
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     """Parse, convert, report."""
     arguments = parse_arguments(argv)
-    _check_paths(arguments)
+    space = TokenSpace.load(arguments.token_space)
+    inputs = Inputs(arguments.input)
+    _check_paths(arguments, inputs)
     if arguments.dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            convert(arguments, None, Path(folder))
+            manifest, tally = convert(arguments, space, inputs, None, Path(folder))
+        print_report(manifest)
+        console = make_console()
+        for i, document in enumerate(tally.shown):
+            console.print(f"document {i}: {render(space, document)}", markup=False, soft_wrap=True)
+        print("dry run: nothing was written")
         return
-    space = TokenSpace.load(arguments.token_space)
-    with DatasetWriter(arguments.output_prefix, space.dtype) as writer:
-        convert(arguments, writer, writer.folder)
+    known = fingerprint(arguments, inputs, space)
+    with DatasetWriter(arguments.output_prefix, space.dtype, fingerprint=known, restart=arguments.restart) as writer:
+        report_resume(writer)
+        if writer.complete:
+            manifest = writer.finish()
+        else:
+            manifest = writer.finish(convert(arguments, space, inputs, writer, writer.folder)[0])
+    print_report(manifest)
+    size = manifest.files[BIN].bytes
+    print(f"{arguments.output_prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {size:,} bytes")
 
 
-def _check_paths(arguments: argparse.Namespace) -> None:
-    outputs = {Path(f"{arguments.output_prefix}{suffix}").resolve() for suffix in (".docs.parquet", ".rejected.jsonl")}
-    for path in arguments.input:
-        if Path(path).resolve() in outputs:
-            raise InputError(f"input {path} would be overwritten by --output-prefix {arguments.output_prefix}")
+def _check_paths(arguments: argparse.Namespace, inputs: Inputs) -> None:
+    suffixes = (BIN, IDX, DOCUMENTS, REJECTED, MANIFEST)
+    outputs = {Path(f"{arguments.output_prefix}{suffix}").resolve() for suffix in suffixes}
+    for reader in inputs.readers:
+        for path in reader.files:
+            if Path(path).resolve() in outputs:
+                raise InputError(f"input {path} would be overwritten by --output-prefix {arguments.output_prefix}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_speech.data.journal import AppendFile
 from megatron_speech.data.split import name_hash, split_names
 from megatron_speech.errors import InputError
 
@@ -87,7 +88,7 @@ def derive_columns(table: pa.RecordBatch, ids: np.ndarray, lengths: np.ndarray) 
 class DocumentsTableWriter:
     """Write the table in row groups of a fixed size; holds at most one row group in memory."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | AppendFile) -> None:
         self.rows = 0
         self._pending: list[pa.RecordBatch] = []
         self._pending_rows = 0

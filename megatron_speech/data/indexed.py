@@ -23,21 +23,17 @@ This project writes one sequence per document, since upstream's splits are made 
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import struct
-import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_speech.data.manifest import FileEntry, Manifest, read_manifest
+from megatron_speech.data.manifest import Manifest, read_manifest
 from megatron_speech.errors import InputError
-from megatron_speech.files import fsync_path, sha256_file
+from megatron_speech.files import sha256_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -68,186 +64,6 @@ _INDEX_CHUNK = 1 << 20
 def file_of(prefix: str | os.PathLike[str], suffix: str) -> Path:
     """`P` + `.bin`: the prefix may itself hold dots, so it is never split."""
     return Path(f"{os.fspath(prefix)}{suffix}")
-
-
-class HashedFile:
-    """A new file beside `path` under a temporary name, hashed as it is written; :meth:`commit` renames it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.size_bytes = 0
-        self._digest = hashlib.sha256()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, self._temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        except OSError as error:
-            raise InputError(
-                f"cannot write {path}: {error.strerror or error}; name an output that this user can write to"
-            ) from error
-        self._handle: IO[bytes] = os.fdopen(descriptor, "wb", buffering=1 << 20)
-
-    def write(self, data: bytes | memoryview) -> int:
-        """Append bytes."""
-        try:
-            self._handle.write(data)
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror or error}; nothing was kept of it") from error
-        self._digest.update(data)
-        count = memoryview(data).nbytes
-        self.size_bytes += count
-        return count
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of what was written so far, as hex digits."""
-        return self._digest.hexdigest()
-
-    def close(self) -> None:
-        """Flush to the disk; the file keeps its temporary name."""
-        try:
-            self._handle.flush()
-            os.fsync(self._handle.fileno())
-            self._handle.close()
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror or error}; nothing was kept of it") from error
-
-    def commit(self) -> None:
-        """Give the closed file its name."""
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(self._temporary, 0o666 & ~umask)
-        os.replace(self._temporary, self.path)
-
-    def discard(self) -> None:
-        """Remove the temporary file; harmless after :meth:`commit`."""
-        with suppress(OSError, ValueError):
-            self._handle.close()
-        with suppress(FileNotFoundError):
-            os.unlink(self._temporary)
-
-
-@dataclass(frozen=True)
-class WrittenIndex:
-    """What an :class:`IndexedDatasetWriter` wrote."""
-
-    documents: int
-    tokens: int
-    bin: FileEntry
-    idx: FileEntry
-
-
-class IndexedDatasetWriter:
-    """Write `P.bin` and `P.idx`, both or neither.
-
-    Use as a context manager and call :meth:`finalize` at the end; leaving the block without it (an exception, a
-    kill) leaves nothing under the final names.
-
-    Args:
-        prefix: P; its folder is made if needed.
-        dtype: numpy dtype of the ids on disk; one of megatron-core's (`DTYPE_CODES`).
-    """
-
-    def __init__(self, prefix: str | os.PathLike[str], dtype: Any) -> None:
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        if self.dtype not in CODE_OF_DTYPE:
-            raise InputError(f"dtype {self.dtype} cannot be stored in an .idx; needed: one of {_dtype_names()}")
-        self.prefix = Path(prefix)
-        self._bin = HashedFile(file_of(prefix, ".bin"))
-        self._idx: HashedFile | None = None
-        self._lengths: list[np.ndarray] = []
-        self.documents = 0
-        self.tokens = 0
-
-    def __enter__(self) -> IndexedDatasetWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.discard()
-
-    def add(self, tokens: np.ndarray) -> None:
-        """Append one document of ids, int [n]; n may be 0."""
-        self.add_many(tokens, np.array([len(tokens)], dtype=np.int32))
-
-    def add_many(self, flat: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents given end to end.
-
-        Args:
-            flat: ids [sum of lengths], any integer dtype whose values fit the dtype on disk.
-            lengths: ids per document, int [documents].
-
-        Raises:
-            ValueError: lengths that do not add up to `flat`, or an id that does not fit the dtype on disk.
-        """
-        flat = np.asarray(flat)
-        lengths = np.asarray(lengths)
-        if flat.ndim != 1 or lengths.ndim != 1 or (lengths < 0).any() or int(lengths.sum(dtype=np.int64)) != len(flat):
-            raise ValueError(f"lengths {lengths.shape} do not cut ids of shape {flat.shape} into documents")
-        self._write_ids(flat)
-        self._lengths.append(lengths.astype("<i4"))
-        self.documents += len(lengths)
-
-    def add_raw(self, data: bytes | memoryview) -> None:
-        """Append ids that already have the form on disk; their lengths follow by :meth:`add_lengths`."""
-        self._bin.write(data)
-        self.tokens += memoryview(data).nbytes // self.dtype.itemsize
-
-    def add_lengths(self, lengths: np.ndarray) -> None:
-        """Lengths of the documents appended by :meth:`add_raw`."""
-        self._lengths.append(np.array(lengths, dtype="<i4"))
-        self.documents += len(lengths)
-
-    def _write_ids(self, flat: np.ndarray) -> None:
-        if flat.dtype != self.dtype and flat.size and self.dtype.kind in "iu":
-            limits = np.iinfo(self.dtype)
-            if flat.min() < limits.min or flat.max() > limits.max:
-                raise ValueError(f"ids {flat.min()}..{flat.max()} do not fit {self.dtype}")
-        self.add_raw(np.ascontiguousarray(flat, dtype=self.dtype).view(np.uint8).data)
-
-    def finalize(self) -> WrittenIndex:
-        """Finish both files and put them in place."""
-        total = sum(int(part.sum(dtype=np.int64)) for part in self._lengths)
-        if total != self.tokens:
-            raise ValueError(f"{self.tokens} ids were added, but the lengths say {total}")
-        self._bin.close()
-        self._idx = HashedFile(file_of(self.prefix, ".idx"))
-        _write_index(self._idx, self.dtype, self._lengths)
-        self._idx.close()
-        self._bin.commit()
-        self._idx.commit()
-        fsync_path(self._bin.path.parent)
-        return WrittenIndex(
-            documents=self.documents,
-            tokens=self.tokens,
-            bin=FileEntry(bytes=self._bin.size_bytes, sha256=self._bin.sha256),
-            idx=FileEntry(bytes=self._idx.size_bytes, sha256=self._idx.sha256),
-        )
-
-    def discard(self) -> None:
-        """Remove what was not put in place."""
-        self._bin.discard()
-        if self._idx is not None:
-            self._idx.discard()
-
-
-def _write_index(file: HashedFile, dtype: np.dtype, lengths: list[np.ndarray]) -> None:
-    """Write the whole `.idx`, in pieces: 80 M documents are 1.6 GB of it."""
-    documents = sum(len(part) for part in lengths)
-    file.write(HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[dtype], documents, documents + 1))
-    for part in lengths:
-        file.write(part.astype("<i4", copy=False).tobytes())
-    position = 0
-    for part in lengths:
-        ends = position + np.cumsum(part, dtype=np.int64) * dtype.itemsize
-        file.write(np.concatenate([[position], ends[:-1]]).astype("<i8").tobytes() if len(part) else b"")
-        position = int(ends[-1]) if len(part) else position
-    for start in range(0, documents + 1, _INDEX_CHUNK):
-        file.write(np.arange(start, min(start + _INDEX_CHUNK, documents + 1), dtype="<i8").tobytes())
-
-
-def _dtype_names() -> str:
-    return ", ".join(str(dtype) for dtype in DTYPE_CODES.values())
 
 
 @dataclass(frozen=True)

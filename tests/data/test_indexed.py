@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from megatron_speech.data import inspect_command
 from megatron_speech.data.documents_table import ROWS_PER_GROUP, SCHEMA, DocumentsTableWriter
-from megatron_speech.data.indexed import IndexedDatasetWriter, TokenDataset, file_of
+from megatron_speech.data.indexed import TokenDataset, file_of
+from megatron_speech.data.indexed_writer import disk_dtype, ids_on_disk, write_index
 from megatron_speech.errors import InputError
 from megatron_speech.token_space import CodecDescription, TokenSpace
 from preprocess import preprocess_data
@@ -27,10 +28,13 @@ from preprocess import preprocess_data
 DOCUMENTS = st.lists(st.lists(st.integers(0, 65_499), max_size=7), min_size=1, max_size=12)
 
 
-def flat_and_lengths(documents: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([i for document in documents for i in document], dtype=np.int64), np.array(
-        list(map(len, documents))
-    )
+def write_pair(prefix: Path, documents: list[list[int]], dtype: type) -> None:
+    """P.bin and P.idx alone, by the functions that write every dataset's."""
+    flat = np.array([i for document in documents for i in document], dtype=np.int64)
+    lengths = np.array([len(document) for document in documents], dtype=np.int32)
+    file_of(prefix, ".bin").write_bytes(ids_on_disk(flat, lengths, disk_dtype(dtype)))
+    with open(file_of(prefix, ".idx"), "wb") as handle:
+        write_index(handle.write, disk_dtype(dtype), lengths)
 
 
 @settings(max_examples=40, deadline=None)
@@ -42,16 +46,12 @@ def test_upstream_opens_what_is_written_here(
 
     documents = [*documents, [1]]  # upstream cannot map an empty .bin
     prefix = tmp_path_factory.mktemp("indexed") / "p.q"
-    with IndexedDatasetWriter(prefix, dtype) as writer:
-        writer.add_many(*flat_and_lengths(documents[:-1]))
-        writer.add(np.array(documents[-1]))
-        written = writer.finalize()
+    write_pair(prefix, documents, dtype)
     upstream = IndexedDataset(str(prefix))  # kept alive: its end unmaps what it returned
-    assert len(upstream) == len(documents) == written.documents
+    assert len(upstream) == len(documents)
     assert upstream.index.dtype == dtype
     assert [upstream[i].tolist() for i in range(len(documents))] == documents
     assert upstream.document_indices.tolist() == list(range(len(documents) + 1))
-    assert written.tokens == sum(map(len, documents))
 
 
 @settings(max_examples=40, deadline=None)
@@ -67,9 +67,7 @@ def test_same_bytes_as_upstream_builder(
     for document in documents:
         builder.add_document(torch.tensor(document, dtype=torch.int64), [len(document)])
     builder.finalize(str(folder / "theirs.idx"))
-    with IndexedDatasetWriter(folder / "ours", dtype) as writer:
-        writer.add_many(*flat_and_lengths(documents))
-        writer.finalize()
+    write_pair(folder / "ours", documents, dtype)
     for suffix in (".bin", ".idx"):
         assert file_of(folder / "ours", suffix).read_bytes() == file_of(folder / "theirs", suffix).read_bytes()
 
@@ -97,22 +95,14 @@ def test_upstream_documents_of_several_sequences_open_only_when_allowed(
     dataset.verify()
 
 
-def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), IndexedDatasetWriter(tmp_path / "p", np.int32) as writer:
-        writer.add(np.arange(10))
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_writer_refuses_ids_that_do_not_fit(tmp_path: Path) -> None:
-    with IndexedDatasetWriter(tmp_path / "p", np.uint16) as writer:
-        for ids in ([65_536], [-1]):
-            with pytest.raises(ValueError, match="do not fit uint16"):
-                writer.add(np.array(ids))
-        with pytest.raises(ValueError, match="do not cut"):
-            writer.add_many(np.arange(3), np.array([1, 1]))
-        with pytest.raises(InputError, match="dtype uint32 cannot be stored"):
-            IndexedDatasetWriter(tmp_path / "q", np.uint32)
+def test_ids_that_do_not_fit_are_refused() -> None:
+    for ids in ([65_536], [-1]):
+        with pytest.raises(ValueError, match="do not fit uint16"):
+            ids_on_disk(np.array(ids), np.array([1]), disk_dtype(np.uint16))
+    with pytest.raises(ValueError, match="do not cut"):
+        ids_on_disk(np.arange(3), np.array([1, 1]), disk_dtype(np.uint16))
+    with pytest.raises(InputError, match="dtype uint32 cannot be stored"):
+        disk_dtype(np.uint32)
 
 
 def test_row_groups_do_not_depend_on_how_rows_arrive(tmp_path: Path) -> None:
