@@ -233,7 +233,9 @@ def _shared(table: DocumentTable) -> dict[str, np.ndarray]:
     return {
         field.name: value
         for field in dataclasses.fields(table)
-        if field.name not in _SUMMED and isinstance(value := getattr(table, field.name), np.ndarray)
+        if field.name not in _SUMMED
+        and isinstance(value := getattr(table, field.name), np.ndarray)
+        and len(value) == len(table.lengths)
     }
 
 
@@ -267,6 +269,8 @@ def _table_of(table: DocumentTable, ptr: np.ndarray, documents: np.ndarray, drop
     starts = ptr[:-1]
     fields = {field.name: getattr(table, field.name) for field in dataclasses.fields(DocumentTable)}
     for name in _SUMMED:
+        if name != "lengths" and not len(fields[name]):
+            continue  # not read: the stage does not need it
         values = lengths if name == "lengths" else np.asarray(fields[name])[documents]
         wide = np.float64 if values.dtype.kind == "f" else np.int64
         sums = np.add.reduceat(values.astype(wide), starts) if len(starts) else np.zeros(0, wide)
