@@ -21,6 +21,7 @@ PackedSegments pack_bucket(const int32_t* lengths, const int32_t* targets, int64
     std::vector<int64_t> members;
     std::vector<Batch> batches;
     const auto flush = [&] {
+        const int64_t base = members.empty() ? 0 : members.front();
         std::stable_sort(members.begin(), members.end(),
                          [&](int64_t a, int64_t b) { return targets[a] < targets[b]; });
         batches.clear();
@@ -37,7 +38,7 @@ PackedSegments pack_bucket(const int32_t* lengths, const int32_t* targets, int64
         }
         if (begin < size) batches.push_back({0, begin, size});
         for (Batch& batch : batches) {
-            batch.key = splitmix64(static_cast<uint64_t>(members[static_cast<size_t>(batch.begin)]));
+            batch.key = splitmix64(static_cast<uint64_t>(members[static_cast<size_t>(batch.begin)] - base));
         }
         std::sort(batches.begin(), batches.end(), [](const Batch& a, const Batch& b) { return a.key < b.key; });
         for (const Batch& batch : batches) {

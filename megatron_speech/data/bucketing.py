@@ -27,9 +27,9 @@ def pack_bucket(
 
     A window is the next run of documents with at most `window * max_tokens` tokens. Its documents are taken by
     ascending target length (of equals the earlier first) and a batch is closed when one more document would make
-    n × longest exceed `max_tokens`. The batches of a window come out shuffled by a hash of the position of their
-    first document, so their order says nothing about length; every window is through before the next begins. The
-    result is a pure function of the arguments.
+    n × longest exceed `max_tokens`. The batches of a window come out shuffled by a hash of the place of their
+    first document in the window, so their order says nothing about length; every window is through before the next
+    begins, and what comes out of it depends on its documents alone.
 
     Args:
         lengths: int32 [N], tokens of each document in the order of training; documents of length 0 are skipped.
@@ -73,7 +73,7 @@ def _pack_bucket_python(
         members = members[np.argsort(targets[members], kind="stable")]
         first = _batches(lengths[members].tolist(), max_tokens)
         batches = np.split(members, first[1:])
-        order = np.argsort(splitmix64(members[first].astype(np.uint64)), kind="stable")
+        order = np.argsort(splitmix64((members[first] - fitting[begin]).astype(np.uint64)), kind="stable")
         positions.extend(batches[k] for k in order.tolist())
         counts.append(np.diff([*first, len(members)])[order])
         begin = end
