@@ -24,6 +24,8 @@ from setuptools.errors import BaseError, CCompilerError
 
 ROOT = Path(__file__).parent
 CUDA_SOURCES = ("loss_mask.cu", "loss_mask.h")
+CPU_SOURCES = ("bindings", "loader_bindings", "loss_mask", "sequence_index", "blend_order", "bucketing", "gather")
+CPU_HEADERS = ("kernels", "loader_bindings", "bucketing", "gather")
 
 
 def note(*lines: str) -> None:
@@ -114,14 +116,17 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "megatron_speech._C",
-            sources=["csrc/bindings.cpp", "csrc/loss_mask.cpp", "csrc/sequence_index.cpp", "csrc/blend_order.cpp"],
-            depends=["csrc/kernels.h", *(f"csrc/{name}" for name in CUDA_SOURCES)],
+            sources=[f"csrc/{name}.cpp" for name in CPU_SOURCES],
+            depends=[*(f"csrc/{name}.h" for name in CPU_HEADERS), *(f"csrc/{name}" for name in CUDA_SOURCES)],
             include_dirs=[pybind11.get_include(), "csrc"],
             language="c++",
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"],
+            # No fused multiply-add: a sum has to be the same on every machine, and the same as NumPy's.
+            extra_compile_args=[
+                "-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra",
+            ],
             optional=True,
         )
-    ]
+    ]  # fmt: skip
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels, "build_py": CopyCudaSources})

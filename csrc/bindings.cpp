@@ -6,8 +6,10 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "kernels.h"
+#include "loader_bindings.h"
 
 namespace py = pybind11;
 namespace ms = megatron_speech;
@@ -15,7 +17,7 @@ namespace ms = megatron_speech;
 namespace {
 
 // Raised together with INTERFACE in megatron_speech/ops/extension.py whenever a signature changes.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
@@ -136,27 +138,93 @@ py::tuple pack_fit(const Array<int32_t>& lengths, int64_t seq_length, int64_t op
                           to_numpy(std::move(oversize)));
 }
 
-py::array_t<int64_t> blend_order(const Array<int32_t>& costs, const Array<int64_t>& ptr, const Array<double>& shares,
-                                 int64_t stop) {
-    const int64_t strata = shares.size();
-    if (strata < 1) throw std::invalid_argument("shares is empty");
-    require_size(ptr, strata + 1, "ptr");
-    if (ptr.data()[0] != 0 || ptr.data()[strata] != costs.size()) {
-        throw std::invalid_argument("ptr does not run from 0 to the number of costs");
+// A column of a dataset: one dimension, contiguous, perhaps not aligned (a mapped .idx has a header of 34 bytes).
+template <typename T>
+const void* column_of(const py::array& array, int64_t* size, const char* name) {
+    if (!py::dtype::of<T>().is(array.dtype()) && !py::dtype::of<T>().equal(array.dtype())) {
+        throw std::invalid_argument(std::string(name) + " has another dtype than its kind needs");
     }
-    for (int64_t k = 0; k < strata; ++k) {
-        if (ptr.data()[k] > ptr.data()[k + 1]) throw std::invalid_argument("ptr decreases");
-        if (!(shares.data()[k] > 0)) throw std::invalid_argument("a share is not positive");
+    if (array.ndim() != 1 || (array.size() > 1 && array.strides(0) != static_cast<py::ssize_t>(sizeof(T)))) {
+        throw std::invalid_argument(std::string(name) + " is not a contiguous row");
     }
-    for (int64_t i = 0; i < costs.size(); ++i) {
-        if (costs.data()[i] < 0) throw std::invalid_argument("a cost is negative");
+    *size = array.size();
+    return array.data();
+}
+
+void check_documents(const Array<int32_t>& documents, int64_t rows) {
+    for (int64_t i = 0; i < documents.size(); ++i) {
+        if (documents.data()[i] < 0 || documents.data()[i] >= rows) {
+            throw std::invalid_argument("document " + std::to_string(documents.data()[i]) + " of a dataset of " +
+                                        std::to_string(rows));
+        }
     }
-    std::vector<int64_t> order;
-    {
-        py::gil_scoped_release release;
-        order = ms::blend_order(costs.data(), ptr.data(), shares.data(), strata, stop);
+}
+
+// Keeps the arrays alive that the order reads.
+class PyBlendOrder {
+  public:
+    explicit PyBlendOrder(const py::list& strata) : arrays_(strata), order_(read(arrays_)) {}
+
+    py::tuple take(int64_t count) {
+        if (count < 0) throw std::invalid_argument("count is negative");
+        py::array_t<uint16_t> stratum(count);
+        py::array_t<int32_t> document(count), length(count), counted(count);
+        py::array_t<float> seconds(count);
+        const ms::OrderedDocuments out{stratum.mutable_data(), document.mutable_data(), length.mutable_data(),
+                                       counted.mutable_data(), seconds.mutable_data()};
+        {
+            py::gil_scoped_release release;
+            order_.take(count, out);
+        }
+        return py::make_tuple(stratum, document, length, counted, seconds);
     }
-    return to_numpy(std::move(order));
+
+  private:
+    static std::vector<ms::StratumDocuments> read(const py::tuple& strata) {
+        if (strata.empty() || strata.size() > 1 + UINT16_MAX) throw std::invalid_argument("strata: 1 to 65536");
+        std::vector<ms::StratumDocuments> all;
+        for (const auto& item : strata) {
+            const auto row = item.cast<py::tuple>();
+            if (row.size() != 8) throw std::invalid_argument("a stratum is described by 8 values");
+            const auto documents = row[0].cast<Array<int32_t>>(), first = row[1].cast<Array<int32_t>>();
+            if (documents.ptr() != row[0].ptr() || first.ptr() != row[1].ptr()) {
+                throw std::invalid_argument("documents are not contiguous int32");
+            }
+            ms::StratumDocuments stratum{};
+            int64_t rows, counted_rows, seconds_rows;
+            stratum.documents = documents.data();
+            stratum.count = documents.size();
+            stratum.first_documents = first.data();
+            stratum.first_count = first.size();
+            stratum.first_epoch = row[2].cast<uint64_t>();
+            stratum.lengths = column_of<int32_t>(row[3].cast<py::array>(), &rows, "lengths");
+            stratum.counted = column_of<int32_t>(row[4].cast<py::array>(), &counted_rows, "counted");
+            stratum.seconds = column_of<float>(row[5].cast<py::array>(), &seconds_rows, "seconds");
+            stratum.share = row[6].cast<double>();
+            stratum.key = row[7].cast<uint64_t>();
+            if (stratum.count < 1) throw std::invalid_argument("a stratum has no document");
+            if (!(stratum.share > 0)) throw std::invalid_argument("a share is not positive");
+            if (counted_rows != rows || seconds_rows != rows) throw std::invalid_argument("columns differ in length");
+            check_documents(documents, rows);
+            check_documents(first, rows);
+            all.push_back(stratum);
+        }
+        return all;
+    }
+
+    py::tuple arrays_;
+    ms::BlendOrder order_;
+};
+
+py::array_t<int32_t> permutation(int64_t count, uint64_t key, int64_t first, int64_t stop) {
+    if (count < 1 || count > INT32_MAX || first < 0 || stop < first || stop > count) {
+        throw std::invalid_argument("not a run of a permutation");
+    }
+    const ms::Permutation permute(count, key);
+    py::array_t<int32_t> out(stop - first);
+    auto* data = out.mutable_data();
+    for (int64_t i = first; i < stop; ++i) data[i - first] = static_cast<int32_t>(permute(static_cast<uint64_t>(i)));
+    return out;
 }
 
 }  // namespace
@@ -164,6 +232,7 @@ py::array_t<int64_t> blend_order(const Array<int32_t>& costs, const Array<int64_
 PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of megatron_speech; use megatron_speech.ops and megatron_speech.data instead.";
     m.attr("interface") = kInterface;
+    ms::register_loader(m);
     const auto fixed = [](const char* name) { return py::arg(name).noconvert(); };
     m.def("loss_mask", &loss_mask, fixed("tokens"), fixed("document_lengths"), fixed("row_pointers"),
           fixed("document_groups"), fixed("modality_table"), py::arg("prompt_end_id"), fixed("weights"),
@@ -177,6 +246,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("pack_cut", &pack_cut, fixed("lengths"), py::arg("seq_length"), "(seq_ptr, position, start, length)");
     m.def("pack_fit", &pack_fit, fixed("lengths"), py::arg("seq_length"), py::arg("open_bins"),
           "(seq_ptr, position, start, length, oversize)");
-    m.def("blend_order", &blend_order, fixed("costs"), fixed("ptr"), fixed("shares"), py::arg("stop"),
-          "Indices into costs, in the order of training.");
+    m.def("permutation", &permutation, py::arg("count"), py::arg("key"), py::arg("first"), py::arg("stop"),
+          "Elements first … stop - 1 of a keyed permutation of 0 … count - 1.");
+    py::class_<PyBlendOrder>(m, "BlendOrder", "The endless order of the documents of some strata.")
+        .def(py::init<const py::list&>(), py::arg("strata"),
+             "Of each stratum: documents, first_documents, first_epoch, lengths, counted, seconds, share, key.")
+        .def("take", &PyBlendOrder::take, py::arg("count"), "(stratum, document, length, counted, seconds)");
 }

@@ -1,7 +1,7 @@
-// The interleaving of strata: what is meant, and a slow equal, is in megatron_speech/data/order.py (`schedule`).
+// The order of documents: what is meant, and a slow equal, is in megatron_speech/data/order.py.
+#include <algorithm>
 #include <cstdint>
-#include <functional>
-#include <queue>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -10,38 +10,124 @@
 #include "kernels.h"
 
 namespace megatron_speech {
+namespace {
 
-std::vector<int64_t> blend_order(const int32_t* costs, const int64_t* ptr, const double* shares, int64_t strata,
-                                 int64_t stop) {
-    using Event = std::pair<double, int64_t>;  // (time in tokens, stratum): of equal times the lower stratum
-    using Queue = std::priority_queue<Event, std::vector<Event>, std::greater<Event>>;
-    std::vector<int64_t> position(ptr, ptr + strata), served(static_cast<size_t>(strata), 0);
-    Queue waiting;  // by the time at which the next document may start
-    Queue ready;    // by the time at which it would be through
-    for (int64_t k = 0; k < strata; ++k) waiting.emplace(0.0, k);
-    std::vector<int64_t> order;
-    int64_t total = 0;
-    while (total < stop) {
-        // `ready` is only ever empty here by rounding: somebody is always at or behind its share.
-        while (!waiting.empty() && (waiting.top().first <= static_cast<double>(total) || ready.empty())) {
-            const int64_t k = waiting.top().second;
-            waiting.pop();
-            const auto i = static_cast<size_t>(k);
-            if (position[i] == ptr[k + 1]) {
-                throw std::invalid_argument("stratum " + std::to_string(k) + " ran out of documents after " +
-                                            std::to_string(total) + " of " + std::to_string(stop) + " tokens");
-            }
-            ready.emplace(static_cast<double>(served[i] + costs[position[i]]) / shares[k], k);
+constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
+constexpr int64_t kAhead = 128;  // documents of a stratum looked up at a time
+
+// The mapped columns of a dataset need not be aligned.
+template <typename T>
+T load(const void* base, int64_t index) {
+    T value;
+    std::memcpy(&value, static_cast<const char*>(base) + index * static_cast<int64_t>(sizeof(T)), sizeof(T));
+    return value;
+}
+
+template <typename T>
+void prefetch(const void* base, int64_t index) {
+    __builtin_prefetch(static_cast<const char*>(base) + index * static_cast<int64_t>(sizeof(T)));
+}
+
+}  // namespace
+
+uint64_t splitmix64(uint64_t x) {
+    x += kGolden;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return x ^ (x >> 31);
+}
+
+Permutation::Permutation(int64_t count, uint64_t key) : count_(static_cast<uint64_t>(count)) {
+    while (left_ * left_ < count_) ++left_;
+    right_ = (count_ + left_ - 1) / left_;
+    for (auto& word : keys_) word = splitmix64(key += kGolden);
+}
+
+uint64_t Permutation::operator()(uint64_t index) const {
+    do {
+        uint64_t high = index / right_, low = index % right_;
+        for (int round = 0; round < kRounds; round += 2) {
+            high += draw(low ^ keys_[round], left_);
+            if (high >= left_) high -= left_;
+            low += draw(high ^ keys_[round + 1], right_);
+            if (low >= right_) low -= right_;
         }
-        const int64_t k = ready.top().second;
-        ready.pop();
-        const auto i = static_cast<size_t>(k);
-        order.push_back(position[i]);
-        total += costs[position[i]];
-        served[i] += costs[position[i]++];
-        waiting.emplace(static_cast<double>(served[i]) / shares[k], k);
+        index = high * right_ + low;
+    } while (index >= count_);
+    return index;
+}
+
+BlendOrder::BlendOrder(std::vector<StratumDocuments> strata) {
+    for (auto& given : strata) {
+        Stratum stratum{};
+        stratum.given = given;
+        stratum.epoch = given.first_epoch;
+        stratum.documents = given.first_count ? given.first_documents : given.documents;
+        stratum.count = given.first_count ? given.first_count : given.count;
+        stratum.permutation = Permutation(stratum.count, splitmix64(given.key ^ splitmix64(stratum.epoch)));
+        stratum.ahead.resize(static_cast<size_t>(kAhead));
+        stratum.taken = kAhead;
+        strata_.push_back(std::move(stratum));
     }
-    return order;
+    for (size_t k = 0; k < strata_.size(); ++k) waiting_.emplace(0.0, k);
+}
+
+void BlendOrder::look_ahead(Stratum& stratum) {
+    const auto& given = stratum.given;
+    for (auto& next : stratum.ahead) {
+        if (stratum.at == stratum.count) {
+            ++stratum.epoch;
+            stratum.at = 0;
+            stratum.documents = given.documents;
+            stratum.count = given.count;
+            stratum.permutation = Permutation(stratum.count, splitmix64(given.key ^ splitmix64(stratum.epoch)));
+        }
+        // The document itself is read below, when its line has come: until then `document` is where it stands.
+        next.place = stratum.documents + stratum.permutation(static_cast<uint64_t>(stratum.at++));
+        __builtin_prefetch(next.place);
+    }
+    for (auto& next : stratum.ahead) {
+        next.document = *next.place;
+        prefetch<int32_t>(given.lengths, next.document);
+        if (given.counted != given.lengths) prefetch<int32_t>(given.counted, next.document);
+        prefetch<float>(given.seconds, next.document);
+    }
+    for (auto& next : stratum.ahead) {
+        next.length = load<int32_t>(given.lengths, next.document);
+        next.counted = load<int32_t>(given.counted, next.document);
+        next.seconds = load<float>(given.seconds, next.document);
+        if (next.length < 1 || next.counted < 1) {
+            throw std::invalid_argument("document " + std::to_string(next.document) + " of stratum " +
+                                        std::to_string(&stratum - strata_.data()) + " counts for nothing");
+        }
+    }
+    stratum.taken = 0;
+}
+
+void BlendOrder::take(int64_t count, const OrderedDocuments& out) {
+    for (int64_t i = 0; i < count; ++i) {
+        // `ready_` is only ever empty here by rounding: somebody is always at or behind its share.
+        while (!waiting_.empty() && (waiting_.top().first <= static_cast<double>(total_) || ready_.empty())) {
+            const size_t k = waiting_.top().second;
+            waiting_.pop();
+            Stratum& stratum = strata_[k];
+            if (stratum.taken == kAhead) look_ahead(stratum);
+            const auto through = stratum.served + stratum.ahead[static_cast<size_t>(stratum.taken)].counted;
+            ready_.emplace(static_cast<double>(through) / stratum.given.share, k);
+        }
+        const size_t k = ready_.top().second;
+        ready_.pop();
+        Stratum& stratum = strata_[k];
+        const Document& next = stratum.ahead[static_cast<size_t>(stratum.taken++)];
+        out.stratum[i] = static_cast<uint16_t>(k);
+        out.document[i] = next.document;
+        out.length[i] = next.length;
+        out.counted[i] = next.counted;
+        out.seconds[i] = next.seconds;
+        total_ += next.counted;
+        stratum.served += next.counted;
+        waiting_.emplace(static_cast<double>(stratum.served) / stratum.given.share, k);
+    }
 }
 
 }  // namespace megatron_speech

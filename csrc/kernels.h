@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <queue>
+#include <utility>
 #include <vector>
 
 #include "loss_mask.h"
@@ -29,9 +32,83 @@ PackedSegments pack_cut(const int32_t* lengths, int64_t count, int64_t seq_lengt
 PackedSegments pack_fit(const int32_t* lengths, int64_t count, int64_t seq_length, int64_t open_bins,
                         std::vector<int64_t>* oversize);
 
-// See `schedule` in megatron_speech/data/order.py. Stratum k holds costs[ptr[k]:ptr[k + 1]].
-// Throws std::invalid_argument when a stratum runs out before `stop` tokens.
-std::vector<int64_t> blend_order(const int32_t* costs, const int64_t* ptr, const double* shares, int64_t strata,
-                                 int64_t stop);
+uint64_t splitmix64(uint64_t x);
+
+// A keyed permutation of 0 … count - 1 without arrays; see `permuted` in megatron_speech/data/order.py.
+class Permutation {
+  public:
+    Permutation() = default;
+    Permutation(int64_t count, uint64_t key);
+    uint64_t operator()(uint64_t index) const;
+
+  private:
+    static constexpr int kRounds = 8;
+
+    // A hash of `word` in 0 … range - 1; range is below 2^32.
+    static uint64_t draw(uint64_t word, uint64_t range) {
+        word *= 0xBF58476D1CE4E5B9u;
+        word = (word ^ (word >> 32)) * 0x94D049BB133111EBu;
+        return (word >> 32) * range >> 32;
+    }
+
+    uint64_t count_ = 0, left_ = 1, right_ = 1;
+    uint64_t keys_[kRounds] = {};
+};
+
+// The documents of one stratum. `lengths`, `counted` (int32) and `seconds` (float) are the dataset's columns, which
+// need not be aligned; documents index them. The first epoch takes `first_documents` where there are any.
+struct StratumDocuments {
+    const int32_t* documents;
+    int64_t count;
+    const int32_t* first_documents;
+    int64_t first_count;
+    uint64_t first_epoch;
+    const void* lengths;
+    const void* counted;
+    const void* seconds;
+    double share;
+    uint64_t key;
+};
+
+struct OrderedDocuments {
+    uint16_t* stratum;
+    int32_t* document;
+    int32_t* length;
+    int32_t* counted;
+    float* seconds;
+};
+
+// The endless order of documents, resumable; see `BlendOrder` in megatron_speech/data/order.py.
+class BlendOrder {
+  public:
+    explicit BlendOrder(std::vector<StratumDocuments> strata);
+    // Fills the next `count` documents. Throws std::invalid_argument when one has no tokens that count.
+    void take(int64_t count, const OrderedDocuments& out);
+
+  private:
+    struct Document {
+        const int32_t* place;
+        int32_t document, length, counted;
+        float seconds;
+    };
+    struct Stratum {
+        StratumDocuments given;
+        uint64_t epoch;
+        const int32_t* documents;  // of the epoch that is under way
+        int64_t count, at;
+        Permutation permutation;
+        std::vector<Document> ahead;
+        int64_t taken, served;
+    };
+    using Event = std::pair<double, size_t>;  // (time in tokens, stratum): of equal times the lower stratum
+    using Queue = std::priority_queue<Event, std::vector<Event>, std::greater<Event>>;
+
+    void look_ahead(Stratum& stratum);
+
+    std::vector<Stratum> strata_;
+    Queue waiting_;  // by the time at which the next document may start
+    Queue ready_;    // by the time at which it would be through
+    int64_t total_ = 0;
+};
 
 }  // namespace megatron_speech

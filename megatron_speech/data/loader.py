@@ -106,7 +106,7 @@ class RowSource:
         lengths = table.length[segments].astype(np.int64)
         ends = np.cumsum(lengths)
         column = ends - lengths - np.repeat(np.concatenate([[0], ends])[row_pointers[:-1]], count)
-        dataset, document = table.dataset[segments], table.document[segments]
+        dataset, document = table.dataset_of(segments), table.document[segments]
         start = table.start[segments].astype(np.int64)
         goes_on = np.zeros(len(segments), dtype=np.int64)
         for index in np.unique(dataset):
@@ -142,7 +142,7 @@ class RowSource:
         if promptless.any() and self.policy.prompt_end_id >= 0:
             policy = LossPolicy(self.policy.text, self.policy.audio, self.policy.special)
             masked = _merge(masked, loss_mask(*arguments, policy), promptless, row_pointers)
-        documents = np.stack([self.table.dataset[segments], self.table.document[segments]], axis=1)
+        documents = np.stack([self.table.dataset_of(segments), self.table.document[segments]], axis=1)
         return MicroBatch(
             tokens=ids[:, :-1].contiguous(),
             labels=masked.labels,

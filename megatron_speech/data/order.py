@@ -1,4 +1,4 @@
-"""The order of documents: strata with shares → one deterministic interleaving.
+"""The order of documents: strata with shares → one deterministic interleaving, produced piece by piece.
 
 The strata are interleaved by WF²Q (Bennett & Zhang, "WF²Q: Worst-case Fair Weighted Fair Queueing", 1996),
 with documents as packets and tokens as bits: of the strata that are not ahead of their share, the one whose next
@@ -6,16 +6,19 @@ document would be through first goes next. After any prefix of T tokens a stratu
 
     w_k·T - (longest document)  <=  tokens of k  <=  w_k·T + (1 - w_k)·(longest document of k).
 
-Shuffles are sorts by a hash of the document's index, so the order depends on the seed, the stage, the stratum and
-the epoch, and on nothing else: not on the other strata, the token budget, the library versions or the number of
-ranks.
+The documents of a stratum come epoch after epoch, each epoch in an order of its own: a keyed permutation that is
+computed document by document (:func:`permuted`), so that nothing is sorted and no epoch is held. It depends on the
+seed, the stage, the stratum and the epoch, and on nothing else: not on the other strata, the token budget, the
+library versions or the number of ranks. The order has no end; a budget takes a prefix of it.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,132 +28,287 @@ from megatron_speech.data.strata import Blend, DocumentTable, Stratum
 from megatron_speech.files import canonical_json, sha256_hex
 from megatron_speech.ops.extension import extension
 
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+_ROUNDS = 8
+_AHEAD = 4096  # documents of a stratum that the Python reference looks up at a time
+NO_DOCUMENTS = np.zeros(0, dtype=np.int32)
 
-def shuffled(count: int, *words: object) -> np.ndarray:
-    """A permutation of 0..count-1, int32, that depends on `words` (JSON-able) alone.
 
-    Indices are sorted by a 64-bit hash of themselves: no library's random generator takes part.
+class OrderedDocuments(NamedTuple):
+    """A run of documents in the order of training, [n] each.
+
+    stratum: uint16; document: int32, in the stratum's dataset; length, counted: int32, all tokens and those that the
+    proportions are of; seconds: float32 of audio.
     """
-    seed = np.uint64(int(sha256_hex(canonical_json(list(words)))[:16], 16))
-    with np.errstate(over="ignore"):
-        keys = splitmix64(splitmix64(np.arange(count, dtype=np.uint64)) + seed)
-    return np.argsort(keys, kind="stable").astype(np.int32)
-
-
-def _schedule_python(costs: np.ndarray, ptr: np.ndarray, shares: np.ndarray, stop: int) -> np.ndarray:
-    """Reference of :func:`schedule`, one document at a time."""
-    position, ends = ptr[:-1].tolist(), ptr[1:].tolist()
-    weights, cost_of = shares.tolist(), costs.tolist()
-    served = [0] * len(weights)
-    waiting = [(0.0, k) for k in range(len(weights))]  # by the time at which the next document may start
-    ready: list[tuple[float, int]] = []  # by the time at which it would be through
-    order: list[int] = []
-    total = 0
-    while total < stop:
-        # The second condition only ever holds by rounding: somebody is always at or behind its share.
-        while waiting and (waiting[0][0] <= total or not ready):
-            _, k = heapq.heappop(waiting)
-            if position[k] == ends[k]:
-                raise ValueError(f"stratum {k} ran out of documents after {total} of {stop} tokens")
-            heapq.heappush(ready, ((served[k] + cost_of[position[k]]) / weights[k], k))
-        _, k = heapq.heappop(ready)
-        order.append(position[k])
-        total += cost_of[position[k]]
-        served[k] += cost_of[position[k]]
-        position[k] += 1
-        heapq.heappush(waiting, (served[k] / weights[k], k))
-    return np.array(order, dtype=np.int64)
-
-
-def schedule(costs: np.ndarray, ptr: np.ndarray, shares: np.ndarray, stop: int) -> np.ndarray:
-    """Interleave strata by WF²Q until `stop` tokens are through.
-
-    Args:
-        costs: int32 [N], counted tokens of the strata's documents, one stratum after the other.
-        ptr: int64 [K + 1], stratum k holds costs[ptr[k]:ptr[k + 1]], to be taken in this order.
-        shares: float64 [K], positive, sum 1.
-        stop: tokens after which no further document is taken.
-
-    Returns:
-        int64 [M], indices into `costs` in order. A larger `stop` prolongs the order and changes nothing in it.
-
-    Raises:
-        ValueError: a stratum has fewer documents than its share of `stop` needs.
-    """
-    costs = np.ascontiguousarray(costs, dtype=np.int32)
-    ptr = np.ascontiguousarray(ptr, dtype=np.int64)
-    shares = np.ascontiguousarray(shares, dtype=np.float64)
-    compiled = extension()
-    if compiled is not None:
-        order: np.ndarray = compiled.blend_order(costs, ptr, shares, int(stop))
-        return order
-    return _schedule_python(costs, ptr, shares, int(stop))
-
-
-@dataclass(frozen=True)
-class Order:
-    """Documents in the order of training: stratum int32 [N], document int32 [N] (in the stratum's dataset)."""
 
     stratum: np.ndarray
     document: np.ndarray
+    length: np.ndarray
+    counted: np.ndarray
+    seconds: np.ndarray
 
 
-def _repeated(stratum: Stratum, costs: np.ndarray, needed: float, seed_words: Callable[[int], tuple]) -> np.ndarray:
-    """Documents of one stratum, epoch after epoch, until they hold `needed` counted tokens: int32 [n]."""
-    epochs = max(1, int(np.ceil(needed / stratum.counted)))
-    parts = [
-        stratum.documents[shuffled(len(stratum.documents), *seed_words(epoch))] for epoch in range(epochs)
-    ]  # fmt: skip
-    # Of the last epoch only the beginning is needed.
-    ends = np.cumsum(costs[parts[-1]], dtype=np.int64)
-    last = int(np.searchsorted(ends, needed - (epochs - 1) * stratum.counted)) + 1
-    parts[-1] = parts[-1][:last]
-    return np.concatenate(parts)
+class DocumentStream(Protocol):
+    """Documents in order, piece by piece."""
+
+    def take(self, count: int) -> OrderedDocuments:
+        """The next `count` documents; fewer where the stream ends."""
+        ...
 
 
-def draw(stage: StageDataConfig, blend: Blend, tables: Sequence[DocumentTable], *, tokens: int, seed: int) -> Order:
-    """Just enough documents, in order, to hold `tokens` tokens (all tokens, not only the counted ones).
+# ---- permutations
+
+
+def seed_of(*words: object) -> int:
+    """A 64-bit key that depends on `words` (JSON-able) alone."""
+    return int(sha256_hex(canonical_json(list(words)))[:16], 16)
+
+
+def _mixed(value: int) -> int:
+    return int(splitmix64(np.array([value & _MASK], dtype=np.uint64))[0])
+
+
+def epoch_key(key: int, epoch: int) -> int:
+    """The key of a stratum's permutation in one epoch."""
+    return _mixed(key ^ _mixed(epoch))
+
+
+def _drawn(words: np.ndarray, bound: int) -> np.ndarray:
+    """A hash of each word in 0 … bound - 1; bound is below 2^32."""
+    words = words * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
+    return (words >> np.uint64(32)) * np.uint64(bound) >> np.uint64(32)
+
+
+def _permuted_numpy(count: int, key: int, first: int, stop: int) -> np.ndarray:
+    left = math.isqrt(count - 1) + 1 if count > 1 else 1
+    right = -(-count // left)
+    steps = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    keys = splitmix64(steps + np.uint64(key))
+    index = np.arange(first, stop, dtype=np.uint64)
+    todo = np.arange(stop - first)
+    walking = index
+    while len(todo):
+        high, low = np.divmod(walking, np.uint64(right))
+        for number in range(0, _ROUNDS, 2):
+            high = high + _drawn(low ^ keys[number], left)
+            high = np.where(high >= left, high - np.uint64(left), high)
+            low = low + _drawn(high ^ keys[number + 1], right)
+            low = np.where(low >= right, low - np.uint64(right), low)
+        walking = high * np.uint64(right) + low
+        index[todo] = walking
+        outside = walking >= count
+        todo, walking = todo[outside], walking[outside]
+    return index.astype(np.int32)
+
+
+def permuted(count: int, key: int, first: int = 0, stop: int | None = None) -> np.ndarray:
+    """Elements `first` … `stop` - 1 of a permutation of 0 … count - 1 that `key` names, int32 [stop - first].
+
+    A Feistel network of 8 rounds over pairs (i div b, i mod b), a·b >= count, with a, b about sqrt(count), and
+    cycle walking: a result outside 0 … count - 1, which is rare, goes through the network again. Black & Rogaway,
+    "Ciphers with arbitrary finite domains", 2002. Any element costs the same, so no array of the size of an epoch
+    is made, and no library's random generator takes part.
 
     Raises:
-        InputError: the order would hold more documents than can be numbered.
+        ValueError: a run outside 0 … count.
     """
-    strata = blend.strata
-    shares = np.array([stratum.share for stratum in strata], dtype=np.float64)
-    counted = [tables[stratum.dataset].counted(stage) for stratum in strata]
-    # Tokens per counted token, to guess how many counted tokens the budget comes to; the loop corrects the guess.
-    ratio = np.array([stratum.tokens / stratum.counted for stratum in strata])
-    longest = max(int(costs[stratum.documents].max()) for costs, stratum in zip(counted, strata, strict=True))
-    goal = int(tokens / float(shares @ ratio) * 1.01) + longest
-    while True:
-        lists = [
-            _repeated(
-                stratum,
-                costs,
-                share * (goal + longest) + 2 * longest,
-                lambda epoch, name=stratum.name: (seed, stage.name, name, epoch),  # type: ignore[misc]
-            )
-            for stratum, costs, share in zip(strata, counted, shares, strict=True)
-        ]
-        ptr = np.concatenate([[0], np.cumsum([len(part) for part in lists])]).astype(np.int64)
-        costs = np.concatenate([costs[part] for costs, part in zip(counted, lists, strict=True)])
-        picked = schedule(costs, ptr, shares, goal)
-        document = np.concatenate(lists)[picked]
-        which = (np.searchsorted(ptr, picked, side="right") - 1).astype(np.int32)
-        lengths = np.concatenate(
-            [tables[stratum.dataset].lengths[part] for stratum, part in zip(strata, lists, strict=True)]
-        )[picked]
-        ends = np.cumsum(lengths, dtype=np.int64)
-        if ends[-1] >= tokens:
-            count = int(np.searchsorted(ends, tokens)) + 1
-            return Order(which[:count], document[:count])
-        goal += int((tokens - int(ends[-1])) / float(shares @ ratio) * 1.1) + longest
+    stop = count if stop is None else stop
+    if not (1 <= count <= np.iinfo(np.int32).max and 0 <= first <= stop <= count):
+        raise ValueError(f"elements {first} to {stop} of a permutation of {count}")
+    compiled = extension()
+    if compiled is not None:
+        run: np.ndarray = compiled.permutation(count, key, first, stop)
+        return run
+    with np.errstate(over="ignore"):
+        return _permuted_numpy(count, key, first, stop)
 
 
-def fixed_order(blend: Blend, seed: int) -> Order:
+# ---- the order of a stage
+
+
+@dataclass(frozen=True)
+class StratumDocuments:
+    """What the order reads of one stratum.
+
+    documents: int32 [n >= 1], taken in every epoch, each once; lengths, counted: int32, seconds: float32, columns of
+    the dataset that `documents` index; share: above 0; key: of its permutations; first_epoch: number of the epoch to
+    begin with; first_documents: int32, the documents of that epoch where it is not all of them (what is still due of
+    an epoch that another order has begun).
+    """
+
+    documents: np.ndarray
+    lengths: np.ndarray
+    counted: np.ndarray
+    seconds: np.ndarray
+    share: float
+    key: int
+    first_epoch: int = 0
+    first_documents: np.ndarray = field(default_factory=lambda: NO_DOCUMENTS)
+
+
+@dataclass(frozen=True)
+class EpochPosition:
+    """Where a stratum goes on: in epoch `epoch`, of which the documents `due` (int32) have not been taken yet."""
+
+    epoch: int
+    due: np.ndarray
+
+
+class _Lookup:
+    """The documents of one stratum, epoch after epoch, a block looked up at a time (Python reference)."""
+
+    def __init__(self, number: int, given: StratumDocuments) -> None:
+        self.number, self.given = number, given
+        self.epoch = given.first_epoch
+        self.documents = given.first_documents if len(given.first_documents) else given.documents
+        self.at = 0
+
+    def block(self) -> Iterator[tuple[int, int, int, float]]:
+        if self.at == len(self.documents):
+            self.epoch, self.documents, self.at = self.epoch + 1, self.given.documents, 0
+        stop = min(self.at + _AHEAD, len(self.documents))
+        chosen = self.documents[permuted(len(self.documents), epoch_key(self.given.key, self.epoch), self.at, stop)]
+        self.at = stop
+        length, counted = self.given.lengths[chosen], self.given.counted[chosen]
+        if (length < 1).any() or (counted < 1).any():
+            document = int(chosen[np.argmax((length < 1) | (counted < 1))])
+            raise ValueError(f"document {document} of stratum {self.number} counts for nothing")
+        seconds = self.given.seconds[chosen]
+        return zip(chosen.tolist(), length.tolist(), counted.tolist(), seconds.tolist(), strict=True)
+
+
+class _PythonOrder:
+    """Reference of the compiled `BlendOrder`, one document at a time."""
+
+    def __init__(self, strata: Sequence[StratumDocuments]) -> None:
+        self._lookups = [_Lookup(k, stratum) for k, stratum in enumerate(strata)]
+        self._blocks: list[Iterator[tuple[int, int, int, float]]] = [iter(()) for _ in strata]
+        self._next: list[tuple[int, int, int, float]] = [(0, 0, 0, 0.0)] * len(strata)
+        self._shares = [float(stratum.share) for stratum in strata]
+        self._served = [0] * len(strata)
+        self._total = 0
+        # By the time at which the next document may start, and at which it would be through.
+        self._waiting = [(0.0, k) for k in range(len(strata))]
+        self._ready: list[tuple[float, int]] = []
+
+    def take(self, count: int) -> tuple[np.ndarray, ...]:
+        waiting, ready, served, shares = self._waiting, self._ready, self._served, self._shares
+        following, blocks, total = self._next, self._blocks, self._total
+        rows = []
+        for _ in range(count):
+            # The second condition only ever holds by rounding: somebody is always at or behind its share.
+            while waiting and (waiting[0][0] <= total or not ready):
+                _, k = heapq.heappop(waiting)
+                document = next(blocks[k], None)
+                if document is None:
+                    blocks[k] = self._lookups[k].block()
+                    document = next(blocks[k])
+                following[k] = document
+                heapq.heappush(ready, ((served[k] + document[2]) / shares[k], k))
+            _, k = heapq.heappop(ready)
+            rows.append((k, *following[k]))
+            total += following[k][2]
+            served[k] += following[k][2]
+            heapq.heappush(waiting, (served[k] / shares[k], k))
+        self._total = total
+        dtypes = (np.uint16, np.int32, np.int32, np.int32, np.float32)
+        columns = zip(*rows, strict=True) if rows else ((),) * len(dtypes)
+        return tuple(np.array(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True))
+
+
+class BlendOrder:
+    """The endless order of the documents of some strata: :meth:`take` goes on where the last one ended.
+
+    What it holds beside the arrays given is a few kilobytes a stratum. The documents do not depend on the sizes of
+    the pieces.
+
+    Args:
+        strata: of which order and proportions are made; shares sum to 1.
+    """
+
+    def __init__(self, strata: Sequence[StratumDocuments]) -> None:
+        compiled = extension()
+        self._order = _PythonOrder(strata) if compiled is None else compiled.BlendOrder([_row(s) for s in strata])
+
+    def take(self, count: int) -> OrderedDocuments:
+        """The next `count` documents.
+
+        Raises:
+            ValueError: a document has no tokens that count.
+        """
+        return OrderedDocuments(*self._order.take(count))
+
+
+def _row(stratum: StratumDocuments) -> tuple[object, ...]:
+    first = np.ascontiguousarray(stratum.first_documents, dtype=np.int32)
+    return (
+        np.ascontiguousarray(stratum.documents, dtype=np.int32), first, stratum.first_epoch, stratum.lengths,
+        stratum.counted, stratum.seconds, float(stratum.share), stratum.key,
+    )  # fmt: skip
+
+
+def stage_order(
+    stage: StageDataConfig,
+    blend: Blend,
+    tables: Sequence[DocumentTable],
+    *,
+    seed: int,
+    begin: Mapping[str, EpochPosition] | None = None,
+) -> BlendOrder:
+    """The order of a stage's documents.
+
+    Args:
+        stage, blend, tables: the stage, its resolved strata, and the tables that they index.
+        seed: the run's seed.
+        begin: by name of the stratum, where it goes on (default: at the beginning of epoch 0). An epoch of which
+            nothing is due is over: the next one begins.
+    """
+
+    def documents_of(stratum: Stratum) -> StratumDocuments:
+        table = tables[stratum.dataset]
+        position = (begin or {}).get(stratum.name, EpochPosition(0, NO_DOCUMENTS))
+        over = stratum.name in (begin or {}) and not len(position.due)
+        return StratumDocuments(
+            documents=stratum.documents,
+            lengths=table.lengths,
+            counted=table.counted(stage),
+            seconds=table.seconds,
+            share=stratum.share,
+            key=seed_of(seed, stage.name, stratum.name),
+            first_epoch=position.epoch + over,
+            first_documents=position.due,
+        )
+
+    return BlendOrder([documents_of(stratum) for stratum in blend.strata])
+
+
+class FixedOrder:
     """Every document once, shuffled over all strata: the order of validation, of which any prefix is a sample."""
-    if not blend.strata:
-        return Order(np.zeros(0, np.int32), np.zeros(0, np.int32))
-    stratum = np.repeat(np.arange(len(blend.strata), dtype=np.int32), [len(s.documents) for s in blend.strata])
-    document = np.concatenate([s.documents for s in blend.strata]).astype(np.int32)
-    order = shuffled(len(stratum), seed, "validation")
-    return Order(stratum[order], document[order])
+
+    def __init__(self, stage: StageDataConfig, blend: Blend, tables: Sequence[DocumentTable], *, seed: int) -> None:
+        self._stage, self._blend, self._tables = stage, blend, tables
+        self._ptr = np.cumsum([0, *(len(stratum.documents) for stratum in blend.strata)])
+        self._key = seed_of(seed, "validation")
+        self._at = 0
+
+    def take(self, count: int) -> OrderedDocuments:
+        """The next `count` documents, fewer at the end."""
+        total = int(self._ptr[-1])
+        stop = min(self._at + count, total)
+        chosen = permuted(total, self._key, self._at, stop) if stop > self._at else NO_DOCUMENTS
+        self._at = stop
+        which = np.searchsorted(self._ptr, chosen, side="right") - 1
+        document, length, counted = (np.empty(len(chosen), np.int32) for _ in range(3))
+        out = OrderedDocuments(which.astype(np.uint16), document, length, counted, np.empty(len(chosen), np.float32))
+        for k in np.unique(which).tolist():
+            stratum = self._blend.strata[k]
+            table = self._tables[stratum.dataset]
+            at = np.flatnonzero(which == k)
+            documents = stratum.documents[chosen[at] - self._ptr[k]]
+            out.document[at] = documents
+            out.length[at] = table.lengths[documents]
+            out.counted[at] = table.counted(self._stage)[documents]
+            out.seconds[at] = table.seconds[documents]
+        return out

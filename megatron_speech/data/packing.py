@@ -1,203 +1,250 @@
-"""Packing: from an order of documents to sequences of `seq_length` tokens, as a memory-mapped segment table.
+"""Packing: from an order of documents to sequences of `seq_length` tokens, piece by piece.
 
 A segment is a run of tokens of one document inside one sequence. Sequence i holds segments
-seq_ptr[i]:seq_ptr[i+1], end to end from its first token on; what is left of it is padding. The table is built once
-per content: its folder is named by a hash of everything that it is a function of, written whole and renamed.
+seq_ptr[i]:seq_ptr[i+1], end to end from its first token on; what is left of it is padding. Neither the order nor
+the table is ever held whole: documents are taken from the order a million at a time, and what they are packed to
+goes to the table's files (`data.index_cache`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import logging
-import os
-import shutil
-import tempfile
+import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from megatron_speech.data.order import Order
-from megatron_speech.data.packing_kernels import pack_cut, pack_fit
-from megatron_speech.errors import InputError
-from megatron_speech.files import fsync_path, prepare_output_directory, read_json, write_json
+from megatron_speech.data.bucketing import pack_bucket
+from megatron_speech.data.order import DocumentStream, OrderedDocuments
+from megatron_speech.data.packing_kernels import PackedSegments, pack_cut, pack_fit
 
-logger = logging.getLogger(__name__)
-
-# Part of every cache key: raise it whenever the same inputs give another table.
-INDEX_VERSION = 1
-
-_COLUMNS: dict[str, type[np.generic]] = {
-    "seq_ptr": np.int64,
-    "stratum": np.int32,
-    "dataset": np.int32,
-    "document": np.int32,
-    "start": np.int32,
-    "length": np.int32,
-}
+# Documents taken from the order at a time. The table does not depend on it.
+PIECE = 1 << 20
+_FIRST_PIECE = 1 << 14
 
 
 @dataclass(frozen=True)
 class SegmentTable:
     """Where every token of every sequence comes from.
 
-    seq_ptr: int64 [sequences + 1]; the others int32 [segments]: stratum and dataset by index, document in its
-    dataset, first token of the segment in its document, number of tokens.
+    seq_ptr: int64 [sequences + 1]; per segment, [segments]: stratum uint16; document int32, in its dataset; start
+    int32, first token of the segment in its document; length int32, tokens. joined: uint8, 1 where a segment
+    continues the attention document of the segment before it, or None where nothing is stitched. stratum_dataset:
+    int32 [strata], the dataset of each stratum.
     """
 
     seq_ptr: np.ndarray
     stratum: np.ndarray
-    dataset: np.ndarray
     document: np.ndarray
     start: np.ndarray
     length: np.ndarray
+    stratum_dataset: np.ndarray
+    joined: np.ndarray | None = None
 
     @property
     def n_sequences(self) -> int:
         """Number of sequences."""
         return len(self.seq_ptr) - 1
 
-    def first(self, n_sequences: int) -> SegmentTable:
-        """The table of the first `n_sequences` sequences (all of them if there are fewer)."""
-        seq_ptr = self.seq_ptr[: n_sequences + 1]
-        end = int(seq_ptr[-1])
-        columns = (self.stratum, self.dataset, self.document, self.start, self.length)
-        return SegmentTable(seq_ptr, *(column[:end] for column in columns))
+    def dataset_of(self, segments: np.ndarray | slice | int) -> np.ndarray:
+        """The dataset of each of some segments (indices, or a slice), int32."""
+        datasets: np.ndarray = self.stratum_dataset[self.stratum[segments]]
+        return datasets
+
+
+@dataclass(frozen=True)
+class PackedRun:
+    """A run of segments of the table to be.
+
+    seq_ends: int64, how many segments of the run lie before the end of each sequence that ends in it; documents:
+    those that were packed; position: int64 [n], which of them a segment is of; start, length: int32 [n].
+    """
+
+    seq_ends: np.ndarray
+    documents: OrderedDocuments
+    position: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+
+    def first(self, sequences: int) -> PackedRun:
+        """The run up to the end of its `sequences`-th sequence."""
+        end = int(self.seq_ends[sequences - 1]) if sequences else 0
+        return PackedRun(
+            self.seq_ends[:sequences], self.documents, self.position[:end], self.start[:end], self.length[:end]
+        )
+
+
+# ---- documents, a piece ahead
+
+
+def _pieces(order: DocumentStream, tokens: int | None, piece: int) -> Iterator[OrderedDocuments]:
+    """Documents of `order`, the next piece being made in a thread while one is packed.
+
+    Where about `tokens` are needed, pieces get smaller towards them; more follow as long as they are asked for.
+    """
+    size = min(piece, _FIRST_PIECE) if tokens is not None else piece
+    with ThreadPoolExecutor(1, thread_name_prefix="megatron-speech-order") as worker:
+        coming = worker.submit(order.take, size)
+        documents_done, tokens_done = 0, 0
+        while True:
+            documents = coming.result()
+            if not len(documents.length):
+                return
+            documents_done += len(documents.length)
+            tokens_done += int(documents.length.sum(dtype=np.int64))
+            if tokens is not None:
+                left = max(0, tokens - tokens_done) * documents_done // tokens_done
+                size = min(piece, left + left // 100 + _FIRST_PIECE)
+            coming = worker.submit(order.take, size)
+            yield documents
+
+
+def _concatenated(pieces: list[OrderedDocuments]) -> OrderedDocuments:
+    if len(pieces) == 1:
+        return pieces[0]
+    return OrderedDocuments(*(np.concatenate(columns) for columns in zip(*pieces, strict=True)))
+
+
+# ---- the three ways
+
+
+def _cut(pieces: Iterator[OrderedDocuments], seq_length: int) -> Iterator[PackedRun]:
+    filled = 0  # tokens of the sequence that is under way
+    for documents in pieces:
+        # The tokens before belong to a document in front, which is taken away again.
+        lengths = np.concatenate([np.array([filled], dtype=np.int32), documents.length])
+        packed = pack_cut(lengths, seq_length)
+        skip = 1 if filled else 0
+        tokens = filled + int(documents.length.sum(dtype=np.int64))
+        filled = tokens % seq_length
+        ends = packed.seq_ptr[1:-1] if filled else packed.seq_ptr[1:]
+        yield PackedRun(ends - skip, documents, packed.position[skip:] - 1, packed.start[skip:], packed.length[skip:])
+    if filled:
+        nothing = np.zeros(0, dtype=np.int32)
+        none = OrderedDocuments(nothing.astype(np.uint16), nothing, nothing, nothing, nothing.astype(np.float32))
+        yield PackedRun(np.zeros(1, np.int64), none, nothing.astype(np.int64), nothing, nothing)
+
+
+def _windows(lengths: np.ndarray, tokens: int) -> list[int]:
+    """Where the windows of at most `tokens` tokens begin, and where the last one that is not yet full does."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    begins = [0]
+    while True:
+        limit = (int(ends[begins[-1] - 1]) if begins[-1] else 0) + tokens
+        end = int(np.searchsorted(ends, limit, side="right"))
+        if end == len(lengths):
+            return begins
+        begins.append(end)
+
+
+def _in_windows(
+    pieces: Iterator[OrderedDocuments], tokens: int, pack: Callable[[OrderedDocuments, list[int]], PackedSegments]
+) -> Iterator[PackedRun]:
+    """Pack whole windows; what is left of a piece waits for the next one, and is packed when no more comes."""
+
+    def run(documents: OrderedDocuments, begins: list[int]) -> PackedRun:
+        packed = pack(documents, begins)
+        return PackedRun(packed.seq_ptr[1:], documents, packed.position, packed.start, packed.length)
+
+    waiting: list[OrderedDocuments] = []
+    for piece in pieces:
+        documents = _concatenated([*waiting, piece])
+        begins = _windows(documents.length, tokens)
+        if begins[-1]:
+            yield run(OrderedDocuments(*(column[: begins[-1]] for column in documents)), begins)
+        waiting = [OrderedDocuments(*(column[begins[-1] :] for column in documents))]
+    if waiting and len(waiting[0].length):
+        yield run(waiting[0], [0, len(waiting[0].length)])
+
+
+def _whole(packed: PackedSegments, oversize: np.ndarray, room: int) -> PackedSegments:
+    if len(oversize):
+        raise ValueError(f"{len(oversize)} documents of the order are longer than {room} tokens")
+    return packed
+
+
+def _fit(pieces: Iterator[OrderedDocuments], seq_length: int, open_sequences: int) -> Iterator[PackedRun]:
+    def pack(documents: OrderedDocuments, begins: list[int]) -> PackedSegments:
+        # The kernel draws the same windows from the first document on.
+        return _whole(*pack_fit(documents.length, seq_length, open_bins=open_sequences), seq_length)
+
+    return _in_windows(pieces, open_sequences * seq_length, pack)
+
+
+def _bucket(
+    pieces: Iterator[OrderedDocuments],
+    max_tokens: int,
+    open_sequences: int,
+    targets_of: Callable[[OrderedDocuments], np.ndarray],
+) -> Iterator[PackedRun]:
+    def pack(documents: OrderedDocuments, begins: list[int]) -> PackedSegments:
+        targets = targets_of(documents)
+        parts = []
+        for begin, end in itertools.pairwise(begins):
+            window = slice(begin, end)
+            part = _whole(
+                *pack_bucket(
+                    documents.length[window], targets[window], max_tokens=max_tokens, window=open_sequences
+                ),
+                max_tokens,
+            )  # fmt: skip
+            parts.append(part._replace(position=part.position + begin, seq_ptr=part.seq_ptr + begin))
+        return PackedSegments(
+            np.concatenate([np.zeros(1, np.int64), *(part.seq_ptr[1:] for part in parts)]),
+            np.concatenate([part.position for part in parts]),
+            np.concatenate([part.start for part in parts]),
+            np.concatenate([part.length for part in parts]),
+        )
+
+    return _in_windows(pieces, open_sequences * max_tokens, pack)
 
 
 def pack(
-    order: Order,
-    stratum_dataset: np.ndarray,
-    lengths: np.ndarray,
+    order: DocumentStream,
     *,
-    mode: Literal["cut", "fit"],
+    mode: Literal["cut", "fit", "bucket"],
     seq_length: int,
     open_sequences: int,
-) -> SegmentTable:
-    """Lay an order of documents into sequences.
+    max_tokens: int | None = None,
+    n_sequences: int | None = None,
+    targets_of: Callable[[OrderedDocuments], np.ndarray] | None = None,
+    piece: int = PIECE,
+) -> Iterator[PackedRun]:
+    """Lay an order of documents into sequences, run after run.
+
+    The runs do not depend on `piece` but in where one ends and the next begins, and a larger `n_sequences` prolongs
+    them and changes nothing: `fit` and `bucket` always pack whole windows of the order.
 
     Args:
-        order: the documents; in fit mode none longer than `seq_length` (the blend has left those out).
-        stratum_dataset: int [strata], the dataset of each stratum.
-        lengths: int32 [documents of the order], tokens.
-        mode: "cut" (documents run on over the edges, no padding but at the very end) or "fit" (never cut).
+        order: the documents, of at least one token; none longer than a sequence holds where they are not cut (the
+            blend has left those out). An order that ends is packed to its end.
+        mode: "cut" (documents run on over the edges, no padding but at the very end), "fit" (never cut) or "bucket"
+            (rectangles of whole documents of similar target length).
         seq_length: tokens of a sequence.
-        open_sequences: look-ahead of the fit.
+        open_sequences: look-ahead of fit and bucket, in sequences.
+        max_tokens: bucket only: documents × longest of them; None: seq_length.
+        n_sequences: sequences to make; None: until the order ends.
+        targets_of: bucket only: int32 target tokens of a run of documents.
+        piece: documents taken from the order at a time, at most.
 
     Raises:
         ValueError: a document that does not fit: the caller's mistake.
     """
+    room = max_tokens or seq_length if mode == "bucket" else seq_length
+    pieces = _pieces(order, None if n_sequences is None else n_sequences * seq_length, piece)
     if mode == "cut":
-        packed = pack_cut(lengths, seq_length)
+        runs = _cut(pieces, seq_length)
+    elif mode == "fit":
+        runs = _fit(pieces, seq_length, open_sequences)
     else:
-        packed, oversize = pack_fit(lengths, seq_length, open_bins=open_sequences)
-        if len(oversize):
-            raise ValueError(f"{len(oversize)} documents of the order are longer than {seq_length} tokens")
-    stratum = order.stratum[packed.position]
-    return SegmentTable(
-        seq_ptr=packed.seq_ptr,
-        stratum=stratum,
-        dataset=np.asarray(stratum_dataset, dtype=np.int32)[stratum],
-        document=order.document[packed.position],
-        start=packed.start,
-        length=packed.length,
-    )
-
-
-# ---- the cache
-
-
-@contextlib.contextmanager
-def _one_builder(path: Path) -> Iterator[None]:
-    """Hold a lock file, so that of the processes of one machine one builds and the others wait for it."""
-    with open(path, "ab") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError as error:
-            # Some network file systems have no locks. Two builders then build the same thing: harmless.
-            logger.info("no lock on %s (%s): every process builds its own index", path, error.strerror)
-        yield
-
-
-def _open_table(folder: Path, key: str) -> tuple[SegmentTable, dict[str, Any]]:
-    description = read_json(folder / "index.json", "sequence index")
-    remedy = f"remove the folder {folder}; it is built anew"
-    if description.get("key") != key:
-        raise InputError(f"{folder}/index.json: key is {description.get('key')}, needed {key}; {remedy}")
-    arrays = {}
-    for name, dtype in _COLUMNS.items():
-        path = folder / f"{name}.npy"
-        try:
-            # An empty array cannot be memory-mapped.
-            mode: Literal["r"] | None = "r" if description["sizes"][name] else None
-            array = np.load(path, mmap_mode=mode, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"sequence index {path} cannot be read ({error}); {remedy}") from error
-        if array.dtype != dtype or array.shape != (description["sizes"][name],):
-            raise InputError(
-                f"sequence index {path} holds {array.dtype} {list(array.shape)}, needed {np.dtype(dtype)} "
-                f"[{description['sizes'][name]}]; {remedy}"
-            )
-        arrays[name] = array
-    return SegmentTable(**arrays), description["content"]
-
-
-def cached_table(
-    cache_dir: Path, key: str, build: Callable[[], tuple[SegmentTable, dict[str, Any]]]
-) -> tuple[SegmentTable, dict[str, Any]]:
-    """The segment table named `key`, memory-mapped, with the JSON content stored beside it; built if not there.
-
-    The folder `cache_dir/<key>` appears by one rename when it is complete, so a killed build leaves nothing to be
-    taken for an index, and of two builders the later one throws its copy away.
-
-    Args:
-        cache_dir: folder of indices; made if needed.
-        key: hash of everything the table is a function of.
-        build: makes the table and the JSON-able content.
-
-    Raises:
-        InputError: the folder cannot be written, or a stored index is damaged.
-    """
-    folder = cache_dir / key
-    if not folder.is_dir():
-        prepare_output_directory(cache_dir)
-        with _one_builder(cache_dir / ".lock"):
-            if not folder.is_dir():
-                _write_table(cache_dir, folder, key, build)
-    return _open_table(folder, key)
-
-
-def _write_table(
-    cache_dir: Path, folder: Path, key: str, build: Callable[[], tuple[SegmentTable, dict[str, Any]]]
-) -> None:
-    table, content = build()
-    temporary = Path(tempfile.mkdtemp(dir=cache_dir, prefix=f".{key[:16]}.", suffix=".tmp"))
-    try:
-        sizes = {}
-        for name, dtype in _COLUMNS.items():
-            array = np.ascontiguousarray(getattr(table, name), dtype=dtype)
-            sizes[name] = len(array)
-            with open(temporary / f"{name}.npy", "wb") as handle:
-                np.save(handle, array, allow_pickle=False)
-                handle.flush()
-                os.fsync(handle.fileno())
-        write_json(temporary / "index.json", {"key": key, "sizes": sizes, "content": content})
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            # Another machine's builder was first: its folder is the same, so ours is not needed.
-            if not folder.is_dir():
-                raise
-        fsync_path(cache_dir)
-    except OSError as error:
-        raise InputError(
-            f"cannot write the sequence index {folder}: {error.strerror or error}; name a data.cache_dir with room"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        assert targets_of is not None
+        runs = _bucket(pieces, room, open_sequences, targets_of)
+    done = 0
+    for run in runs:
+        if n_sequences is not None and done + len(run.seq_ends) >= n_sequences:
+            yield run.first(n_sequences - done)
+            return
+        done += len(run.seq_ends)
+        yield run

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from megatron_speech.data import order as ordering
 from megatron_speech.data import strata as blending
 from megatron_speech.data.config import DataConfig, StageDataConfig
+from megatron_speech.data.index_build import index_builder, index_key
+from megatron_speech.data.index_cache import cached_table, verify_table
 from megatron_speech.data.indexed import TokenDataset, file_of
-from megatron_speech.data.packing import INDEX_VERSION, SegmentTable, cached_table, pack
+from megatron_speech.data.packing import SegmentTable
 from megatron_speech.errors import InputError
-from megatron_speech.files import canonical_json, sha256_hex, write_json
+from megatron_speech.files import write_json
 from megatron_speech.tasks import PROMPT_END, TEMPLATE_HASH
 
 if TYPE_CHECKING:
@@ -137,8 +138,11 @@ class StageData:
         self.stage, self.data, self.space, self.seed, self.split = stage, data, space, seed, split
         self.datasets = dict(datasets)
         wanted = stage.n_sequences if n_sequences is None and split == "train" else n_sequences
-        self.key = self._key(wanted)
-        table, self._content = cached_table(Path(cache_dir), self.key, lambda: self._build(wanted))
+        inputs: Any = {"split": split, "n_sequences": wanted, "seed": seed}
+        self.key = index_key(stage, data, self.datasets, **inputs)
+        build = index_builder(stage, data, self.datasets, **inputs)
+        self._folder = Path(cache_dir) / self.key
+        table, self._content = cached_table(Path(cache_dir), self.key, build, joined=stage.stitch is not None)
         self._table: SegmentTable = table
         self.n_sequences = table.n_sequences
         self.groups: list[tuple[str, str, str]] = [tuple(label) for label in self._content["groups"]]
@@ -147,121 +151,20 @@ class StageData:
             for warning in self.warnings:
                 logger.warning("%s", warning)
 
-    # ---- building
-
-    def _key(self, n_sequences: int | None) -> str:
-        """Hash of the datasets' contents, the fields of the stage that matter, the seed and the code's version."""
-        stage = self.stage
-        manifests = {name: _manifest(dataset) for name, dataset in self.datasets.items()}
-        return sha256_hex(
-            canonical_json(
-                {
-                    "version": INDEX_VERSION,
-                    "datasets": [
-                        [name, m.task, {suffix: entry.sha256 for suffix, entry in m.files.items()}]
-                        for name, m in manifests.items()
-                    ],
-                    "stage": stage.model_dump(
-                        mode="json",
-                        include={
-                            "name", "task_mass", "strata", "language_temperature", "source_caps", "seq_length",
-                            "packing",
-                        },
-                    ),
-                    "packing_mode": stage.packing_mode,
-                    "sft": stage.is_sft,
-                    "n_sequences": n_sequences,
-                    "validation_fraction": self.data.validation_fraction,
-                    "split_seed": self.data.split_seed,
-                    "split": self.split,
-                    "seed": self.seed,
-                }
-            )
-        )  # fmt: skip
-
-    def _build(self, n_sequences: int | None) -> tuple[SegmentTable, Report]:
-        stage, validation = self.stage, self.split == "validation"
-        tables = [
-            blending.apply_filters(
-                stage, blending.read_documents(name, _manifest(dataset).task, dataset, self.data), dataset
-            )
-            for name, dataset in self.datasets.items()
-        ]
-        blend = blending.resolve(stage, tables, validation=validation)
-        if validation:
-            order = ordering.fixed_order(blend, self.data.split_seed)
-        else:
-            assert n_sequences is not None
-            tokens = n_sequences * stage.seq_length
-            order = ordering.draw(stage, blend, tables, tokens=tokens, seed=self.seed)
-        stratum_dataset = np.array([stratum.dataset for stratum in blend.strata], dtype=np.int32)
-        lengths = np.zeros(len(order.document), dtype=np.int32)
-        for index, documents in enumerate(tables):
-            of_dataset = np.flatnonzero(stratum_dataset[order.stratum] == index)
-            lengths[of_dataset] = documents.lengths[order.document[of_dataset]]
-        table = pack(
-            order,
-            stratum_dataset,
-            lengths,
-            mode=stage.packing_mode,
-            seq_length=stage.seq_length,
-            open_sequences=stage.packing.open_sequences,
-        )
-        if n_sequences is not None:
-            table = table.first(n_sequences)
-        return table, self._describe(blend, tables, table)
-
-    def _describe(
-        self, blend: blending.Blend, tables: list[blending.DocumentTable], table: SegmentTable
-    ) -> Report:  # fmt: skip
-        """What was asked for and what came out, per stratum: everything that :meth:`blend_report` sums up."""
-        strata = []
-        counted = np.zeros(len(blend.strata), dtype=np.int64)
-        seconds = np.zeros(len(blend.strata))
-        for index, documents in enumerate(tables):
-            of_dataset = np.flatnonzero(table.dataset == index)
-            if not len(of_dataset):
-                continue
-            which, document = table.stratum[of_dataset], table.document[of_dataset]
-            part = table.length[of_dataset] / documents.lengths[document]
-            # Cut documents only occur where every token counts, so that counted · part is a whole number.
-            np.add.at(counted, which, np.rint(documents.counted(self.stage)[document] * part).astype(np.int64))
-            seconds += np.bincount(which, documents.seconds[document] * part, minlength=len(seconds))
-        tokens = np.bincount(table.stratum, table.length, minlength=len(blend.strata))
-        begun = np.bincount(table.stratum[table.start == 0], minlength=len(blend.strata))
-        names = list(self.datasets)
-        for k, stratum in enumerate(blend.strata):
-            strata.append(
-                {
-                    "name": stratum.name,
-                    "group": blend.groups[stratum.group],
-                    "task": stratum.task,
-                    "dataset": names[stratum.dataset],
-                    "language": stratum.language,
-                    "source": stratum.source,
-                    "label": stratum.label,
-                    "target": stratum.share,
-                    "documents_available": len(stratum.documents),
-                    "tokens_available": stratum.tokens,
-                    "documents": int(begun[k]),
-                    "tokens": int(tokens[k]),
-                    "counted_tokens": int(counted[k]),
-                    "audio_seconds": float(seconds[k]),
-                }
-            )
-        return {
-            "groups": [list(label) for label in blend.labels],
-            "strata": strata,
-            "masses": dict(zip(blend.groups, blend.masses, strict=True)),
-            "excluded_documents": blend.excluded,
-        }
-
     # ---- reading
 
     @property
     def table(self) -> SegmentTable:
         """Where every token of every sequence comes from."""
         return self._table
+
+    def verify(self) -> dict[str, str]:
+        """Read the whole index and compare it with its checksums (SHA-256 by column), which are returned.
+
+        Raises:
+            InputError: a column is damaged.
+        """
+        return verify_table(self._folder)
 
     def loader(
         self,

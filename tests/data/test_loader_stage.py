@@ -104,7 +104,7 @@ def naive_row(stage: StageData, sequence: int) -> dict[str, list[int | float]]:
     modality = space.modality_table()
     row: dict[str, list[int | float]] = {name: [] for name in TENSORS}
     for k in range(int(table.seq_ptr[sequence]), int(table.seq_ptr[sequence + 1])):
-        dataset = list(stage.datasets.values())[table.dataset[k]]
+        dataset = list(stage.datasets.values())[table.dataset_of(k)]
         ids = dataset.document(int(table.document[k])).astype(int).tolist()
         start, length = int(table.start[k]), int(table.length[k])
         ends = [i for i, token in enumerate(ids) if token == space.special("<speech_start>")]
@@ -184,7 +184,7 @@ def test_the_look_ahead_makes_every_token_a_label_once_but_for_first_tokens(
     labels = sum(int((row["labels"] != -100).sum()) for row in rows_of(load(stage)).values())
     first_tokens = int((table.start == 0).sum())
     last = int(table.start[-1] + table.length[-1])
-    goes_on = last < list(stage.datasets.values())[table.dataset[-1]].lengths[table.document[-1]]
+    goes_on = last < list(stage.datasets.values())[table.dataset_of(-1)].lengths[table.document[-1]]
     begins_inside = int(table.start[0] > 0)
     assert labels == int(table.length.sum()) - first_tokens - begins_inside + int(goes_on)
     assert (table.start > 0).any()
@@ -242,7 +242,7 @@ def test_sft_documents_are_whole_and_learn_only_what_follows_speech_start(
 
 
 def documents_of(stage: StageData) -> set[tuple[int, int]]:
-    return set(zip(stage.table.dataset.tolist(), stage.table.document.tolist(), strict=True))
+    return set(zip(stage.table.dataset_of(slice(None)).tolist(), stage.table.document.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("fields", [PT, SFT], ids=["cut", "fit"])
@@ -432,7 +432,7 @@ def test_the_report_says_what_was_asked_for_and_what_came_out(
     for task, row in report["by_task"].items():
         assert row["realised"] == pytest.approx(PT["task_mass"][task], abs=0.01)
         tokens = sum(
-            stage.table.length[stage.table.dataset == k].sum()
+            stage.table.length[stage.table.dataset_of(slice(None)) == k].sum()
             for k, dataset in enumerate(stage.datasets.values())
             if dataset.manifest is not None and dataset.manifest.task == task
         )
