@@ -51,6 +51,7 @@ class DataConfig(StrictConfig):
         "continue, repeating no document before the ones that are still due",
     )
     prefetch: int = Field(default=2, ge=1, description="global batches prepared ahead of the step that uses them")
+    workers: int = Field(default=1, ge=1, description="threads that prepare the batches of each process")
 
     @model_validator(mode="after")
     def _staging_needs_a_folder(self) -> DataConfig:

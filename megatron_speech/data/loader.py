@@ -5,20 +5,27 @@
 Sequence i is a pure function of the segment table and i. The global batch g of a stage is sequences
 g·G … (g+1)·G - 1 whatever the layout; data-parallel rank r takes, as its micro-batch j, the
 `micro_batch_size` sequences from (j·dp_size + r)·micro_batch_size on. B rows, S = seq_length columns.
+
+A few micro-batches at a time are made in one go, a chunk: the steps of one are then long enough for their overhead
+not to count, and short enough to stay in the cache. Several threads may each make a chunk; they are handed out in
+order, and what is in them does not depend on the number of threads.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
+from megatron_speech.data.gathering import Gatherer, Segments
 from megatron_speech.data.packing import SegmentTable
 from megatron_speech.errors import InputError
 from megatron_speech.ops.loss_mask import LossPolicy, MaskedBatch, loss_mask
@@ -26,6 +33,10 @@ from megatron_speech.token_space import MODALITIES
 
 if TYPE_CHECKING:
     from megatron_speech.data.indexed import TokenDataset
+
+# Positions of a chunk, at most (one micro-batch may be more): its arrays, 40 bytes a position, fit a core's cache.
+_CHUNK_POSITIONS = 1 << 16
+_MODALITIES = len(MODALITIES)
 
 
 @dataclass
@@ -36,8 +47,11 @@ class MicroBatch:
     group_ids: int32 [B, S], document group * 3 + modality of the label, -1 where nothing is learned;
     cu_seqlens: int32, ends of the documents in the flattened [B * S]; max_seqlen: the longest of them, in tokens;
     row_pointers: int32 [B + 1], row b holds documents row_pointers[b] to row_pointers[b + 1];
-    counts: int64 [4], document, pad, learned and prompt tokens; sequences: int64 [B], numbers in the stage, those
-    at or above the stage's `n_sequences` are padding; documents: int32 [segments, 2], (dataset, document) of each.
+    counts: int64 [3], document, pad and learned tokens; sequences: int64 [B], numbers in the stage, those at or
+    above the stage's `n_sequences` are padding; documents: int32 [segments, 2], (dataset, document) of each segment.
+
+    A stitched chain is one document here; in `documents` each of its parts is a segment. In a rectangle the gaps
+    between documents are documents of padding, of which nothing is learned.
     """
 
     tokens: torch.Tensor
@@ -70,12 +84,37 @@ class GlobalBatch:
     wait_seconds: float = 0.0
 
 
+class _Rows(NamedTuple):
+    """Where the tokens of some rows come from, and what they are made into.
+
+    segments: as the gatherer reads them; stratum: int [segments]; joined: bool [segments] or None.
+    """
+
+    segments: Segments
+    stratum: np.ndarray
+    joined: np.ndarray | None
+
+
+class _Documents(NamedTuple):
+    """The documents that the loss mask is given: length and stratum int32 [n], row_pointers int32 [rows + 1].
+
+    gap: bool [n], documents that are the padding between those of a rectangle; None where there are none.
+    """
+
+    length: np.ndarray
+    stratum: np.ndarray
+    row_pointers: np.ndarray
+    gap: np.ndarray | None
+
+
 @dataclass(frozen=True)
 class RowSource:
     """Everything that turns sequence numbers into micro-batches; shared by the threads, never changed.
 
     stratum_label: int32 [strata], the document group of each stratum; promptless: bool [strata], strata whose
-    documents have no prompt (text): all of their tokens are learned whatever `policy.prompt` says.
+    documents have no prompt (text): all of their tokens are learned whatever `policy.prompt` says; rectangular: the
+    documents of a row lie at multiples of the longest of them (packing mode bucket); pin_memory: make tensors that
+    the GPU can fetch by itself.
     """
 
     table: SegmentTable
@@ -86,97 +125,157 @@ class RowSource:
     pad_id: int
     modality_table: torch.Tensor
     policy: LossPolicy
+    rectangular: bool = False
+    pin_memory: bool = False
 
-    def gather(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens and documents of some sequences; a number beyond the table gives a row of padding.
+    @functools.cached_property
+    def gatherer(self) -> Gatherer:
+        """What reads the datasets."""
+        return Gatherer(self.datasets)
 
-        Returns:
-            tokens int64 [B, S + 1] (the last column is the look-ahead: the next token of a document that goes on
-            beyond the edge, else padding), document lengths int32 [segments] (one more than lie in the row where
-            the document goes on), row pointers int32 [B + 1], and the segments' indices in the table int64.
-        """
-        table, width = self.table, self.seq_length
-        tokens = np.full((len(sequences), width + 1), self.pad_id, dtype=np.int64)
+    def _rows(self, sequences: np.ndarray) -> _Rows:
+        """Segments of some sequences, int64 [rows]; a number beyond the table gives a row of padding."""
+        table = self.table
         # A number beyond the end clips to an empty run of segments.
-        first, last = (table.seq_ptr[np.minimum(sequences + k, table.n_sequences)] for k in (0, 1))
+        first, last = (np.asarray(table.seq_ptr[np.minimum(sequences + k, table.n_sequences)]) for k in (0, 1))
         count = last - first
-        row_pointers = np.concatenate([[0], np.cumsum(count)]).astype(np.int32)
-        rows = np.repeat(np.arange(len(sequences)), count)
-        segments = np.arange(len(rows)) - np.repeat(row_pointers[:-1], count) + np.repeat(first, count)
-        lengths = table.length[segments].astype(np.int64)
-        ends = np.cumsum(lengths)
-        column = ends - lengths - np.repeat(np.concatenate([[0], ends])[row_pointers[:-1]], count)
-        dataset, document = table.dataset_of(segments), table.document[segments]
-        start = table.start[segments].astype(np.int64)
-        goes_on = np.zeros(len(segments), dtype=np.int64)
-        for index in np.unique(dataset):
-            source = self.datasets[index]
-            of_dataset = np.flatnonzero(dataset == index)
-            documents = document[of_dataset]
-            at = source.pointers[documents] // source.dtype.itemsize + start[of_dataset]
-            at_edge = column[of_dataset] + lengths[of_dataset] == width
-            unfinished = start[of_dataset] + lengths[of_dataset] < source.lengths[documents]
-            goes_on[of_dataset] = at_edge & unfinished
-            ids = np.asarray(source.tokens)  # a plain view: slices of a memmap object cost more
-            take = lengths[of_dataset] + goes_on[of_dataset]
-            for row, to, begin, size in zip(
-                rows[of_dataset].tolist(), column[of_dataset].tolist(), at.tolist(), take.tolist(), strict=True
-            ):
-                tokens[row, to : to + size] = ids[begin : begin + size]
-        return tokens, (lengths + goes_on).astype(np.int32), row_pointers, segments
+        ends = np.concatenate([[0], np.cumsum(count)])
+        chosen: np.ndarray | slice
+        if len(sequences) and ends[-1] == last[-1] - first[0] and (first[1:] == last[:-1]).all():
+            chosen = slice(int(first[0]), int(last[-1]))  # one run, as where a rank takes all of a batch
+        else:
+            chosen = np.arange(ends[-1]) + np.repeat(first - ends[:-1], count)
+        length = np.ascontiguousarray(table.length[chosen])
+        segments = Segments(
+            dataset=np.ascontiguousarray(table.dataset_of(chosen), dtype=np.int32),
+            document=np.ascontiguousarray(table.document[chosen]),
+            start=np.ascontiguousarray(table.start[chosen]),
+            length=length,
+            row_pointers=ends.astype(np.int32),
+            strides=_longest(length, ends) if self.rectangular else None,
+        )
+        joined = None if table.joined is None else np.asarray(table.joined[chosen]).astype(bool)
+        return _Rows(segments, np.asarray(table.stratum[chosen]), joined)
+
+    def _documents(self, rows: _Rows, goes_on: np.ndarray) -> _Documents:
+        """Documents as the loss mask sees them; one that goes on beyond its row is longer than lies in it."""
+        segments, stratum = rows.segments, rows.stratum
+        length, pointers = segments.length + goes_on, segments.row_pointers
+        if rows.joined is not None and rows.joined.any():
+            heads = ~rows.joined
+            heads[pointers[:-1][np.diff(pointers) > 0]] = True  # what a chain began in the row before is out of sight
+            before = np.concatenate([[0], np.cumsum(heads)]).astype(np.int32)
+            begins = np.flatnonzero(heads)
+            length = np.add.reduceat(length, begins).astype(np.int32)
+            return _Documents(length, stratum[begins], before[pointers], None)
+        if segments.strides is None:
+            return _Documents(length, stratum, pointers, None)
+        # After each document a gap up to the stride, but for the last of a row: what follows it is the row's end.
+        gap = np.repeat(segments.strides, np.diff(pointers)) - length
+        gap[pointers[1:][np.diff(pointers) > 0] - 1] = 0
+        both = np.empty(2 * len(length), dtype=np.int32)
+        both[0::2], both[1::2] = length, gap
+        is_gap = np.zeros(len(both), dtype=bool)
+        is_gap[1::2] = True
+        return _Documents(both, np.repeat(stratum, 2), pointers * 2, is_gap)
+
+    def will_need(self, rows: np.ndarray) -> None:
+        """Ask for what :meth:`micro_batches` of these sequences will read."""
+        self.gatherer.will_need(self._rows(rows.ravel()).segments)
+
+    def micro_batches(self, rows: np.ndarray) -> list[MicroBatch]:
+        """The micro-batches of these sequences, int64 [micro-batches, B]. Their tensors share memory."""
+        found = self._rows(rows.ravel())
+        ids, goes_on = self.gatherer.gather(found.segments, self.seq_length, self.pad_id)
+        documents = self._documents(found, goes_on)
+        arguments = (
+            torch.from_numpy(ids),
+            torch.from_numpy(documents.length),
+            torch.from_numpy(documents.row_pointers),
+            torch.from_numpy(self.stratum_label[documents.stratum]),
+            self.modality_table,
+        )
+        shape = rows.size, self.seq_length
+        out = MaskedBatch.allocate(*shape, len(documents.length), pin_memory=self.pin_memory)
+        masked = loss_mask(*arguments, self.policy, out=out)
+        if self.policy.prompt_end_id >= 0:
+            promptless = self.promptless[documents.stratum]
+            if promptless.any():
+                policy = LossPolicy(self.policy.text, self.policy.audio, self.policy.special)
+                where = _positions_of(masked, documents.row_pointers, promptless)
+                _replace(masked, loss_mask(*arguments, policy), where)
+        pad = _positions_of(masked, documents.row_pointers, documents.gap) if documents.gap is not None else None
+        if pad is not None:
+            for tensor, nothing in ((masked.labels, -100), (masked.loss_weights, 0.0), (masked.group_ids, -1)):
+                tensor.numpy()[pad] = nothing
+        tokens = torch.empty(shape, dtype=torch.int64, pin_memory=self.pin_memory)
+        tokens.numpy()[:] = ids[:, :-1]
+        return _split(masked, tokens, rows, found, documents)
 
     def micro_batch(self, sequences: np.ndarray) -> MicroBatch:
         """The micro-batch of these sequences, int64 [B]."""
-        tokens, lengths, row_pointers, segments = self.gather(sequences)
-        stratum = self.table.stratum[segments]
-        ids = torch.from_numpy(tokens)
-        arguments = (
-            ids,
-            torch.from_numpy(lengths),
-            torch.from_numpy(row_pointers),
-            torch.from_numpy(self.stratum_label[stratum]),
-            self.modality_table,
-        )
-        masked = loss_mask(*arguments, self.policy)
-        promptless = self.promptless[stratum]
-        if promptless.any() and self.policy.prompt_end_id >= 0:
-            policy = LossPolicy(self.policy.text, self.policy.audio, self.policy.special)
-            masked = _merge(masked, loss_mask(*arguments, policy), promptless, row_pointers)
-        documents = np.stack([self.table.dataset_of(segments), self.table.document[segments]], axis=1)
-        return MicroBatch(
-            tokens=ids[:, :-1].contiguous(),
-            labels=masked.labels,
-            loss_weights=masked.loss_weights,
-            position_ids=masked.position_ids,
-            group_ids=masked.group_ids,
-            cu_seqlens=masked.cu_seqlens,
-            row_pointers=arguments[2],
-            max_seqlen=int(masked.cu_seqlens.diff().max()),
-            counts=masked.counts,
-            sequences=sequences,
-            documents=documents,
-        )
+        return self.micro_batches(sequences[None])[0]
 
 
-def _merge(prompted: MaskedBatch, whole: MaskedBatch, promptless: np.ndarray, row_pointers: np.ndarray) -> MaskedBatch:
-    """Take the positions of the promptless documents from `whole` and all others from `prompted`."""
+def _longest(length: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The longest segment of each row, int32 [rows], 0 for an empty one."""
+    longest = np.zeros(len(ends) - 1, dtype=np.int32)
+    filled = np.flatnonzero(np.diff(ends))
+    if len(filled):
+        longest[filled] = np.maximum.reduceat(length, ends[filled])
+    return longest
+
+
+def _positions_of(masked: MaskedBatch, row_pointers: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """The positions of the documents chosen (bool [documents]): bool [rows, S]."""
     # cu_seqlens has one segment more per row than there are documents: the padding.
-    per_segment = np.insert(promptless, row_pointers[1:], False)
-    position = torch.from_numpy(np.repeat(per_segment, np.diff(prompted.cu_seqlens.numpy())))
-    position = position.view(prompted.labels.shape)
-    labels = torch.where(position, whole.labels, prompted.labels)
-    counts = prompted.counts.clone()
-    counts[2] = (labels != -100).sum()
-    counts[3] -= position.sum()
-    return MaskedBatch(
-        labels=labels,
-        loss_weights=torch.where(position, whole.loss_weights, prompted.loss_weights),
-        position_ids=prompted.position_ids,
-        group_ids=torch.where(position, whole.group_ids, prompted.group_ids),
-        cu_seqlens=prompted.cu_seqlens,
-        counts=counts,
-        invalid=prompted.invalid,
+    per_segment = np.insert(documents, row_pointers[1:], False)
+    return np.repeat(per_segment, np.diff(masked.cu_seqlens.numpy())).reshape(masked.labels.shape)
+
+
+def _replace(prompted: MaskedBatch, whole: MaskedBatch, where: np.ndarray) -> None:
+    """Take what is learned at these positions from `whole`."""
+    for name in ("labels", "loss_weights", "group_ids"):
+        np.copyto(getattr(prompted, name).numpy(), getattr(whole, name).numpy(), where=where)
+
+
+def _split(
+    masked: MaskedBatch, tokens: torch.Tensor, rows: np.ndarray, found: _Rows, documents: _Documents
+) -> list[MicroBatch]:
+    """A chunk as its micro-batches."""
+    count, size = rows.shape
+    seq_length = tokens.shape[1]
+    bounds = masked.cu_seqlens.numpy()
+    pointers, segment_pointers = documents.row_pointers, found.segments.row_pointers
+    names = np.stack([found.segments.dataset, found.segments.document], axis=1)
+    lengths = np.diff(bounds)
+    # Of each row the last segment is its padding, and in a rectangle every second one.
+    is_pad = np.insert(
+        documents.gap if documents.gap is not None else np.zeros(len(documents.length), dtype=bool), pointers[1:], True
     )
+    filled = np.where(is_pad, 0, lengths)
+    learned = (masked.loss_weights.numpy() != 0).reshape(count, -1).sum(axis=1)
+    made = []
+    for k in range(count):
+        first, last = k * size, (k + 1) * size
+        begin, end = int(pointers[first]) + first, int(pointers[last]) + last
+        used = int(filled[begin:end].sum())
+        made.append(
+            MicroBatch(
+                tokens=tokens[first:last],
+                labels=masked.labels[first:last],
+                loss_weights=masked.loss_weights[first:last],
+                position_ids=masked.position_ids[first:last],
+                group_ids=masked.group_ids[first:last],
+                cu_seqlens=torch.from_numpy(bounds[begin : end + 1] - bounds[begin]),
+                row_pointers=torch.from_numpy(pointers[first : last + 1] - pointers[first]),
+                max_seqlen=int(lengths[begin:end].max()),
+                counts=torch.tensor([used, size * seq_length - used, int(learned[k])]),
+                sequences=rows[k],
+                documents=names[segment_pointers[first] : segment_pointers[last]],
+            )
+        )
+    return made
 
 
 def check_layout(where: str, micro_batch_size: int, global_batch_sequences: int, dp_rank: int, dp_size: int) -> None:
@@ -259,6 +358,8 @@ def _produce(buffer: _Buffer, batches: Iterator[GlobalBatch]) -> None:
     try:
         for batch in batches:
             if not buffer.put(batch):
+                if isinstance(batches, Generator):
+                    batches.close()  # ends its threads
                 return
     # Whatever goes wrong here belongs to the thread that consumes: it is raised there, with its traceback.
     except BaseException as error:
@@ -274,7 +375,7 @@ def _shut_down(buffer: _Buffer, thread: threading.Thread) -> None:
 
 
 class StageLoader:
-    """Iterator of :class:`GlobalBatch`, prepared ahead by one background thread.
+    """Iterator of :class:`GlobalBatch`, prepared ahead in the background by one thread and those that it starts.
 
     `close()` (or leaving a `with` block, exhausting it, or dropping it) ends the thread. An error in the thread is
     raised by `next`.
@@ -315,10 +416,26 @@ class StageLoader:
         self.close()
 
 
-def _pinned(batch: MicroBatch) -> MicroBatch:
-    for name in ("tokens", "labels", "loss_weights", "position_ids", "group_ids", "cu_seqlens"):
-        setattr(batch, name, getattr(batch, name).pin_memory())
-    return batch
+def _chunks(rows: np.ndarray, seq_length: int) -> list[np.ndarray]:
+    """A rank's share of a global batch, [micro-batches, B], cut into chunks of a bounded number of positions."""
+    together = max(1, _CHUNK_POSITIONS // (rows.shape[1] * seq_length))
+    return [rows[first : first + together] for first in range(0, len(rows), together)]
+
+
+@dataclass(frozen=True)
+class _Made:
+    micro_batches: list[MicroBatch]
+    weight: float
+    tokens: int
+    pad_tokens: int
+
+
+def _make(source: RowSource, rows: np.ndarray) -> _Made:
+    batches = source.micro_batches(rows)
+    counts = [batch.counts.tolist() for batch in batches]
+    # NumPy, not torch: its threads would be started anew by each of ours.
+    weight = sum(float(batch.loss_weights.numpy().sum(dtype=np.float64)) for batch in batches)
+    return _Made(batches, weight, sum(count[0] for count in counts), sum(count[1] for count in counts))
 
 
 def global_batches(
@@ -330,25 +447,50 @@ def global_batches(
     global_batch_sequences: int,
     dp_rank: int,
     dp_size: int,
+    workers: int = 1,
 ) -> Iterator[GlobalBatch]:
-    """This rank's share of `n_batches` global batches from sequence `first_sequence` on, one after the other."""
-    pin = torch.cuda.is_available()
-    for index in range(n_batches):
+    """This rank's share of `n_batches` global batches from sequence `first_sequence` on, one after the other.
+
+    `workers` threads make chunks of them; at most two chunks a worker are under way or waiting beyond the batch
+    that is put together. What a chunk will read is asked for when it is put in line.
+    """
+
+    def share(index: int) -> tuple[int, list[np.ndarray]]:
         first = first_sequence + index * global_batch_sequences
         rows = rank_sequences(first, micro_batch_size, global_batch_sequences, dp_rank, dp_size)
-        micro_batches = [source.micro_batch(sequences) for sequences in rows]
-        weight = sum(float(batch.loss_weights.sum(dtype=torch.float64)) for batch in micro_batches)
-        counts = torch.stack([batch.counts for batch in micro_batches]).sum(dim=0)
-        yield GlobalBatch(
-            micro_batches=[_pinned(batch) for batch in micro_batches] if pin else micro_batches,
-            loss_weight_sum=weight,
-            tokens=int(counts[0]),
-            pad_tokens=int(counts[1]),
-            consumed_sequences=first + global_batch_sequences,
-        )
+        return first, _chunks(rows, source.seq_length)
+
+    waiting: deque[Future[_Made]] = deque()
+    ahead = (chunk for index in range(n_batches) for chunk in share(index)[1])
+    with ThreadPoolExecutor(workers, thread_name_prefix="megatron-speech-loader-worker") as pool:
+
+        def put_in_line() -> None:
+            for chunk in ahead:
+                source.will_need(chunk)
+                waiting.append(pool.submit(_make, source, chunk))
+                if len(waiting) >= 2 * workers:
+                    return
+
+        try:
+            for index in range(n_batches):
+                first, chunks = share(index)
+                parts = []
+                for _ in chunks:
+                    put_in_line()
+                    parts.append(waiting.popleft().result())
+                yield GlobalBatch(
+                    micro_batches=[batch for part in parts for batch in part.micro_batches],
+                    loss_weight_sum=sum(part.weight for part in parts),
+                    tokens=sum(part.tokens for part in parts),
+                    pad_tokens=sum(part.pad_tokens for part in parts),
+                    consumed_sequences=first + global_batch_sequences,
+                )
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def group_name(labels: Sequence[tuple[str, str, str]], group: int) -> tuple[str, str, str, str]:
     """(task, language, source, modality) of a value of `group_ids`."""
-    label, modality = divmod(group, len(MODALITIES))
+    label, modality = divmod(group, _MODALITIES)
     return (*labels[label], MODALITIES[modality])

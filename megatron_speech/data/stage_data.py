@@ -201,6 +201,7 @@ class StageData:
                 global_batch_sequences=global_batch_sequences,
                 dp_rank=dp_rank,
                 dp_size=dp_size,
+                workers=self.data.workers,
             ),
             self.data.prefetch,
         )
@@ -228,6 +229,8 @@ class StageData:
                 prompt=loss.prompt,
                 prompt_end_id=-1 if loss.prompt == 1.0 else self.space.special(PROMPT_END),
             ),
+            rectangular=self.stage.packing_mode == "bucket",
+            pin_memory=torch.cuda.is_available(),
         )
 
     # ---- reporting

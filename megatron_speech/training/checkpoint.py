@@ -428,8 +428,8 @@ def _restore_rng_state(state: dict[str, Any]) -> None:
 
 
 _HARMLESS = ("name", "run_dir", "token_space", "data.datasets", "data.cache_dir", "data.cache_gib",
-             "data.stage_datasets", "data.on_change", "data.prefetch", "parallel", "checkpoint", "validation",
-             "logging")  # fmt: skip
+             "data.stage_datasets", "data.on_change", "data.prefetch", "data.workers", "parallel", "checkpoint",
+             "validation", "logging")  # fmt: skip
 _HARMLESS_IN_STAGE = ("max_epochs", "micro_batch_size")
 
 
