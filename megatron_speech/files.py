@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -30,12 +31,15 @@ def prepare_output_directory(path: Path) -> None:
 
     Raises:
         InputError: the directory cannot be made or written to.
+        OSError: the disk is full.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path, prefix=".write-check-"):
+        with tempfile.TemporaryFile(dir=path):  # without a name: a kill leaves nothing of it
             pass
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise InputError(
             f"cannot write to {path}: {error.strerror or error}; name an output directory that this user can write to"
         ) from error

@@ -89,6 +89,8 @@ class Corpus:
         """Content of the files at a prefix, by suffix."""
         name = Path(prefix).name + "."
         folder = (self.folder / prefix).parent
+        if not folder.exists():
+            return {}
         return {
             path.name.removeprefix(name): path.read_bytes() for path in folder.iterdir() if path.name.startswith(name)
         }

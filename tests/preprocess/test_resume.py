@@ -1,0 +1,166 @@
+"""A conversion that is killed at any moment goes on, and ends in the bytes of one that was not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_speech.data.indexed import TokenDataset
+from megatron_speech.errors import InputError
+
+FILES = {"bin", "idx", "docs.parquet", "manifest.json", "rejected.jsonl"}
+
+
+class Killer:
+    """Runs commands that die at a chosen change of the disk; see kill_at.py."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        script = Path(__file__).with_name("kill_at.py")
+        self._process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def run(self, command: str, argv: list[str], *, kill_at: int = -1, often: bool = True) -> dict[str, Any]:
+        request = {"command": command, "argv": argv, "kill_at": kill_at, "often": often}
+        request |= {"log": str(self.folder / "log"), "folder": str(self.folder / "out")}
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+@pytest.fixture
+def killer(tmp_path: Path) -> Iterator[Killer]:
+    killer = Killer(tmp_path)
+    yield killer
+    killer.close()
+
+
+def bad_rows(corpus: Any) -> None:
+    rows: list[Any] = list(corpus.rows)
+    rows[3], rows[50] = "{", {**rows[50], "codes_path": "nowhere.npy"}
+    corpus.write(rows)
+
+
+CONVERSIONS = {
+    "pairs": ("tts", "--max-rejected", "0.5"),
+    "cloning": ("tts", "--max-rejected", "0.5", "--cloning", "same-speaker", "--references", "2"),
+}
+
+
+# Cloning has a pre-pass; what follows it is the same, so a third of the changes will do.
+@pytest.mark.parametrize(("name", "step"), [("pairs", 1), ("cloning", 3)], ids=["pairs", "cloning"])
+def test_killed_at_every_change_of_the_disk_a_conversion_goes_on_to_the_same_bytes(
+    corpus: Any, killer: Killer, name: str, step: int
+) -> None:
+    bad_rows(corpus)
+    argv = corpus.arguments(*CONVERSIONS[name], prefix="out/data")
+    whole = killer.run("preprocess_data", argv)
+    assert whole["status"] == 0, whole["log"]
+    expected = corpus.files()
+    assert set(expected) == FILES
+    went_on = placed = 0
+    for k in range(0, whole["changes"], step):
+        shutil.rmtree(corpus.folder / "out")
+        assert killer.run("preprocess_data", argv, kill_at=k)["status"] == -9
+        if "manifest.json" not in corpus.files():
+            with pytest.raises(InputError, match="does not exist"):  # half a dataset is none
+                TokenDataset(corpus.folder / "out" / "data")
+        else:
+            assert corpus.files() == expected
+        again = killer.run("preprocess_data", argv, often=False)
+        assert again["status"] == 0, (k, again["log"])
+        assert corpus.files() == expected, k
+        assert not [name for name in corpus.left() if name.startswith(".")], k
+        went_on += "goes on after" in again["log"]
+        placed += "all was converted before" in again["log"]
+    assert went_on > 10 and placed > 10  # and did not merely begin anew
+
+
+def test_a_dataset_that_is_replaced_stays_whole_until_the_new_one_is(corpus: Any, killer: Killer) -> None:
+    argv = corpus.arguments("tts")
+    assert killer.run("preprocess_data", argv)["status"] == 0
+    old = corpus.files()
+    shutil.copytree(corpus.folder / "out", corpus.folder / "kept")
+    corpus.write(corpus.rows[:40])
+    whole = killer.run("preprocess_data", argv)
+    new = corpus.files()
+    assert new != old
+    seen = set()
+    last = whole["changes"]
+    for k in [*range(0, last - 40, 20), *range(last - 40, last)]:  # the old files go near the end
+        shutil.rmtree(corpus.folder / "out")
+        shutil.copytree(corpus.folder / "kept", corpus.folder / "out")
+        assert killer.run("preprocess_data", argv, kill_at=k)["status"] == -9
+        files = corpus.files()
+        state = "old" if files == old else "new" if files == new else "none"
+        assert state != "none" or "manifest.json" not in files
+        seen.add(state)
+        assert killer.run("preprocess_data", argv, often=False)["status"] == 0
+        assert corpus.files() == new, k
+    assert seen == {"old", "new", "none"}
+
+
+def test_killed_again_and_again_it_still_ends(corpus: Any, killer: Killer) -> None:
+    bad_rows(corpus)
+    argv = corpus.arguments(*CONVERSIONS["cloning"])
+    assert killer.run("preprocess_data", argv)["status"] == 0
+    expected = corpus.files()
+    shutil.rmtree(corpus.folder / "out")
+    for _ in range(200):
+        if killer.run("preprocess_data", argv, kill_at=60)["status"] == 0:
+            break
+    assert corpus.files() == expected
+
+
+def test_what_decides_the_output_begins_it_anew_and_is_named(corpus: Any, killer: Killer) -> None:
+    bad_rows(corpus)
+    flags = CONVERSIONS["pairs"]
+    middle = killer.run("preprocess_data", corpus.arguments(*flags))["changes"] // 2
+    shutil.rmtree(corpus.folder / "out")
+
+    def stopped() -> None:
+        assert killer.run("preprocess_data", corpus.arguments(*flags), kill_at=middle)["status"] == -9
+
+    def again(*more: str) -> str:
+        answer = killer.run("preprocess_data", corpus.arguments(*flags, *more))
+        assert answer["status"] == 0
+        return answer["log"]
+
+    stopped()
+    assert "begun anew, since options.seed was 0 and is 1" in again("--seed", "1")
+    stopped()
+    assert "begun anew, since it was asked to" in again("--restart")
+    stopped()
+    assert "goes on after" in again("--workers", "2")  # what does not decide it does not
+    stopped()
+    corpus.write([*corpus.rows[:-1], {**corpus.rows[-1], "mood": "glad"}])
+    assert "begun anew, since inputs." in again() and TokenDataset(corpus.folder / "out" / "data")
+
+
+def test_damaged_unfinished_work_is_not_gone_on_with(corpus: Any, killer: Killer) -> None:
+    argv = corpus.arguments("tts")
+    whole = killer.run("preprocess_data", argv)
+    expected = corpus.files()
+    partial = corpus.folder / "out" / ".data.partial"
+    for name in ("ids.bin", "lengths", "rows.arrow", "journal.json"):
+        shutil.rmtree(corpus.folder / "out")
+        killer.run("preprocess_data", argv, kill_at=2 * whole["changes"] // 3)
+        data = bytearray((partial / name).read_bytes())
+        data[len(data) // 3] ^= 4
+        (partial / name).write_bytes(data)
+        log = killer.run("preprocess_data", argv)["log"]
+        assert "begun anew, since" in log and "damaged" in log, name
+        assert corpus.files() == expected
