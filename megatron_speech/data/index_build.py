@@ -10,7 +10,7 @@ order and the table are never held.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -25,6 +25,9 @@ from megatron_speech.data.order import DocumentStream, EpochPosition, OrderedDoc
 from megatron_speech.data.packing import PackedRun, pack
 from megatron_speech.data.strata import Blend, DocumentTable
 from megatron_speech.files import canonical_json, sha256_hex
+
+if TYPE_CHECKING:
+    from megatron_speech.data.history import Continuation
 
 Report = dict[str, Any]
 Split = Literal["train", "validation"]
@@ -42,12 +45,12 @@ def index_key(
     split: Split,
     n_sequences: int | None,
     seed: int,
-    begin: Mapping[str, EpochPosition] | None = None,
+    continuation: Continuation | None = None,
 ) -> str:
     """Hash of everything that the index is a function of.
 
-    That is the datasets' contents, the fields of the stage and of the data section that matter, the seed, where
-    strata go on, and the version of the code that builds it.
+    That is the datasets' contents, the fields of the stage and of the data section that matter, the seed, what an
+    index before this one has taken, and the version of the code that builds it.
     """
     entries = []
     for name, dataset in datasets.items():
@@ -68,10 +71,7 @@ def index_key(
                 "split_seed": data.split_seed,
                 "split": split,
                 "seed": seed,
-                "begin": {
-                    name: [position.epoch, sha256_hex(np.ascontiguousarray(position.due, dtype="<i4").tobytes())]
-                    for name, position in sorted((begin or {}).items())
-                },
+                "continues": [continuation.from_sequence, continuation.digest] if continuation else None,
             }
         )
     )
@@ -139,7 +139,7 @@ def index_builder(
     split: Split,
     n_sequences: int | None,
     seed: int,
-    begin: Mapping[str, EpochPosition] | None = None,
+    continuation: Continuation | None = None,
 ) -> Build:
     """What :func:`~megatron_speech.data.index_cache.cached_table` builds the index of a stage with.
 
@@ -148,12 +148,22 @@ def index_builder(
         split: "train", or "validation": every held-out document once.
         n_sequences: how many there have to be; of validation at most, or None for all.
         seed: the run's seed.
-        begin: where strata go on, by name (see :func:`~megatron_speech.data.order.stage_order`).
+        continuation: what an index before this one has taken: its sequences are empty in this one, which goes on
+            with the documents that are still due.
     """
 
     def build(writer: TableWriter) -> tuple[list[int], Report]:
         tables = read_tables(stage, data, datasets)
-        blend = blending.resolve(stage, tables, validation=split == "validation")
+        first = continuation.from_sequence if continuation else 0
+        blend = blending.resolve(
+            stage,
+            tables,
+            validation=split == "validation",
+            tokens=None if n_sequences is None else (n_sequences - first) * stage.seq_length,
+            taken=continuation.tokens if continuation else None,
+        )
+        begin = continuation.begin(blend, tables) if continuation else {}
+        _write_empty(writer, first, joined=stage.stitch is not None)
         tally = _Tally(len(blend.strata))
         stratum_dataset = np.array([stratum.dataset for stratum in blend.strata], dtype=np.int32)
         order: DocumentStream
@@ -168,17 +178,26 @@ def index_builder(
             seq_length=stage.seq_length,
             open_sequences=stage.packing.open_sequences,
             max_tokens=stage.packing.max_tokens,
-            n_sequences=n_sequences,
+            n_sequences=None if n_sequences is None else n_sequences - first,
             targets_of=lambda documents: _targets(documents, stratum_dataset, tables),
         )
         # Quiet where stderr is no terminal; of several processes only one builds.
-        with tqdm(total=n_sequences, unit="seq", unit_scale=True, disable=None, desc="index", leave=False) as progress:
+        with tqdm(
+            total=n_sequences, initial=first, unit="seq", unit_scale=True, disable=None, desc="index", leave=False
+        ) as progress:
             for run in runs:
                 _write(writer, run, tables, stratum_dataset, tally)
                 progress.update(len(run.seq_ends))
-        return stratum_dataset.tolist(), _describe(blend, tables, tally)
+        return stratum_dataset.tolist(), _describe(blend, tables, tally, begin)
 
     return build
+
+
+def _write_empty(writer: TableWriter, sequences: int, *, joined: bool) -> None:
+    """Sequences without segments, in place of those that an earlier index of the stage holds."""
+    nothing = np.zeros(0, dtype=np.int32)
+    columns = dict.fromkeys(["stratum", "document", "start", "length", *(["joined"] if joined else [])], nothing)
+    writer.append(np.zeros(sequences, dtype=np.int64), **columns)
 
 
 def _write(
@@ -216,8 +235,14 @@ def _targets(documents: OrderedDocuments, stratum_dataset: np.ndarray, tables: S
     return targets
 
 
-def _describe(blend: Blend, tables: Sequence[DocumentTable], tally: _Tally) -> Report:
+def _describe(
+    blend: Blend, tables: Sequence[DocumentTable], tally: _Tally, begin: Mapping[str, EpochPosition]
+) -> Report:
     """What was asked for and what came out, per stratum: everything that a blend report sums up."""
+
+    def first_epoch(name: str) -> int:
+        return begin[name].epoch + (not len(begin[name].due)) if name in begin else 0
+
     return {
         "groups": [list(label) for label in blend.labels],
         "strata": [
@@ -230,6 +255,8 @@ def _describe(blend: Blend, tables: Sequence[DocumentTable], tally: _Tally) -> R
                 "source": stratum.source,
                 "label": stratum.label,
                 "target": stratum.share,
+                "first_epoch": first_epoch(stratum.name),
+                "documents_due": len(begin[stratum.name].due) if stratum.name in begin else len(stratum.documents),
                 "documents_available": len(stratum.documents),
                 "tokens_available": stratum.tokens,
                 "documents": int(tally.documents[k]),
@@ -241,4 +268,5 @@ def _describe(blend: Blend, tables: Sequence[DocumentTable], tally: _Tally) -> R
         ],
         "masses": dict(zip(blend.groups, blend.masses, strict=True)),
         "excluded_documents": blend.excluded,
+        "limited": blend.limited,
     }

@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_speech.data import strata as blending
 from megatron_speech.data.config import DataConfig, StageDataConfig
+from megatron_speech.data.history import Continuation, History
 from megatron_speech.data.index_build import index_builder, index_key
 from megatron_speech.data.index_cache import cached_table, verify_table
 from megatron_speech.data.indexed import TokenDataset, file_of
@@ -110,6 +111,8 @@ class StageData:
         n_sequences: sequences that must be there; None: what the stage's budget gives. For validation an upper
             bound (None: all of them).
         split: "train", or "validation": every held-out document of the stage's strata once, in a fixed order.
+        history: the indices that the stage was trained with before this one (see `data.history`); sequences before
+            the change are empty here.
 
     Attributes:
         n_sequences: number of sequences.
@@ -132,13 +135,15 @@ class StageData:
         cache_dir: str | Path,
         n_sequences: int | None = None,
         split: Literal["train", "validation"] = "train",
+        history: History | None = None,
     ) -> None:
         blending.check_stage(stage)
         _refuse_mixture(datasets)
         self.stage, self.data, self.space, self.seed, self.split = stage, data, space, seed, split
         self.datasets = dict(datasets)
         wanted = stage.n_sequences if n_sequences is None and split == "train" else n_sequences
-        inputs: Any = {"split": split, "n_sequences": wanted, "seed": seed}
+        self.history = history or History()
+        inputs: Any = {"split": split, "n_sequences": wanted, "seed": seed, "continuation": self.continuation}
         self.key = index_key(stage, data, self.datasets, **inputs)
         build = index_builder(stage, data, self.datasets, **inputs)
         self._folder = Path(cache_dir) / self.key
@@ -152,6 +157,17 @@ class StageData:
                 logger.warning("%s", warning)
 
     # ---- reading
+
+    @property
+    def continuation(self) -> Continuation | None:
+        """What this index took over from an earlier one of the stage; None for the first one."""
+        return self.history.continuation
+
+    @property
+    def strata(self) -> list[Report]:
+        """The strata by number, as the index describes them."""
+        strata: list[Report] = self._content["strata"]
+        return strata
 
     @property
     def table(self) -> SegmentTable:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 MAX_STRATA = 10_000
 _ROWS = 1 << 20  # documents handled at a time: bounds the temporary arrays
 _NOBODY = np.uint16(2**16 - 1)  # the leaf of a document that no group takes
+_NO_SHARE = 1e-9  # of a stage's tokens: a stratum that is left with less takes nothing
+_LIMIT_ROUNDS = 50
 REASONS = ("oversize", "without_target", "other_side_of_split", "quotes_held_out")
 UNKNOWN_LANGUAGE = "und"  # BCP-47 for "undetermined"
 UNKNOWN_SOURCE = "unknown"
@@ -260,13 +262,18 @@ class Stratum:
 
 @dataclass(frozen=True)
 class Blend:
-    """The strata of a stage for one side of the split, and what was left out, by reason and dataset name."""
+    """The strata of a stage for one side of the split, and what was left out, by reason and dataset name.
+
+    limited: the strata that a limit of epochs holds back: share asked for and given, and the limit; a stratum whose
+    share came down to nothing is not among `strata`.
+    """
 
     strata: list[Stratum]
     groups: list[str]
     masses: list[float]
     labels: list[tuple[str, str, str]]
     excluded: dict[str, dict[str, int]]
+    limited: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -385,7 +392,7 @@ def _find_leaves(
                 )
             leaf = _Leaf(takers[0], index, language, source)
             # Cells that differ in their marks alone are one leaf.
-            leaf_of_cell[cell] = min(_NOBODY, numbers.setdefault(leaf, len(leaves) + len(numbers)))
+            leaf_of_cell[cell] = min(int(_NOBODY), numbers.setdefault(leaf, len(leaves) + len(numbers)))
         leaves += numbers
         if len(leaves) > MAX_STRATA:
             raise InputError(
@@ -473,32 +480,75 @@ def _refuse_missing(where: str, groups: Sequence[StratumConfig], tables: Sequenc
             )
 
 
+@dataclass(frozen=True)
+class _Budget:
+    """What limits of epochs are reckoned with, per leaf that has documents: float64 [K] each.
+
+    tokens, counted: of all of a leaf's documents; longest: counted tokens of the longest document; taken: tokens
+    that the stage has trained on already; epochs: the limit, inf where there is none. total: tokens to be trained on.
+    """
+
+    total: float
+    tokens: np.ndarray
+    counted: np.ndarray
+    longest: np.ndarray
+    taken: np.ndarray
+    epochs: np.ndarray
+
+    def limits(self, shares: np.ndarray) -> np.ndarray:
+        """The greatest share of each leaf, in a mixture of about `shares`, that keeps it within its limit."""
+        ratio = self.tokens / self.counted
+        total = self.total / float(shares @ ratio) + float(self.longest.max(initial=0.0))
+        # Any prefix of the order is within one document of its shares: leave room for that one.
+        room = np.maximum(0.0, (self.epochs * self.tokens - self.taken) / ratio - self.longest)
+        return np.asarray(np.where(np.isinf(self.epochs), np.inf, room / total))
+
+
 def _bound(
     where: str,
     stage: StageDataConfig,
     groups: Sequence[StratumConfig],
     keys: Sequence[tuple[int, str, str]],
     natural: np.ndarray,
-) -> np.ndarray:
-    """The natural shares within the stage's caps."""
-    shares, missing = bounded_shares(natural, keys, stage.source_caps, np.full(len(natural), np.inf))
-    if missing:
-        caps = ", ".join(f"{name}: {cap:g}" for name, cap in stage.source_caps.items())
-        names = ", ".join(group_name(groups[k]) for k in missing)
-        raise InputError(
-            f"{where}: source_caps ({caps}) leave {sum(missing.values()):.4g} of the stage's tokens without a source: "
-            f"what {names} may take is capped below its mass; raise a cap, or add a source"
-        )
-    return shares
+    budget: _Budget,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The natural shares within the stage's caps and limits, and which leaves the limits hold back, bool."""
+    shares = natural
+    for _ in range(_LIMIT_ROUNDS):  # what a budget comes to in counted tokens depends on the shares
+        limits = budget.limits(shares)
+        before = shares
+        shares, missing = bounded_shares(natural, keys, stage.source_caps, limits)
+        if missing:
+            bounds = [f"source_caps ({', '.join(f'{name}: {cap:g}' for name, cap in stage.source_caps.items())})"]
+            if not np.isinf(limits).all():
+                bounds.append("epoch limits")
+            names = ", ".join(group_name(groups[k]) for k in missing)
+            raise InputError(
+                f"{where}: {' and '.join(bounds[not stage.source_caps :])} leave {sum(missing.values()):.4g} of the "
+                f"stage's tokens without a source: what {names} may take is bounded below its mass; raise a bound, or "
+                "add a source"
+            )
+        if np.allclose(shares, before, rtol=0.0, atol=1e-12):
+            break
+    return shares, (natural > limits) & (shares >= limits * (1 - 1e-9))
 
 
-def resolve(stage: StageDataConfig, tables: Sequence[DocumentTable], *, validation: bool = False) -> Blend:
+def resolve(
+    stage: StageDataConfig,
+    tables: Sequence[DocumentTable],
+    *,
+    validation: bool = False,
+    tokens: int | None = None,
+    taken: Mapping[str, int] | None = None,
+) -> Blend:
     """Turn a stage's masses into leaf strata with target shares and eligible documents.
 
     Args:
         stage: the stage.
         tables: the datasets' documents, in the order in which datasets are numbered.
         validation: take the held-out side of the split instead of the training side; strata may then be empty.
+        tokens: to be trained on, which limits of epochs are reckoned with; None: the stage's budget.
+        taken: tokens by stratum that the stage has trained on already.
 
     Raises:
         InputError: what :func:`check_stage` refuses; a task without a dataset; unknown names in filters or caps;
@@ -563,6 +613,19 @@ def resolve(stage: StageDataConfig, tables: Sequence[DocumentTable], *, validati
     def total(values: np.ndarray, members: np.ndarray) -> int:
         return int(values[members].sum(dtype=np.int64))
 
+    def name_of(leaf: _Leaf) -> str:
+        member_of, language, source = key(leaf)
+        return "/".join([group_name(groups[member_of]), tables[leaf.dataset].name, language, source])
+
+    def epoch_limit(leaf: _Leaf) -> float:
+        own = groups[leaf.group].epoch_limit
+        return next((limit for limit in (own, stage.epoch_limit) if limit is not None), np.inf)
+
+    def longest_of(leaf: _Leaf, members: np.ndarray) -> int:
+        # Only limits need it, and it reads every document.
+        return 0 if np.isinf(epoch_limit(leaf)) else int(tables[leaf.dataset].counted(stage)[members].max())
+
+    limited: dict[str, dict[str, float]] = {}
     counted = np.array([total(tables[leaves[k].dataset].counted(stage), kept_documents[k]) for k in alive], np.float64)
     if validation:
         # Held-out documents are read once each, in order: their proportions are what they are.
@@ -570,14 +633,33 @@ def resolve(stage: StageDataConfig, tables: Sequence[DocumentTable], *, validati
     else:
         keys = [key(leaves[k]) for k in alive]
         natural = natural_shares([group.mass for group in groups], keys, counted, stage.language_temperature)
-        shares = _bound(where, stage, groups, keys, natural)
+        budget = _Budget(
+            total=float(stage.n_sequences * stage.seq_length if tokens is None else tokens),
+            tokens=np.array([total(tables[leaves[k].dataset].lengths, kept_documents[k]) for k in alive], np.float64),
+            counted=counted,
+            longest=np.array([longest_of(leaves[k], kept_documents[k]) for k in alive], np.float64),
+            taken=np.array([(taken or {}).get(name_of(leaves[k]), 0) for k in alive], np.float64),
+            epochs=np.array([epoch_limit(leaves[k]) for k in alive], np.float64),
+        )
+        shares, held_back = _bound(where, stage, groups, keys, natural, budget)
+        limited = {
+            name_of(leaves[k]): {
+                "asked": float(natural[i]),
+                "given": float(shares[i]),
+                "epochs": epoch_limit(leaves[k]),
+            }
+            for i, k in enumerate(alive)
+            if held_back[i]
+        }
     strata = []
     for position, k in enumerate(alive):
+        if not validation and shares[position] < _NO_SHARE:
+            continue
         leaf, table = leaves[k], tables[leaves[k].dataset]
         member_of, language, source = key(leaf)
         strata.append(
             Stratum(
-                name="/".join([group_name(groups[member_of]), table.name, language, source]),
+                name=name_of(leaf),
                 group=member_of,
                 task=table.task,
                 dataset=leaf.dataset,
@@ -597,4 +679,5 @@ def resolve(stage: StageDataConfig, tables: Sequence[DocumentTable], *, validati
         masses=[group.mass / mass for group in groups],
         labels=labels,
         excluded={reason: counts for reason, counts in excluded.items() if counts},
+        limited=limited,
     )
