@@ -161,7 +161,7 @@ def open_table(folder: Path, key: str) -> tuple[SegmentTable, dict[str, Any]]:
         stratum_dataset = np.array(description["stratum_dataset"], dtype=np.int32)
         content = description["content"]
         segments = sizes["length"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder}/index.json: is not a description of an index ({error!r}); {remedy}") from error
     columns = {name: _open_column(folder, name, size) for name, size in sizes.items()}
     missing = [name for name in _COLUMNS if name not in columns and name not in _OPTIONAL]

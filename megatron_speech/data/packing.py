@@ -8,7 +8,6 @@ goes to the table's files (`data.index_cache`).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -127,36 +126,36 @@ def _cut(pieces: Iterator[OrderedDocuments], seq_length: int) -> Iterator[Packed
         yield PackedRun(np.zeros(1, np.int64), none, nothing.astype(np.int64), nothing, nothing)
 
 
-def _windows(lengths: np.ndarray, tokens: int) -> list[int]:
-    """Where the windows of at most `tokens` tokens begin, and where the last one that is not yet full does."""
+def _end_of_full_windows(lengths: np.ndarray, tokens: int) -> int:
+    """How many documents lie in windows of at most `tokens` tokens that are full: the next document did not fit."""
     ends = np.cumsum(lengths, dtype=np.int64)
-    begins = [0]
+    begin = 0
     while True:
-        limit = (int(ends[begins[-1] - 1]) if begins[-1] else 0) + tokens
+        limit = (int(ends[begin - 1]) if begin else 0) + tokens
         end = int(np.searchsorted(ends, limit, side="right"))
         if end == len(lengths):
-            return begins
-        begins.append(end)
+            return begin
+        begin = end
 
 
 def _in_windows(
-    pieces: Iterator[OrderedDocuments], tokens: int, pack: Callable[[OrderedDocuments, list[int]], PackedSegments]
+    pieces: Iterator[OrderedDocuments], tokens: int, pack: Callable[[OrderedDocuments], PackedSegments]
 ) -> Iterator[PackedRun]:
     """Pack whole windows; what is left of a piece waits for the next one, and is packed when no more comes."""
 
-    def run(documents: OrderedDocuments, begins: list[int]) -> PackedRun:
-        packed = pack(documents, begins)
+    def run(documents: OrderedDocuments) -> PackedRun:
+        packed = pack(documents)
         return PackedRun(packed.seq_ptr[1:], documents, packed.position, packed.start, packed.length)
 
     waiting: list[OrderedDocuments] = []
     for piece in pieces:
         documents = _concatenated([*waiting, piece])
-        begins = _windows(documents.length, tokens)
-        if begins[-1]:
-            yield run(OrderedDocuments(*(column[: begins[-1]] for column in documents)), begins)
-        waiting = [OrderedDocuments(*(column[begins[-1] :] for column in documents))]
+        end = _end_of_full_windows(documents.length, tokens)
+        if end:
+            yield run(OrderedDocuments(*(column[:end] for column in documents)))
+        waiting = [OrderedDocuments(*(column[end:] for column in documents))]
     if waiting and len(waiting[0].length):
-        yield run(waiting[0], [0, len(waiting[0].length)])
+        yield run(waiting[0])
 
 
 def _whole(packed: PackedSegments, oversize: np.ndarray, room: int) -> PackedSegments:
@@ -166,7 +165,7 @@ def _whole(packed: PackedSegments, oversize: np.ndarray, room: int) -> PackedSeg
 
 
 def _fit(pieces: Iterator[OrderedDocuments], seq_length: int, open_sequences: int) -> Iterator[PackedRun]:
-    def pack(documents: OrderedDocuments, begins: list[int]) -> PackedSegments:
+    def pack(documents: OrderedDocuments) -> PackedSegments:
         # The kernel draws the same windows from the first document on.
         return _whole(*pack_fit(documents.length, seq_length, open_bins=open_sequences), seq_length)
 
@@ -179,24 +178,10 @@ def _bucket(
     open_sequences: int,
     targets_of: Callable[[OrderedDocuments], np.ndarray],
 ) -> Iterator[PackedRun]:
-    def pack(documents: OrderedDocuments, begins: list[int]) -> PackedSegments:
-        targets = targets_of(documents)
-        parts = []
-        for begin, end in itertools.pairwise(begins):
-            window = slice(begin, end)
-            part = _whole(
-                *pack_bucket(
-                    documents.length[window], targets[window], max_tokens=max_tokens, window=open_sequences
-                ),
-                max_tokens,
-            )  # fmt: skip
-            parts.append(part._replace(position=part.position + begin, seq_ptr=part.seq_ptr + begin))
-        return PackedSegments(
-            np.concatenate([np.zeros(1, np.int64), *(part.seq_ptr[1:] for part in parts)]),
-            np.concatenate([part.position for part in parts]),
-            np.concatenate([part.start for part in parts]),
-            np.concatenate([part.length for part in parts]),
-        )
+    def pack(documents: OrderedDocuments) -> PackedSegments:
+        # As above; and the order inside a window depends on its documents alone.
+        found = pack_bucket(documents.length, targets_of(documents), max_tokens=max_tokens, window=open_sequences)
+        return _whole(*found, max_tokens)
 
     return _in_windows(pieces, open_sequences * max_tokens, pack)
 

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_speech.data.config import StageDataConfig
-from megatron_speech.data.order import Order, _schedule_python, draw, fixed_order, schedule, shuffled
+from megatron_speech.data.order import (
+    BlendOrder,
+    EpochPosition,
+    FixedOrder,
+    OrderedDocuments,
+    StratumDocuments,
+    _permuted_numpy,
+    _PythonOrder,
+    epoch_key,
+    permuted,
+    seed_of,
+    stage_order,
+)
 from megatron_speech.data.strata import Blend, DocumentTable, check_stage, resolve
 from megatron_speech.errors import InputError
 
@@ -63,6 +78,58 @@ def shares_of(blend: Blend, field: str) -> dict[str, float]:
     return sums
 
 
+# ---- permutations
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 1), st.data())
+def test_a_permutation_is_a_bijection_the_same_compiled_and_in_numpy_whole_or_in_runs(
+    count: int, key: int, data: st.DataObject
+) -> None:
+    found = permuted(count, key)
+    assert found.dtype == np.int32
+    assert sorted(found.tolist()) == list(range(count))
+    first = data.draw(st.integers(0, count))
+    stop = data.draw(st.integers(first, count))
+    with np.errstate(over="ignore"):
+        assert _permuted_numpy(count, key, first, stop).tolist() == found[first:stop].tolist()
+    assert permuted(count, key, first, stop).tolist() == found[first:stop].tolist()
+
+
+@pytest.mark.parametrize("count", [46_341, 2**20, 2**31 - 1])
+def test_runs_of_large_permutations_agree_and_repeat_nothing(count: int) -> None:
+    run = permuted(count, 11, count - 5000, count)
+    assert len(np.unique(run)) == 5000
+    assert 0 <= run.min() and run.max() < count
+    with np.errstate(over="ignore"):
+        assert (_permuted_numpy(count, 11, count - 5000, count) == run).all()
+
+
+def test_small_permutations_occur_equally_often_over_the_epochs() -> None:
+    seen = Counter(tuple(permuted(4, epoch_key(7, epoch)).tolist()) for epoch in range(4800))
+    assert len(seen) == 24
+    assert min(seen.values()) > 140 and max(seen.values()) < 270  # 200 expected, standard deviation 14
+
+
+def test_neighbours_in_the_dataset_are_not_neighbours_in_the_order() -> None:
+    count = 100_000
+    order = permuted(count, 5).astype(np.int64)
+    distance = np.abs(np.diff(order))
+    assert np.mean(distance) == pytest.approx(count / 3, rel=0.02)
+    assert np.corrcoef(order, np.arange(count))[0, 1] == pytest.approx(0, abs=0.02)
+    parts = np.bincount(order[: count // 10] // 1000, minlength=100)  # of each hundredth, a tenth comes first
+    assert parts.min() > 55 and parts.max() < 145
+
+
+def test_shuffles_are_the_same_for_ever() -> None:
+    # A resumed run continues an order that an earlier version drew: these numbers must not change.
+    key = seed_of(1, "stage", "tts/a/en/toy")
+    assert permuted(10, epoch_key(key, 0)).tolist() == SHUFFLE_OF_TEN
+
+
+SHUFFLE_OF_TEN = [4, 2, 0, 5, 8, 7, 9, 3, 6, 1]
+
+
 # ---- the schedule
 
 mixtures = st.lists(
@@ -70,58 +137,96 @@ mixtures = st.lists(
 )
 
 
-def repeat_until(lengths: list[int], needed: float) -> list[int]:
-    times = int(needed // sum(lengths)) + 2
-    return lengths * times
+def sources(mixture: list[tuple[float, list[int]]]) -> list[StratumDocuments]:
+    total = sum(weight for weight, _ in mixture)
+    return [
+        StratumDocuments(
+            documents=np.arange(len(lengths), dtype=np.int32),
+            lengths=np.array(lengths, dtype=np.int32),
+            counted=np.array(lengths, dtype=np.int32),
+            seconds=np.array(lengths, dtype=np.float32) / 25,
+            share=weight / total,
+            key=seed_of(k),
+        )
+        for k, (weight, lengths) in enumerate(mixture)
+    ]
 
 
-@settings(max_examples=200, deadline=None)
-@given(mixtures, st.integers(1, 4000))
+def assert_same(found: OrderedDocuments, expected: OrderedDocuments) -> None:
+    for name, column in expected._asdict().items():
+        np.testing.assert_array_equal(getattr(found, name), column, err_msg=name, strict=True)
+
+
+def joined(pieces: list[OrderedDocuments]) -> OrderedDocuments:
+    return OrderedDocuments(*(np.concatenate(columns) for columns in zip(*pieces, strict=True)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(mixtures, st.lists(st.integers(0, 120), min_size=1, max_size=6))
 def test_every_prefix_is_within_one_document_of_its_proportions(
-    mixture: list[tuple[float, list[int]]], stop: int
+    mixture: list[tuple[float, list[int]]], sizes: list[int]
 ) -> None:
-    shares = np.array([weight for weight, _ in mixture])
-    shares /= shares.sum()
-    longest = max(max(lengths) for _, lengths in mixture)
-    strata = [
-        repeat_until(lengths, share * (stop + longest) + 2 * longest)
-        for share, (_, lengths) in zip(shares, mixture, strict=True)
-    ]
-    costs = np.concatenate(strata).astype(np.int32)
-    ptr = np.cumsum([0, *map(len, strata)]).astype(np.int64)
+    strata = sources(mixture)
+    order = BlendOrder(strata)
+    documents = joined([order.take(size) for size in sizes])
 
-    order = schedule(costs, ptr, shares, stop)
-
-    which = np.searchsorted(ptr, order, side="right") - 1
-    done = np.cumsum(np.where(which[:, None] == np.arange(len(strata)), costs[order][:, None], 0), axis=0)
-    lag = done - shares * done.sum(axis=1, keepdims=True)
+    shares = np.array([stratum.share for stratum in strata])
     own_longest = np.array([max(lengths) for _, lengths in mixture])
-    assert (lag >= -longest - 1e-6).all()
+    which, counted = documents.stratum, documents.counted
+    done = np.cumsum(np.where(which[:, None] == np.arange(len(strata)), counted[:, None], 0), axis=0)
+    lag = done - shares * done.sum(axis=1, keepdims=True)
+    assert (lag >= -own_longest.max() - 1e-6).all()
     assert (lag <= (1 - shares) * own_longest + 1e-6).all()
-    assert done[-1].sum() >= stop > done[-1].sum() - costs[order[-1]]
-    for k in range(len(strata)):
-        mine = order[which == k]
-        assert (mine == ptr[k] + np.arange(len(mine))).all()
-    assert (order == _schedule_python(costs, ptr, shares, stop)).all()
+    # The same however many are taken at a time, and the same without a compiler.
+    assert_same(documents, BlendOrder(strata).take(sum(sizes)))
+    assert_same(documents, OrderedDocuments(*_PythonOrder(strata).take(sum(sizes))))
 
 
-def test_a_longer_budget_prolongs_the_order_and_changes_nothing_in_it() -> None:
-    random = np.random.default_rng(0)
-    tables = [
-        table("a", "speech_lm", random.integers(5, 50, 40)),
-        table("b", "tts", random.integers(5, 90, 30)),
+@settings(max_examples=40, deadline=None)
+@given(mixtures, st.integers(0, 3), st.data())
+def test_an_order_goes_on_with_what_is_due_of_an_epoch(
+    mixture: list[tuple[float, list[int]]], epoch: int, data: st.DataObject
+) -> None:
+    strata = [
+        dataclasses.replace(
+            stratum,
+            first_epoch=epoch,
+            first_documents=np.array(
+                data.draw(st.lists(st.sampled_from(stratum.documents.tolist()), unique=True)), dtype=np.int32
+            ),
+        )
+        for stratum in sources(mixture)
     ]
-    recipe = stage(task_mass={"speech_lm": 0.8, "tts": 0.2})
-    blend = resolve(recipe, tables)
-    short = draw(recipe, blend, tables, tokens=2_000, seed=3)
-    long = draw(recipe, blend, tables, tokens=20_000, seed=3)
-    count = len(short.document)
-    assert (short.document == long.document[:count]).all()
-    assert (short.stratum == long.stratum[:count]).all()
+    documents = BlendOrder(strata).take(300)
+    assert_same(documents, OrderedDocuments(*_PythonOrder(strata).take(300)))
+    for k, stratum in enumerate(strata):
+        mine = documents.document[documents.stratum == k]
+        due = len(stratum.first_documents)
+        assert set(mine[:due].tolist()) <= set(stratum.first_documents.tolist())
+        assert len(set(mine[:due].tolist())) == len(mine[:due])
+        size, rest = len(stratum.documents), mine[due:]
+        key = epoch_key(stratum.key, epoch + (1 if due else 0))
+        assert rest[:size].tolist() == stratum.documents[permuted(size, key)][: len(rest)].tolist()
 
 
-def drawn(order: Order, blend: Blend, k: int) -> np.ndarray:
-    return order.document[order.stratum == k]
+def test_a_document_that_counts_for_nothing_is_refused() -> None:
+    strata = sources([(1.0, [5, 7])])
+    strata[0].counted[1] = 0
+    for order in (BlendOrder(strata), _PythonOrder(strata)):
+        with pytest.raises(ValueError, match="document 1 of stratum 0 counts for nothing"):
+            order.take(2)
+
+
+def test_columns_at_odd_addresses_are_read_as_they_are() -> None:
+    (stratum,) = sources([(1.0, list(range(1, 60)))])
+    odd = np.frombuffer(b"\0\0" + stratum.lengths.tobytes(), dtype=np.int32, offset=2)  # as in a mapped .idx
+    assert not odd.flags.aligned
+    mapped = dataclasses.replace(stratum, lengths=odd, counted=odd)
+    assert_same(BlendOrder([mapped]).take(200), BlendOrder([stratum]).take(200))
+
+
+def drawn(recipe: StageDataConfig, tables: list[DocumentTable], count: int, seed: int = 0) -> OrderedDocuments:
+    return stage_order(recipe, resolve(recipe, tables), tables, seed=seed).take(count)
 
 
 @settings(max_examples=30, deadline=None)
@@ -133,13 +238,10 @@ def test_each_document_occurs_exactly_once_per_epoch(n: int, m: int, seed: int, 
         table("b", "tts", random.integers(1, 50, m)),
     ]
     recipe = stage(task_mass={"speech_lm": mass, "tts": 1 - mass})
-    blend = resolve(recipe, tables)
-    tokens = 3 * int(tables[0].lengths.sum() + tables[1].lengths.sum())
-    order = draw(recipe, blend, tables, tokens=tokens, seed=seed)
-    lengths = np.where(order.stratum == 0, tables[0].lengths[order.document % n], tables[1].lengths[order.document % m])
-    assert lengths.sum() >= tokens > lengths[:-1].sum()  # just enough documents
-    for k, stratum in enumerate(blend.strata):
-        documents = drawn(order, blend, k)
+    order = drawn(recipe, tables, 3 * (n + m), seed)
+    for k, stratum in enumerate(resolve(recipe, tables).strata):
+        documents = order.document[order.stratum == k]
+        assert (order.length[order.stratum == k] == tables[k].lengths[documents]).all()
         size = len(stratum.documents)
         for epoch in range(0, len(documents) - size + 1, size):
             assert sorted(documents[epoch : epoch + size]) == stratum.documents.tolist()
@@ -149,25 +251,26 @@ def test_each_document_occurs_exactly_once_per_epoch(n: int, m: int, seed: int, 
 
 def test_a_stratum_is_shuffled_independently_of_the_others_and_anew_each_epoch() -> None:
     a, b = table("a", lengths=[7] * 50), table("b", "tts", lengths=[9] * 20)
-    alone = stage()
-    both = stage(task_mass={"speech_lm": 0.5, "tts": 0.5})
-    first = draw(alone, resolve(alone, [a]), [a], tokens=900, seed=1)
-    mixed = draw(both, resolve(both, [a, b]), [a, b], tokens=1800, seed=1)
+    first = drawn(stage(), [a], 130, seed=1)
+    mixed = drawn(stage(task_mass={"speech_lm": 0.5, "tts": 0.5}), [a, b], 260, seed=1)
     of_a = mixed.document[mixed.stratum == 0]
     count = min(len(of_a), len(first.document))
     assert count > 100
     assert (of_a[:count] == first.document[:count]).all()
     assert (first.document[:50] != first.document[50:100]).any()
-    other_seed = draw(alone, resolve(alone, [a]), [a], tokens=900, seed=2)
-    assert (first.document[:50] != other_seed.document[:50]).any()
+    assert (first.document[:50] != drawn(stage(), [a], 50, seed=2).document).any()
+    renamed = drawn(stage(name="other"), [a], 50, seed=1)
+    assert (first.document[:50] != renamed.document).any()
 
 
-def test_shuffles_are_the_same_for_ever() -> None:
-    # A resumed run continues an order that an earlier version drew: these numbers must not change.
-    assert shuffled(10, 1, "stage", "tts/a/en/toy", 0).tolist() == SHUFFLE_OF_TEN
-
-
-SHUFFLE_OF_TEN = [8, 9, 3, 1, 7, 0, 6, 2, 4, 5]
+def test_an_epoch_of_which_nothing_is_due_is_over() -> None:
+    tables = [table("a", lengths=[7] * 50)]
+    blend = resolve(stage(), tables)
+    name = blend.strata[0].name
+    nothing = np.zeros(0, dtype=np.int32)
+    whole = drawn(stage(), tables, 150)
+    later = stage_order(stage(), blend, tables, seed=0, begin={name: EpochPosition(0, nothing)})
+    assert (later.take(100).document == whole.document[50:]).all()
 
 
 # ---- shares
@@ -182,10 +285,8 @@ def test_the_mass_of_a_task_is_its_share_of_tokens_not_of_documents() -> None:
     recipe = stage(task_mass={"speech_lm": 8, "tts": 1, "text_lm": 1})
     blend = resolve(recipe, tables)
     assert shares_of(blend, "task") == pytest.approx({"speech_lm": 0.8, "tts": 0.1, "text_lm": 0.1})
-    order = draw(recipe, blend, tables, tokens=100_000, seed=0)
-    tokens = np.zeros(3)
-    for k, stratum in enumerate(blend.strata):
-        tokens[k] = tables[stratum.dataset].lengths[drawn(order, blend, k)].sum()
+    order = drawn(recipe, tables, 3000)
+    tokens = np.bincount(order.stratum, order.length)
     assert tokens / tokens.sum() == pytest.approx([0.8, 0.1, 0.1], abs=0.002)
 
 
@@ -202,9 +303,9 @@ def test_sft_proportions_are_of_target_tokens() -> None:
         seq_length=128,
         loss={"prompt": 0.0},
     )
-    blend = resolve(recipe, tables)
-    order = draw(recipe, blend, tables, tokens=60_000, seed=0)
-    targets = [tables[s.dataset].targets[drawn(order, blend, k)].sum() for k, s in enumerate(blend.strata)]
+    order = drawn(recipe, tables, 1000)
+    assert (order.counted == np.choose(order.stratum, [10, 30])).all()
+    targets = np.bincount(order.stratum, order.counted)
     assert targets[0] == pytest.approx(targets[1], abs=30)
 
 
@@ -292,8 +393,12 @@ def test_validation_documents_are_on_the_other_side_and_occur_once() -> None:
     tables = [table(lengths=[10] * 50, held_out=held_out)]
     train, validation = resolve(stage(), tables), resolve(stage(), tables, validation=True)
     assert not set(train.strata[0].documents) & set(np.flatnonzero(held_out))
-    order = fixed_order(validation, 0)
-    assert sorted(order.document) == np.flatnonzero(held_out).tolist()
+    order = FixedOrder(stage(), validation, tables, seed=0)
+    pieces = [order.take(4) for _ in range(4)]
+    assert [len(piece.document) for piece in pieces] == [4, 4, 2, 0]
+    documents = joined(pieces).document
+    assert sorted(documents) == np.flatnonzero(held_out).tolist()
+    assert (documents == FixedOrder(stage(), validation, tables, seed=0).take(100).document).all()
 
 
 def test_a_document_whose_reference_is_held_out_is_never_trained_on() -> None:
