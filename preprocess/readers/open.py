@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_speech.errors import InputError
 from preprocess.readers import source
+from preprocess.readers.arrays import is_vectorised, offsets_reader, vectorised_readers
 from preprocess.readers.base import ReadOptions, RowBatch, RowReader
 from preprocess.readers.jsonl import JsonlReader, JsonlStream
+from preprocess.readers.llasa import LlasaReader, is_llasa, llasa_readers
+from preprocess.readers.megatron import MegatronReader
 from preprocess.readers.parquet import ParquetReader
+from preprocess.readers.webdataset import TarReader, TarStreamReader
 
 JSONL = (".jsonl", ".json", ".ndjson")
 PARQUET = (".parquet", ".pq")
+TAR = (".tar", ".tar.gz", ".tgz", ".tar.zst")
+FORMATS = (
+    ".jsonl(.gz, .zst), .parquet, .tar(.gz, .zst), X.offsets.npy, a megatron .idx, S_input_ids.memmap, "
+    "or a vectorised folder"
+)
 
 
 def open_readers(path: str, options: ReadOptions) -> list[RowReader]:
@@ -28,14 +38,65 @@ def open_readers(path: str, options: ReadOptions) -> list[RowReader]:
 def _readers(path: str, options: ReadOptions) -> list[RowReader]:
     name = source.ending_name(path)
     plain = name.removesuffix(".gz").removesuffix(".zst")
+    in_place = source.local_path(path) is not None and plain == name
+    # A local folder may be called anything; asking a server costs a request, so there only a path without an ending is.
+    if source.is_folder(path) if source.local_path(path) is not None else "." not in name:
+        return _folder_readers(path, options)
     if plain.endswith(JSONL):
-        remote = source.local_path(path) is None or plain != name
-        return [JsonlStream(path) if remote else JsonlReader(path)]
+        return [JsonlReader(path) if in_place else JsonlStream(path)]
     if name.endswith(PARQUET):
         return [ParquetReader(path)]
-    if source.is_folder(path):
-        raise InputError(f"input {path} is a folder; name its files, such as {source.join(path, 'samples.jsonl')}")
-    raise InputError(f"input {path}: ending {os.path.splitext(name)[1]!r} is unknown; needed .jsonl or .parquet")
+    if name.endswith(TAR):
+        return [TarReader(path) if in_place and not name.endswith(".tgz") else TarStreamReader(path)]
+    if name.endswith((".offsets.npy", ".codes.npy")):
+        return [offsets_reader(path)]
+    if name.endswith((".idx", ".bin")):
+        prefix = path.removesuffix(".idx").removesuffix(".bin")
+        if source.exists(f"{prefix}.manifest.json"):
+            raise InputError(
+                f"input {path} is a dataset of this project already; join datasets with preprocess/merge_datasets.py"
+            )
+        return [MegatronReader(path, options.eod)]
+    if name.endswith("_input_ids.memmap"):
+        return [LlasaReader(path, options.tokenizer)]
+    if re.search(r"_codes(_\d+)?\.npy$", name):
+        folder = source.folder(path)
+        return vectorised_readers(folder or ".", source.list_folder(folder or "."), only=path[-len(name) :])
+    raise InputError(f"input {path}{_what_else(path, name)}")
+
+
+def _folder_readers(path: str, options: ReadOptions) -> list[RowReader]:
+    path = path.rstrip("/") or "/"
+    names = source.list_folder(path)
+    if is_vectorised(names):
+        return vectorised_readers(path, names)
+    if is_llasa(names):
+        return llasa_readers(path, names, options.tokenizer)
+    known = (*JSONL, *PARQUET, *TAR, ".jsonl.gz", ".jsonl.zst", ".offsets.npy", ".idx")
+    files = [name for name in names if name.endswith(known)]
+    some = " or ".join(source.join(path, name) for name in files[:2]) or source.join(path, "samples.jsonl")
+    raise InputError(
+        f"input {path} is a folder with neither S_codes_index.npy nor S_input_ids.memmap; "
+        f"name its files, such as {some}"
+    )
+
+
+def _what_else(path: str, name: str) -> str:
+    """What to do about a name that no reader reads."""
+    folder = source.folder(path)
+    if name.endswith((".xz", ".bz2", ".zip", ".7z", ".lz4")):
+        return ": this compression is not read; recompress it with gzip or zstd"
+    if name.endswith(".npy"):
+        if source.exists(path) and source.exists(source.join(folder, "samples.jsonl")):
+            return f" is codes without the samples' fields; name {source.join(folder, 'samples.jsonl')}"
+        stem = path.removesuffix(".npy")
+        return (
+            f" is codes without the samples' bounds; name a samples.jsonl with codes_path, code_offset and code_len, "
+            f"or make {stem}.offsets.npy and {stem}.codes.npy of it"
+        )
+    if name.endswith((".txt", ".csv", ".tsv", ".arrow", ".feather", ".h5", ".hdf5", ".pt", ".pkl")):
+        return f" is of a format that is not read; write it as .jsonl or .parquet. Read are: {FORMATS}"
+    return f": ending {os.path.splitext(name)[1]!r} is unknown; needed {FORMATS}"
 
 
 class Inputs:

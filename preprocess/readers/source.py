@@ -184,7 +184,7 @@ class _Remote(io.RawIOBase):
         super().close()
 
 
-def open_binary(path: str, offset: int = 0, *, decompress: bool = True) -> BinaryIO:
+def open_binary(path: str, offset: int = 0, *, decompress: bool = True, buffer_bytes: int = BUFFER_BYTES) -> BinaryIO:
     """Open a local path or URL for reading bytes, from `offset` on (of the decompressed bytes).
 
     A local plain file is an ordinary file. Others are read in pieces, never as a whole.
@@ -195,7 +195,7 @@ def open_binary(path: str, offset: int = 0, *, decompress: bool = True) -> Binar
     local = local_path(path)
     with sentences(path):
         if local is not None:
-            raw: BinaryIO = open(local, "rb", buffering=BUFFER_BYTES)
+            raw: BinaryIO = open(local, "rb", buffering=buffer_bytes)
         else:
             system, name = file_system(path)
             handle = system.open(name, "rb", block_size=_REMOTE_BLOCK_BYTES)
