@@ -15,6 +15,7 @@ from megatron_speech.training.environment import prepare_imports
 # name → (module with add_arguments(parser) and run(args), one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "token-space": ("megatron_speech.commands.token_space", "fix the id space: text | specials | audio codes"),
+    "tokenizer": ("megatron_speech.commands.tokenizer", "train, extend or measure a text tokenizer"),
     "blend": ("megatron_speech.data.blend_command", "target and realised proportions of a recipe's stages"),
     "inspect": ("megatron_speech.data.inspect_command", "what a dataset is; --verify reads every byte"),
     "train": ("megatron_speech.training.command", "train the stages of a recipe, or continue a run"),

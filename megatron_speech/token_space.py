@@ -165,7 +165,8 @@ _ENCODERS: dict[str, Callable[[bytes], TextEncoder]] = {
 }
 
 
-def _make_encoder(kind: str, payload: bytes, where: str) -> TextEncoder:
+def encoder_of(kind: str, payload: bytes, where: str = "the text tokenizer") -> TextEncoder:
+    """The encoder of a tokenizer's kind and file content; `where` names it in errors."""
     if kind == "bytes":
         return _BytesEncoder()
     if kind not in _ENCODERS:
@@ -198,6 +199,16 @@ def _read_text_tokenizer(source: str | Path) -> tuple[str, bytes]:
         )
     kind = "sentencepiece" if path.suffix == ".model" else "huggingface"
     return kind, path.read_bytes()
+
+
+def open_text_tokenizer(source: str | Path) -> tuple[str, bytes, TextEncoder]:
+    """Open what `--text-tokenizer` names: its kind ("bytes", "sentencepiece", "huggingface"), its file, its encoder.
+
+    Raises:
+        InputError: it does not exist or is no tokenizer.
+    """
+    kind, payload = _read_text_tokenizer(source)
+    return kind, payload, encoder_of(kind, payload, f"text tokenizer {source}")
 
 
 @dataclass(frozen=True)
@@ -246,8 +257,7 @@ class TokenSpace:
         Raises:
             InputError: a file is missing or unusable, or the tokenizer yields nothing for plain text.
         """
-        kind, payload = _read_text_tokenizer(text_tokenizer)
-        encoder = _make_encoder(kind, payload, f"text tokenizer {text_tokenizer}")
+        kind, payload, encoder = open_text_tokenizer(text_tokenizer)
         if all(len(ids) == 0 for ids in encoder.encode_batch(["hello", "one two three", "नमस्ते"])):
             raise InputError(
                 f"text tokenizer {text_tokenizer} yields no token for plain text (vocabulary of {encoder.size}); "
@@ -350,7 +360,7 @@ class TokenSpace:
 
     @functools.cached_property
     def _encoder(self) -> TextEncoder:
-        return _make_encoder(self.text_kind, self.text_payload, "the token space's text tokenizer")
+        return encoder_of(self.text_kind, self.text_payload, "the token space's text tokenizer")
 
     def __getstate__(self) -> dict[str, Any]:
         # Worker processes build their own encoder: a sentencepiece or tokenizers object need not travel.

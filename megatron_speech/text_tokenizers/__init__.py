@@ -1,0 +1,1 @@
+"""Text tokenizers for new scripts: trained on any text stream, extended after their own ids, and measured."""
