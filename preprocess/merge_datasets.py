@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Join token datasets into one, in the order given: ids are copied as bytes, nothing is loaded whole.
 
-The shards I/N of one input, joined in order, give the same documents as one run over all of it.
+The shards I/N of one conversion, joined in order, give the bytes of one run over all of it. What does not belong
+together, is damaged or is missing is refused by name. A stopped merge goes on after the last part that it copied whole.
 """
 
 from __future__ import annotations
@@ -19,15 +20,22 @@ from tqdm import tqdm
 # A checkout runs as it is, installed or not, from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_speech.data.dataset_writer import BIN, DOCUMENTS, REJECTED, DatasetWriter
+from megatron_speech.data.dataset_writer import BIN, DOCUMENTS, MANIFEST, REJECTED, DatasetWriter
 from megatron_speech.data.documents_table import SCHEMA
 from megatron_speech.data.indexed import TokenDataset, file_of
 from megatron_speech.data.manifest import FilterStatistics, InputEntry, Manifest, Totals, sum_counts, sum_totals
 from megatron_speech.data.report import print_report
 from megatron_speech.errors import InputError, command
+from megatron_speech.files import canonical_json, sha256_file
 from preprocess.pool import interrupt_on_sigterm
+from preprocess.resume import report_resume
 
 COPY_BYTES = 8 << 20
+
+# Raise it when the same parts come to give other bytes: an unfinished merge is then not gone on with.
+MERGE_VERSION = 1
+
+_SHOWN = 8  # names in an error
 
 # What must be equal in all parts, and what to do where it is not.
 AGREEMENTS = {
@@ -49,6 +57,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--input", required=True, nargs="+", metavar="P", help="prefixes of the datasets, in order")
     parser.add_argument("--output-prefix", required=True, metavar="P", help="prefix of the joined dataset")
+    parser.add_argument(
+        "--allow-missing", action="store_true", help="join shards even where others of the same conversion are missing"
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="begin anew even if a stopped merge could be gone on with"
+    )
     arguments = parser.parse_args(argv)
     seen: dict[Path, str] = {}
     for prefix in arguments.input:
@@ -78,7 +92,7 @@ def open_parts(prefixes: Sequence[str]) -> list[TokenDataset]:
                     f"{parts[0].prefix}; {remedy}"
                 )
         content = _manifest(part).files[BIN].sha256
-        if content in contents:
+        if content in contents and len(part):
             raise InputError(f"{part.prefix} holds the same ids as {contents[content]}; name each dataset once")
         contents[content] = part.prefix
     return parts
@@ -96,24 +110,61 @@ def _get(manifest: Manifest, field: str) -> Any:
     return value
 
 
+def check_shards(parts: Sequence[TokenDataset]) -> None:
+    """Refuse a conversion of which shards are missing, or lie in another order than its rows.
+
+    Raises:
+        InputError: naming the shards that are missing.
+    """
+    conversions: dict[bytes, list[TokenDataset]] = {}
+    for part in parts:
+        if _manifest(part).shard is not None:
+            conversions.setdefault(_conversion(_manifest(part)), []).append(part)
+    for shards in conversions.values():
+        found = [name for part in shards for name in (_manifest(part).shard or "").split()]
+        count = int(found[0].partition("/")[2])
+        needed = [f"{index}/{count}" for index in range(count)]
+        missing = [name for name in needed if name not in found]
+        inputs = ", ".join(entry.path for entry in _manifest(shards[0]).inputs)
+        if missing:
+            raise InputError(
+                f"shard {_list(missing)} of {inputs} is missing (found {_list(found)}); "
+                "name it too, or say --allow-missing to join what is there"
+            )
+        if found != needed:
+            raise InputError(
+                f"the shards of {inputs} are named as {_list(found)}; name them in order, each once, so that the "
+                "documents keep the order of the input"
+            )
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _conversion(manifest: Manifest) -> bytes:
+    """What the shards of one conversion share, and other datasets do not."""
+    count = (manifest.shard or "").partition("/")[2].partition(" ")[0]
+    inputs = [entry.model_dump() for entry in manifest.inputs]
+    return canonical_json([count, manifest.seed, manifest.options, inputs])
+
+
 def copy_part(part: TokenDataset, writer: DatasetWriter, progress: tqdm[NoReturn]) -> None:
     """Append a dataset's files, checking their bytes on the way.
 
     Raises:
         InputError: a file does not have the SHA-256 that its manifest states.
     """
+    for suffix in _manifest(part).files:
+        if suffix != BIN:
+            _check_hash(part, suffix, sha256_file(file_of(part.prefix, suffix)))
     digest = hashlib.sha256()
     with open(file_of(part.prefix, BIN), "rb") as handle:
         while chunk := handle.read(COPY_BYTES):
             digest.update(chunk)
             writer.add_raw(chunk)
             progress.update(len(chunk))
-    needed = _manifest(part).files[BIN].sha256
-    if digest.hexdigest() != needed:
-        raise InputError(
-            f"{file_of(part.prefix, BIN)}: SHA-256 is {digest.hexdigest()}, needed {needed} by its manifest: it is "
-            "damaged; make this dataset anew"
-        )
+    _check_hash(part, BIN, digest.hexdigest())
     writer.add_lengths(part.lengths)
     with pq.ParquetFile(file_of(part.prefix, DOCUMENTS)) as table:
         if table.schema_arrow != SCHEMA:
@@ -122,9 +173,17 @@ def copy_part(part: TokenDataset, writer: DatasetWriter, progress: tqdm[NoReturn
             )
         for batch in table.iter_batches():
             writer.add_rows(batch)
-    rejected = file_of(part.prefix, REJECTED)
-    if rejected.exists():
-        writer.add_rejected_lines(rejected)
+    if REJECTED in _manifest(part).files:
+        writer.add_rejected_lines(file_of(part.prefix, REJECTED))
+
+
+def _check_hash(part: TokenDataset, suffix: str, found: str) -> None:
+    needed = _manifest(part).files[suffix].sha256
+    if found != needed:
+        raise InputError(
+            f"{file_of(part.prefix, suffix)}: SHA-256 is {found}, needed {needed} by its manifest: it is damaged; "
+            "make this dataset anew"
+        )
 
 
 def merge_manifests(manifests: Sequence[Manifest]) -> Manifest:
@@ -154,7 +213,7 @@ def merge_manifests(manifests: Sequence[Manifest]) -> Manifest:
                 dropped=sum_counts([manifest.filters.dropped for manifest in manifests]),
             ),
             "inputs": inputs,
-            "shard": _join_shards([manifest.shard for manifest in manifests]),
+            "shard": _join_shards(manifests),
         }
     )
 
@@ -164,15 +223,39 @@ def _join(groups: Sequence[dict[str, Totals]], rate: float) -> dict[str, Totals]
     return {name: sum_totals([group[name] for group in groups if name in group], rate) for name in names}
 
 
-def _join_shards(shards: Sequence[str | None]) -> str | None:
-    """None where nothing is missing: whole inputs, or all N of N shards."""
-    named = [shard for shard in shards if shard is not None]
-    if not named:
+def _join_shards(manifests: Sequence[Manifest]) -> str | None:
+    """None where nothing is missing: whole inputs, or all N of N shards of each conversion."""
+    found: dict[bytes, list[str]] = {}
+    for manifest in manifests:
+        if manifest.shard is not None:
+            found.setdefault(_conversion(manifest), []).extend(manifest.shard.split())
+    if all(len(set(names)) == int(names[0].partition("/")[2]) for names in found.values()):
         return None
-    count = int(named[0].partition("/")[2])
-    if set(named) == {f"{index}/{count}" for index in range(count)} and len(named) == count:
-        return None
-    return " ".join(named)
+    return " ".join(name for names in found.values() for name in names)
+
+
+def fingerprint(parts: Sequence[TokenDataset]) -> dict[str, Any]:
+    """Everything that decides the output: the parts, by their manifests, in order."""
+    return {
+        "command": "merge_datasets",
+        "version": MERGE_VERSION,
+        "parts": {part.prefix: sha256_file(file_of(part.prefix, MANIFEST)) for part in parts},
+        "order": [part.prefix for part in parts],
+    }
+
+
+def merge(parts: Sequence[TokenDataset], writer: DatasetWriter) -> Manifest:
+    """Copy the parts, from the first that was not copied before."""
+    done = 0 if writer.state is None else int(writer.state["parts"])
+    sizes = [_manifest(part).files[BIN].bytes for part in parts]
+    with tqdm(
+        total=sum(sizes), initial=sum(sizes[:done]), unit="B", unit_scale=True, desc="merge", disable=None
+    ) as progress:
+        for number, part in enumerate(parts[done:], done + 1):
+            copy_part(part, writer, progress)
+            if writer.due:
+                writer.commit({"parts": number})
+    return merge_manifests([_manifest(part) for part in parts])
 
 
 @command
@@ -180,14 +263,12 @@ def main(argv: list[str] | None = None) -> None:
     """Open, check, copy, report."""
     arguments = parse_arguments(argv)
     parts = open_parts(arguments.input)
-    total = sum(_manifest(part).files[BIN].bytes for part in parts)
-    with (
-        DatasetWriter(arguments.output_prefix, parts[0].dtype) as writer,
-        tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=None) as progress,
-    ):
-        for part in parts:
-            copy_part(part, writer, progress)
-        manifest = writer.finish(merge_manifests([_manifest(part) for part in parts]))
+    if not arguments.allow_missing:
+        check_shards(parts)
+    known = fingerprint(parts)
+    with DatasetWriter(arguments.output_prefix, parts[0].dtype, fingerprint=known, restart=arguments.restart) as writer:
+        report_resume(writer)
+        manifest = writer.finish() if writer.complete else writer.finish(merge(parts, writer))
     print_report(manifest)
     print(f"{arguments.output_prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, from {len(parts)}")
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ import pytest
 from megatron_speech.data.indexed import TokenDataset
 from megatron_speech.token_space import CodecDescription, TokenSpace
 from preprocess import preprocess_data
+from preprocess.readers.base import ReadOptions, Row
+from preprocess.readers.open import Inputs
 
 CODEC = CodecDescription("toy", "c" * 64, 8000, 25.0, ("a", "b"), (512, 64))
 
@@ -109,3 +114,61 @@ def make_corpus(tmp_path: Path) -> Callable[[int], Corpus]:
 @pytest.fixture
 def corpus(tmp_path: Path) -> Corpus:
     return Corpus(tmp_path, 60)
+
+
+@pytest.fixture
+def read_rows() -> Callable[..., list[Row]]:
+    """Rows of an input. Any part of them, counted or not, is the same rows: that is tried each time."""
+
+    def read(*paths: object, options: ReadOptions | None = None, start: int = 0, stop: int | None = None) -> list[Row]:
+        def some(start: int, stop: int | None, *, counted: bool = False) -> list[Row]:
+            inputs = Inputs([str(path) for path in paths], options)
+            total = inputs.rows if counted else None
+            found = []
+            for batch in inputs.batches(start, stop):
+                read = pickle.loads(pickle.dumps(batch)).read()  # as it travels to a worker
+                assert len(read) == batch.rows
+                found += read
+            if start == 0 and stop is None:
+                assert inputs.known_rows == len(found) and total in (None, len(found))
+            return found
+
+        rows = some(start, stop)
+        if (start, stop) == (0, None):
+            numbers = [row.number for row in rows]
+            third = len(rows) // 3
+            assert [row.number for row in some(third, 2 * third, counted=True)] == numbers[third : 2 * third]
+            assert [row.number for row in some(2 * third, None)] == numbers[2 * third :]
+        return rows
+
+    return read
+
+
+class Killer:
+    """Runs commands that die at a chosen change of the disk; see kill_at.py."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        script = Path(__file__).with_name("kill_at.py")
+        self._process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def run(self, command: str, argv: list[str], *, kill_at: int = -1, often: bool = True) -> dict[str, Any]:
+        request = {"command": command, "argv": argv, "kill_at": kill_at, "often": often}
+        request |= {"log": str(self.folder / "log"), "folder": str(self.folder / "out")}
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+@pytest.fixture
+def killer(tmp_path: Path) -> Iterator[Killer]:
+    killer = Killer(tmp_path)
+    yield killer
+    killer.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from preprocess import merge_datasets
 
 
 def merge(folder: Path, output: str, *inputs: str) -> int:
-    return merge_datasets.main(
-        ["--input", *(str(folder / name) for name in inputs), "--output-prefix", str(folder / output)]
-    )
+    flags = [name for name in inputs if name.startswith("--")]
+    parts = [str(folder / name) for name in inputs if name not in flags]
+    return merge_datasets.main(["--input", *parts, "--output-prefix", str(folder / output), *flags])
 
 
 @pytest.mark.parametrize("flags", [("--cloning", "same-speaker", "--references", 2), ()], ids=["cloning", "plain"])
@@ -101,10 +102,65 @@ def test_a_damaged_part_is_found_while_copying(corpus: Any, capsys: pytest.Captu
     assert corpus.left() == before
 
 
-def test_a_part_of_the_shards_says_so(corpus: Any) -> None:
+def test_a_missing_shard_is_named(corpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    out = corpus.folder / "out"
     for i in range(3):
         corpus.convert("tts", "--shard", f"{i}/3", prefix=f"out/{i}")
-    assert merge(corpus.folder / "out", "some", "0", "2") == 0
-    manifest = json.loads((corpus.folder / "out" / "some.manifest.json").read_text())
+    before = corpus.left()
+    assert merge(out, "some", "0", "2") == 2
+    assert f"shard 1/3 of {corpus.samples} is missing (found 0/3, 2/3)" in capsys.readouterr().err
+    assert merge(out, "some", "0", "2", "1") == 2
+    assert "are named as 0/3, 2/3, 1/3; name them in order" in capsys.readouterr().err
+    assert corpus.left() == before
+    assert merge(out, "some", "0", "2", "--allow-missing") == 0
+    manifest = json.loads((out / "some.manifest.json").read_text())
     assert manifest["shard"] == "0/3 2/3"
     assert manifest["documents"] == 40
+    assert merge(out, "all", "some", "1") == 2  # what is there twice or out of order stays visible
+    assert "are named as 0/3, 2/3, 1/3" in capsys.readouterr().err
+
+
+def test_shards_of_two_conversions_do_not_complete_each_other(corpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus.convert("tts", "--shard", "0/2", prefix="out/a0")
+    other = corpus.write([{**row, "language": "am"} for row in corpus.rows], "other.jsonl")
+    corpus.convert("tts", "--shard", "1/2", prefix="out/b1", inputs=[other])
+    corpus.convert("tts", "--shard", "1/2", "--seed", 1, prefix="out/c1")
+    for name, missing in (("b1", "1/2"), ("c1", "1/2")):
+        assert merge(corpus.folder / "out", "merged", "a0", name) == 2
+        assert f"shard {missing} of {corpus.samples} is missing (found 0/2)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".docs.parquet", ".rejected.jsonl"])
+def test_each_file_of_a_part_is_checked(corpus: Any, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus.write(["{", *corpus.rows, "{"])
+    for i in range(2):
+        corpus.convert("tts", "--max-rejected", 0.5, "--shard", f"{i}/2", prefix=f"out/{i}")
+    path = corpus.folder / "out" / f"1{suffix}"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    before = corpus.left()
+    assert merge(corpus.folder / "out", "merged", "0", "1") == 2
+    assert f"1{suffix}: SHA-256 is" in capsys.readouterr().err
+    assert corpus.left() == before
+
+
+def test_a_merge_killed_at_every_change_of_the_disk_goes_on_to_the_same_bytes(corpus: Any, killer: Any) -> None:
+    corpus.write(["{", *corpus.rows])
+    for i in range(3):
+        corpus.convert("tts", "--max-rejected", 0.5, "--shard", f"{i}/3", prefix=f"shards/{i}")
+    argv = ["--input", *(str(corpus.folder / "shards" / str(i)) for i in range(3))]
+    argv += ["--output-prefix", str(corpus.folder / "out" / "data")]
+    whole = killer.run("merge_datasets", argv)
+    assert whole["status"] == 0, whole["log"]
+    expected = corpus.files()
+    went_on = 0
+    for k in range(whole["changes"]):
+        shutil.rmtree(corpus.folder / "out")
+        assert killer.run("merge_datasets", argv, kill_at=k)["status"] == -9
+        again = killer.run("merge_datasets", argv, often=False)
+        assert again["status"] == 0, (k, again["log"])
+        assert corpus.files() == expected, k
+        assert not [name for name in corpus.left() if name.startswith(".")], k
+        went_on += "goes on after" in again["log"]
+    assert went_on > 5
