@@ -80,7 +80,12 @@ def _variant(task: str, given: set[str]) -> tuple[str, tuple[str, ...]]:
     raise InputError(f"task {task} was given {' '.join(sorted(given)) or 'nothing'}; needed: {wanted}")
 
 
-def _turn_ids(space: TokenSpace, turns: Sequence[tuple[str, Ids]]) -> Ids:
+def turn_ids(space: TokenSpace, turns: Sequence[tuple[str, Ids]]) -> Ids:
+    """Turns of (role, ids) end to end, each between the specials of its role: what fills the field TURNS.
+
+    Raises:
+        InputError: an unknown role.
+    """
     parts: list[Ids | list[int]] = []
     for role, ids in turns:
         if role not in ROLES:
@@ -104,7 +109,7 @@ def _fields(
         PROMPT_CODES: prompt_code_ids,
         REF_TEXT: ref_text_ids,
         REF_CODES: ref_code_ids,
-        TURNS: None if turns is None else _turn_ids(space, turns),
+        TURNS: None if turns is None else turn_ids(space, turns),
     }
     return {name: np.asarray(value, dtype=np.int32) for name, value in values.items() if value is not None}
 

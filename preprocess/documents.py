@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,13 +17,17 @@ from megatron_speech.data.documents_table import SCHEMA, derive_columns
 from megatron_speech.data.manifest import Totals
 from megatron_speech.errors import InputError
 from megatron_speech.files import sha256_hex
-from megatron_speech.tasks import compile_document, count_target_tokens
+from megatron_speech.tasks import CODES, PROMPT_CODES, REF_CODES, REF_TEXT, TEXT, TURNS, turn_ids
 from megatron_speech.text import NORMALIZATION_VERSION
 from megatron_speech.token_space import TokenSpace
-from preprocess.codes import CodesLoader, EncodedCodes
-from preprocess.readers.base import RowBatch, RowRejected
+from preprocess.batch import Batch, split_at_duplicate
+from preprocess.codes import CodesLoader
+from preprocess.columns import Samples, read_samples
+from preprocess.compile_batch import CompiledBatch, compile_batch
+from preprocess.filters import Filters
+from preprocess.readers.base import RowBatch
 from preprocess.references import Keys
-from preprocess.samples import Sample, SampleRules
+from preprocess.samples import CodesAt, SampleRules
 
 
 @dataclass(frozen=True)
@@ -44,20 +48,27 @@ class Job:
     drop_unquoted: bool = False  # what becomes of a sample without one: dropped, or a plain document
     append_eod: bool = False
     records: Records | None = None
+    filters: Filters = field(default_factory=Filters)
+
+    @property
+    def looks_over(self) -> bool:
+        """Whether the whole input has to be looked over before the first document is made."""
+        return self.quotes > 0 or self.filters.finds_duplicates
 
 
 @dataclass(frozen=True)
 class Work:
-    """One item of work: rows, and for each of them the row numbers of what it may quote (-1: none; no column: none)."""
+    """One item of work: rows, and what the look over the whole input found of each of them."""
 
     batch: RowBatch
-    candidates: np.ndarray | None = None  # int64 [rows, candidates]
+    candidates: np.ndarray | None = None  # int64 [rows, candidates]: rows that it may quote; -1, or no column: none
     plain: np.ndarray | None = None  # bool [rows]: make a plain document of this row all the same
+    duplicates: np.ndarray | None = None  # bool [rows]: it repeats an earlier row
 
 
 @dataclass
 class Documents:
-    """What a batch of rows became. Mergeable: all but ids, lengths and table are counts."""
+    """What a batch of rows became. Mergeable: all but flat, lengths and table are counts."""
 
     flat: np.ndarray
     lengths: np.ndarray
@@ -68,7 +79,16 @@ class Documents:
     notices: Counter[str]
     forms: Counter[str]
     totals: dict[tuple[str, str], Totals]  # (language, source)
-    rejected: list[dict[str, Any]] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)  # filtered ones say so
+
+
+class _Record(NamedTuple):
+    """A row as a reference is made of it."""
+
+    sample_id: str
+    source_id: str
+    text: str | None
+    codes: CodesAt
 
 
 @dataclass(frozen=True)
@@ -81,15 +101,6 @@ class Quote:
     code_ids: np.ndarray
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A sample with its texts and codes as ids."""
-
-    sample: Sample
-    texts: list[np.ndarray]
-    codes: EncodedCodes | None
-
-
 class Converter:
     """Rows to documents. One per worker process; it keeps code files open between batches."""
 
@@ -98,6 +109,7 @@ class Converter:
         self.space = job.space
         self.loader = CodesLoader(job.space)
         self.tokenizer_version = tokenizer_version(job.space)
+        self.rules_before, self.duplicate, self.rules_after = split_at_duplicate(job.filters)
         self._record_data: mmap.mmap | None = None
         if job.records is not None:
             with open(job.records.data, "rb") as handle:
@@ -106,45 +118,49 @@ class Converter:
 
     # ---- rows to samples
 
-    def parse(self, batch: RowBatch) -> list[Sample | RowRejected]:
-        """Samples of a batch in the order of its rows, or why a row is none.
+    def read(self, batch: RowBatch) -> Batch:
+        """The rows of a batch as samples.
 
         Raises:
             InputError: codes of another codec than the token space's.
         """
-        result: list[Sample | RowRejected] = []
-        for row in batch.read():
-            try:
-                sample = self.job.rules.sample(row, batch.path)
-            except RowRejected as error:
-                error.number = row.number
-                result.append(error)
-                continue
-            codec = self.space.codec
-            if sample.codec_hash is not None and self.job.rules.needs_codes and sample.codec_hash != codec.hash:
+        samples = read_samples(self.job.rules, batch.read(), batch.path)
+        if self.job.rules.needs_codes:
+            self._check_codec(samples, batch.path)
+        return Batch(self.space, self.loader, samples, batch.path)
+
+    def _check_codec(self, samples: Samples, path: str) -> None:
+        codec = self.space.codec
+        if set(samples.codec_hash) <= {codec.hash, None}:
+            return
+        for row, found in enumerate(samples.codec_hash):
+            if found is not None and found != codec.hash and row not in samples.rejected:
                 raise InputError(
-                    f"{batch.path} line {row.number}: codec_hash is {sample.codec_hash}, needed {codec.hash} "
+                    f"{path} line {samples.number[row]}: codec_hash is {found}, needed {codec.hash} "
                     f"({codec.name}) of the token space; encode the audio with that codec, or make another token space"
                 )
-            result.append(sample)
-        return result
 
-    def encode(self, samples: Sequence[Sample]) -> list[Encoded | RowRejected]:
-        """Texts and codes of samples as ids."""
-        texts = iter(self.space.encode_text_batch([text for sample in samples for text in sample.texts]))
-        places = [sample.codes for sample in samples if sample.codes is not None]
-        codes = iter(self.loader.encode(places))
-        result: list[Encoded | RowRejected] = []
-        for sample in samples:
-            text_ids = [next(texts) for _ in sample.texts]
-            code = next(codes) if sample.codes is not None else None
-            if any(len(ids) == 0 for ids in text_ids):
-                result.append(RowRejected("no_tokens", "the text tokenizer yields nothing for the text"))
-            elif isinstance(code, RowRejected):
-                result.append(code)
-            else:
-                result.append(Encoded(sample, text_ids, code))
-        return result
+    # ---- the look over the whole input
+
+    def index(self, source: RowBatch) -> IndexedRows:
+        """Keys of the rows, and records of those that can be quoted."""
+        batch = self.read(source)
+        batch.apply(self.rules_before)
+        content = None
+        if self.duplicate is not None:
+            content = batch.content_hashes(self.duplicate.of or "codes")
+            batch.apply(self.rules_after)
+        alive = batch.alive()
+        records = [b""] * len(batch.samples)
+        if self.job.quotes:
+            samples = batch.samples
+            for row in alive:
+                place = samples.codes[row]
+                assert place is not None
+                text = samples.texts[row][0] if samples.texts[row] else None
+                record = (samples.sample_id[row], samples.source_id[row], text, tuple(place))
+                records[row] = pickle.dumps(record, protocol=5)
+        return IndexedRows(Keys.of(batch.samples, alive, content), records)
 
     # ---- quotes
 
@@ -169,54 +185,48 @@ class Converter:
 
     def _load_quotes(self, numbers: Sequence[int]) -> list[Quote | None]:
         assert self._record_data is not None
-        samples: list[Sample] = []
+        records = []
         for number in numbers:
             begin, end = int(self._record_offsets[number]), int(self._record_offsets[number + 1])
-            samples.append(pickle.loads(self._record_data[begin:end]))
-        return [
-            Quote(item.sample.sample_id, item.sample.source_id, item.texts[0] if item.texts else None, item.codes.ids)
-            if isinstance(item, Encoded) and item.codes is not None
-            else None
-            for item in self.encode(samples)
-        ]
+            sample_id, source_id, text, place = pickle.loads(self._record_data[begin:end])
+            records.append(_Record(sample_id, source_id, text, CodesAt(*place)))
+        codes = self.loader.encode([record.codes for record in records])
+        texts = iter(self.space.encode_text_batch([record.text for record in records if record.text is not None]))
+        result: list[Quote | None] = []
+        for record, ids in zip(records, codes.ids, strict=True):
+            text_ids = next(texts) if record.text is not None else None
+            usable = ids is not None and (text_ids is None or len(text_ids) > 0)
+            result.append(Quote(record.sample_id, record.source_id, text_ids, ids) if usable else None)  # type: ignore[arg-type]
+        return result
 
     # ---- documents
 
     def convert(self, work: Work) -> Documents:
         """Documents of a batch of rows."""
-        parsed = self.parse(work.batch)
-        encoded = iter(self.encode([sample for sample in parsed if isinstance(sample, Sample)]))
-        outcomes = [next(encoded) if isinstance(item, Sample) else item for item in parsed]
-        quotes: list[list[Quote]] = [[] for _ in outcomes]
+        batch = self.read(work.batch)
+        batch.duplicates = work.duplicates
+        batch.apply(self.job.filters.filters)
+        batch.load_codes(batch.alive())
+        batch.encode_texts()
+        rows = batch.alive()
+        quotes: list[list[Quote]] | None = None
         if work.candidates is not None:
-            usable = np.array([isinstance(item, Encoded) for item in outcomes])
+            usable = np.zeros(len(batch.samples), dtype=bool)
+            usable[rows] = True
             quotes = self.quotes(np.where(usable[:, None], work.candidates, -1))
-        builder = _Builder(self)
-        for i, (item, sample) in enumerate(zip(outcomes, parsed, strict=True)):
-            if isinstance(item, RowRejected):
-                builder.reject(work.batch.path, sample, item)
-            elif self.job.quotes == 0 or (work.plain is not None and work.plain[i]):
-                builder.add(item, [])
-            elif quotes[i]:
-                builder.add(item, quotes[i])
+        plan = _Plan(self, batch)
+        for row in rows:
+            mine = quotes[row] if quotes is not None else []
+            if mine and not (work.plain is not None and work.plain[row]):
+                plan.add(row, mine)
+            elif not mine and quotes is not None and not (work.plain is not None and work.plain[row]):
+                plan.without_quote(row)
             else:
-                builder.without_quote(item)
-        return builder.finish(len(outcomes))
+                plan.add(row, [])
+        return plan.finish()
 
 
-@dataclass(frozen=True)
-class _Emitted:
-    """A document and what its row of the documents table is made of."""
-
-    item: Encoded
-    quote: Quote | None
-    document: np.ndarray
-    audio_tokens: int
-    text_tokens: int
-    target_tokens: int
-
-
-# Columns of the documents table that are attributes of the sample.
+# Columns of the documents table that are columns of the samples.
 _OF_SAMPLE = (
     "sample_id",
     "source_id",
@@ -232,125 +242,176 @@ _OF_SAMPLE = (
 )
 
 
-class _Builder:
-    """Collects the documents of a batch."""
+class _Plan:
+    """Which documents a batch gives; :meth:`finish` makes all of them at once."""
 
-    def __init__(self, converter: Converter) -> None:
+    def __init__(self, converter: Converter, batch: Batch) -> None:
         self.job = converter.job
         self.space = converter.space
         self.tokenizer_version = converter.tokenizer_version
-        self.emitted: list[_Emitted] = []
-        self.dropped: Counter[str] = Counter()
-        self.notices: Counter[str] = Counter()
-        self.forms: Counter[str] = Counter()
-        self.rejected: list[dict[str, Any]] = []
-        self.kept = 0
+        self.batch = batch
+        self.kept: list[int] = []
+        self.notices = Counter(batch.samples.notices)
+        # Of each document: its row, its form, which of the row's texts it holds (-1: all or none), what it quotes.
+        self.row: list[int] = []
+        self.form: list[str] = []
+        self.text: list[int] = []
+        self.quote: list[Quote | None] = []
 
-    def reject(self, path: str, sample: Sample | RowRejected, why: RowRejected) -> None:
-        number = sample.number
-        row = {"input": path, "line": number, "rule": why.rule, "reason": why.reason}
-        if isinstance(sample, Sample):
-            row["sample_id"] = sample.sample_id
-        self.rejected.append(row)
-        self.dropped[why.rule] += 1
-
-    def without_quote(self, item: Encoded) -> None:
+    def without_quote(self, row: int) -> None:
         self.notices["rows_without_reference"] += 1
         if self.job.drop_unquoted:
-            self.dropped["no_reference"] += 1
+            self.batch.dropped["no_reference"] += 1
         else:
-            self.add(item, [])
+            self.add(row, [])
 
-    def add(self, item: Encoded, quotes: Sequence[Quote]) -> None:
+    def add(self, row: int, quotes: Sequence[Quote]) -> None:
         """The documents of one sample: one per quote, or one plain one (one per text of a text row)."""
-        self.kept += 1
-        if item.codes is not None and item.sample.codec_hash is None:
-            self.notices["rows_without_codec_hash"] += 1
+        self.kept.append(row)
         task = self.job.rules.task
-        if task == "speech_lm":
-            for quote in quotes:
-                self._emit("continuation", item, quote, prompt_code_ids=quote.code_ids)
-            if not quotes:
-                self._emit("plain", item)
-        elif task == "tts":
-            for quote in quotes:
-                reference = {"ref_text_ids": quote.text_ids, "ref_code_ids": quote.code_ids}
-                self._emit("cloning", item, quote, text_ids=item.texts[0], **reference)
-            if not quotes:
-                self._emit("plain", item, text_ids=item.texts[0])
-        elif item.sample.roles is not None:
-            self._emit("turns", item, turns=list(zip(item.sample.roles, item.texts, strict=True)))
-        else:
-            for ids in item.texts:
-                self._emit("plain", item, text_ids=ids)
+        if task == "text_lm":
+            if self.batch.samples.roles[row] is not None:
+                self._emit(row, "turns", -1, None)
+            else:
+                for i in range(len(self.batch.texts[row] or ())):
+                    self._emit(row, "plain", i, None)
+            return
+        text = 0 if task == "tts" else -1
+        for quote in quotes:
+            self._emit(row, "cloning" if task == "tts" else "continuation", text, quote)
+        if not quotes:
+            self._emit(row, "plain", text, None)
 
-    def _emit(self, form: str, item: Encoded, quote: Quote | None = None, **ids: Any) -> None:
-        if item.codes is not None:
-            ids["code_ids"] = item.codes.ids
-        document = compile_document(self.space, self.job.rules.task, append_eod=self.job.append_eod, **ids)
-        audio = sum(len(value) for name, value in ids.items() if name.endswith("code_ids"))
-        text = sum(len(value) for name, value in ids.items() if name.endswith("text_ids"))
-        text += sum(len(turn) for _, turn in ids.get("turns", ()))
-        target = count_target_tokens(self.space, document)
-        self.emitted.append(_Emitted(item, quote, document, audio, text, target))
-        self.forms[form] += 1
+    def _emit(self, row: int, form: str, text: int, quote: Quote | None) -> None:
+        self.row.append(row)
+        self.form.append(form)
+        self.text.append(text)
+        self.quote.append(quote)
 
-    def _columns(self) -> dict[str, list[Any]]:
-        emitted, rules, codec = self.emitted, self.job.rules, self.space.codec
-        samples = [one.item.sample for one in emitted]
-        codes = [one.item.codes for one in emitted]
-        columns: dict[str, list[Any]] = {name: [getattr(sample, name) for sample in samples] for name in _OF_SAMPLE}
-        columns |= {
-            "code_len": [code.frames if code else None for code in codes],
-            "duration_seconds": [code.frames / codec.frame_rate_hz if code else None for code in codes],
-            "checksum": [code.checksum if code else None for code in codes],
-            "audio_tokens": [one.audio_tokens for one in emitted],
-            "text_tokens": [one.text_tokens for one in emitted],
-            "tokens": [len(one.document) for one in emitted],
-            "target_tokens": [one.target_tokens for one in emitted],
-            "reference_sample_id": [one.quote.sample_id if one.quote else None for one in emitted],
-            "reference_source_id": [one.quote.source_id if one.quote else None for one in emitted],
-            "task": [rules.task] * len(emitted),
-            "codec_hash": [codec.hash if rules.needs_codes else None] * len(emitted),
-            "tokenizer_version": [self.tokenizer_version] * len(emitted),
-            "normalization_version": [NORMALIZATION_VERSION] * len(emitted),
-        }
+    def _fields(self) -> dict[str, list[np.ndarray | None]]:
+        task, batch = self.job.rules.task, self.batch
+        fields: dict[str, list[np.ndarray | None]] = {}
+        if task != "text_lm":
+            fields[CODES] = [batch.codes[row] for row in self.row]
+        if task != "speech_lm":
+            texts = [batch.texts[row] or [] for row in self.row]
+            fields[TEXT] = [mine[i] if i >= 0 else None for mine, i in zip(texts, self.text, strict=True)]
+        if any(self.quote):
+            codes = [quote and quote.code_ids for quote in self.quote]
+            fields[PROMPT_CODES if task == "speech_lm" else REF_CODES] = codes
+            if task == "tts":
+                fields[REF_TEXT] = [quote and quote.text_ids for quote in self.quote]
+        if "turns" in self.form:
+            fields[TURNS] = [self._turns(row) if i < 0 else None for row, i in zip(self.row, self.text, strict=True)]
+        return fields
+
+    def _turns(self, row: int) -> np.ndarray:
+        roles = self.batch.samples.roles[row] or []
+        return turn_ids(self.space, list(zip(roles, self.batch.texts[row] or [], strict=True)))
+
+    def _text_columns(self) -> dict[str, np.ndarray]:
+        """Of each document's own text: characters, tokens made of them, and unknown ones. Given ids count as none."""
+        samples, count = self.batch.samples, len(self.row)
+        columns = {name: np.zeros(count, np.int64) for name in ("characters", "target_text_tokens", "unknown_tokens")}
+        if self.job.rules.task == "speech_lm":
+            return columns
+        unknown = self.space.unknown_id
+        for i, (row, text) in enumerate(zip(self.row, self.text, strict=True)):
+            texts, ids = samples.texts[row], self.batch.texts[row] or []
+            if not texts:
+                continue
+            if text >= 0:
+                texts, ids = texts[text : text + 1], ids[text : text + 1]
+            columns["characters"][i] = sum(map(len, texts))
+            columns["target_text_tokens"][i] = sum(map(len, ids))
+            if unknown is not None and self.batch.unknown[row]:
+                columns["unknown_tokens"][i] = sum(int(np.count_nonzero(part == unknown)) for part in ids)
         return columns
 
-    def _totals(self) -> dict[tuple[str, str], Totals]:
-        sums: dict[tuple[str, str], np.ndarray] = {}
-        for one in self.emitted:
-            sample, codes = one.item.sample, one.item.codes
-            frames = codes.frames if codes else 0
-            counts = (1, frames, len(one.document), one.audio_tokens, one.text_tokens, one.target_tokens)
-            key = (sample.language, sample.dataset_source)
-            if key in sums:
-                sums[key] += counts
-            else:
-                sums[key] = np.array(counts, dtype=np.int64)
-        names = ("documents", "frames", "tokens", "audio_tokens", "text_tokens", "target_tokens")
-        return {key: Totals(**dict(zip(names, counts.tolist(), strict=True))) for key, counts in sums.items()}
-
-    def finish(self, rows: int) -> Documents:
+    def finish(self) -> Documents:
         """All documents, as the writer takes them."""
-        documents = [one.document for one in self.emitted]
-        flat = (np.concatenate(documents) if documents else np.zeros(0, np.int32)).astype(self.space.dtype)
-        lengths = np.array([len(document) for document in documents], dtype=np.int32)
-        columns = self._columns()
-        missing = [None] * len(documents)
-        table = pa.record_batch([pa.array(columns.get(f.name, missing), f.type) for f in SCHEMA], schema=SCHEMA)
+        rules, batch = self.job.rules, self.batch
+        compiled = compile_batch(self.space, rules.task, self.form, self._fields(), append_eod=self.job.append_eod)
+        counts = self._text_columns()
+        text = compiled.text
+        if "turns" in self.form:
+            turns = np.array([form == "turns" for form in self.form])
+            text = np.where(turns, counts["target_text_tokens"], text)
+        if rules.needs_codes:
+            frames = np.array([batch.frames(row) for row in self.row], dtype=np.int64)
+        else:
+            frames = np.zeros(len(self.row), dtype=np.int64)
+        counts |= {
+            "documents": np.ones(len(self.row), dtype=np.int64),
+            "frames": frames,
+            "tokens": compiled.tokens,
+            "audio_tokens": compiled.audio,
+            "text_tokens": text,
+            "target_tokens": compiled.target,
+        }
+        if rules.needs_codes:
+            without = sum(batch.samples.codec_hash[row] is None for row in self.kept)
+            if without:
+                self.notices["rows_without_codec_hash"] += without
+        lengths = compiled.tokens.astype(np.int32)
         return Documents(
-            flat=flat,
+            flat=compiled.flat,
             lengths=lengths,
-            table=derive_columns(table, flat, lengths),
-            rows=rows,
-            kept=self.kept,
-            dropped=self.dropped,
+            table=derive_columns(self._table(compiled, counts), compiled.flat, lengths),
+            rows=len(batch.samples),
+            kept=len(self.kept),
+            dropped=batch.dropped,
             notices=self.notices,
-            forms=self.forms,
-            totals=self._totals(),
-            rejected=self.rejected,
+            forms=Counter(self.form),
+            totals=self._totals(counts),
+            rejected=batch.rejected,
         )
+
+    def _table(self, compiled: CompiledBatch, counts: dict[str, np.ndarray]) -> pa.RecordBatch:
+        """The rows of the documents table, but for what follows from names and ids."""
+        rules, codec, batch, count = self.job.rules, self.space.codec, self.batch, len(self.row)
+        whole = self.row == list(range(len(batch.samples)))  # one document a row, as nearly always
+        columns: dict[str, Any] = {}
+        for name in _OF_SAMPLE:
+            column = getattr(batch.samples, name)
+            columns[name] = column if whole else [column[row] for row in self.row]
+        for name in ("audio_tokens", "text_tokens", "tokens", "target_tokens"):
+            columns[name] = counts[name].astype(np.int32)
+        if rules.needs_codes:
+            columns["code_len"] = counts["frames"].astype(np.int32)
+            columns["duration_seconds"] = counts["frames"] / codec.frame_rate_hz
+            columns["checksum"] = [batch.checksums[row] for row in self.row]
+        if any(self.quote):
+            columns["reference_sample_id"] = [quote and quote.sample_id for quote in self.quote]
+            columns["reference_source_id"] = [quote and quote.source_id for quote in self.quote]
+        constants = {
+            "task": rules.task,
+            "codec_hash": codec.hash if rules.needs_codes else None,
+            "tokenizer_version": self.tokenizer_version,
+            "normalization_version": NORMALIZATION_VERSION,
+        }
+        arrays = []
+        for column_field in SCHEMA:
+            name, kind = column_field.name, column_field.type
+            if name in columns:
+                arrays.append(pa.array(columns[name], kind))
+            else:
+                value = constants.get(name)
+                arrays.append(pa.nulls(count, kind) if value is None else pa.repeat(pa.scalar(value, kind), count))
+        return pa.record_batch(arrays, schema=SCHEMA)
+
+    def _totals(self, counts: dict[str, np.ndarray]) -> dict[tuple[str, str], Totals]:
+        samples = self.batch.samples
+        index: dict[tuple[str, str], int] = {}
+        group = np.array(
+            [index.setdefault((samples.language[row], samples.dataset_source[row]), len(index)) for row in self.row],
+            dtype=np.int64,
+        )
+        sums = {}
+        for name, values in counts.items():
+            sums[name] = np.zeros(len(index), dtype=np.int64)
+            np.add.at(sums[name], group, values)
+        return {key: Totals(**{name: int(values[i]) for name, values in sums.items()}) for key, i in index.items()}
 
 
 @dataclass(frozen=True)
@@ -375,6 +436,5 @@ def convert_batch(converter: Converter, work: Work) -> Documents:
 
 
 def index_batch(converter: Converter, batch: RowBatch) -> IndexedRows:
-    """Rows to the keys by which references are chosen, and records from which they are made."""
-    samples = [item if isinstance(item, Sample) else None for item in converter.parse(batch)]
-    return IndexedRows(Keys.of(samples), [pickle.dumps(sample) if sample else b"" for sample in samples])
+    """Rows to the keys by which references and duplicates are found, and records from which references are made."""
+    return converter.index(batch)

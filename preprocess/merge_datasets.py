@@ -47,6 +47,7 @@ AGREEMENTS = {
     "template_hash": "make them with one version of the templates",
     "tokenizer_version": "make them with one token space",
     "normalization_version": "make them with one version of the text normalisation",
+    "filters_hash": "make them with one --filters file",
     "split_seed": "make them with one --split-seed",
     "append_eod": "make all of them with --append-eod, or none",
 }

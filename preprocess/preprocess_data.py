@@ -51,6 +51,7 @@ from preprocess.documents import (
     index_batch,
     tokenizer_version,
 )
+from preprocess.filters import Filters, find_duplicates
 from preprocess.pool import available_cores, interrupt_on_sigterm, map_ordered
 from preprocess.prepass import look_over
 from preprocess.readers.base import BATCH_ROWS
@@ -63,8 +64,8 @@ from preprocess.tally import Tally
 # Raise it when the same arguments and input come to mean other bytes: unfinished work is then not gone on with.
 CONVERSION_VERSION = 1
 
-# Arguments that do not decide the output; the token space does by its hash, not by its path.
-UNDECIDING = ("workers", "output_prefix", "token_space", "dry_run", "restart")
+# Arguments that do not decide the output; the token space and the filters do by their hash, not by their path.
+UNDECIDING = ("workers", "output_prefix", "token_space", "dry_run", "restart", "filters")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -81,6 +82,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--shard", default="0/1", metavar="I/N", help="convert the I-th (from 0) of N equal parts of the rows")
     add("--append-eod", action="store_true", help="end every document with <eos>")
     add("--max-rejected", type=float, default=0.01, help="share of unusable rows above which nothing is written")
+    add("--filters", metavar="FILE.yaml", help="rules that drop rows; each drop is counted under its rule's name")
+    add(
+        "--max-unknown",
+        type=float,
+        default=0.01,
+        help="share of text tokens that the tokenizer cannot spell above which nothing is written",
+    )
     add("--seed", type=int, default=0, help="of the choice of references")
     add("--split-seed", type=int, default=0, help="of the later choice of validation sources; kept in the manifest")
     add("--language", metavar="TAG", help="BCP-47 tag of rows that name no language")
@@ -117,6 +125,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     _check_arguments(arguments)
+    arguments.filters = Filters.load(arguments.filters, arguments.task) if arguments.filters else Filters()
     return arguments
 
 
@@ -129,7 +138,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise InputError(
             f"--first-rows {arguments.first_rows} is only for --dry-run, and needs 1 or more; leave it out"
         )
-    ranges = (("max_rejected", 0, 1), ("plain_fraction", 0, 1), ("workers", 1, 4096), ("references", 1, 64))
+    shares = [(name, 0, 1) for name in ("max_rejected", "max_unknown", "plain_fraction")]
+    ranges = (*shares, ("workers", 1, 4096), ("references", 1, 64))
     for name, low, high in ranges:
         value = getattr(arguments, name)
         if not low <= value <= high:
@@ -159,7 +169,14 @@ def make_job(arguments: argparse.Namespace, space: TokenSpace) -> Job:
     )
     quotes = arguments.references if arguments.cloning != "none" else int(arguments.continuation)
     drop = arguments.without_reference == "drop"
-    return Job(space, rules, quotes=quotes, drop_unquoted=drop, append_eod=arguments.append_eod)
+    return Job(
+        space,
+        rules,
+        quotes=quotes,
+        drop_unquoted=drop,
+        append_eod=arguments.append_eod,
+        filters=arguments.filters,
+    )
 
 
 def _workers(arguments: argparse.Namespace, rows: int | None) -> int:
@@ -172,8 +189,9 @@ class Choices:
 
     rows: int
     records: Records
-    candidates: np.ndarray  # int64 [rows, candidates]: rows that each row may quote
-    plain: np.ndarray  # bool [rows]: stays plain all the same
+    candidates: np.ndarray | None = None  # int64 [rows, candidates]: rows that each row may quote
+    plain: np.ndarray | None = None  # bool [rows]: stays plain all the same
+    duplicates: np.ndarray | None = None  # bool [rows]: repeats an earlier row
 
 
 def choose(arguments: argparse.Namespace, inputs: Inputs, job: Job, folder: Path) -> Choices:
@@ -186,22 +204,27 @@ def choose(arguments: argparse.Namespace, inputs: Inputs, job: Job, folder: Path
             index_batch, batches, workers=_workers(arguments, known), make_state=Converter, arguments=(job,)
         )
 
-    looked = look_over(folder / "look", index, known, "choose references")
+    looked = look_over(folder / "look", index, known, "look over the input")
+    keys, duplicates = looked.keys, None
+    if job.filters.finds_duplicates:
+        duplicates = find_duplicates(keys.content_low, keys.content_high)
+        keys = replace(keys, usable=keys.usable & ~duplicates)
+    choices = Choices(rows=len(keys), records=looked.records, duplicates=duplicates)
+    if not job.quotes:
+        return choices
     pick = previous_segment if arguments.continuation else same_speaker
-    return Choices(
-        rows=len(looked.keys),
-        records=looked.records,
-        candidates=pick(looked.keys, job.quotes, arguments.seed),
-        plain=fraction_of(looked.keys.sample, arguments.plain_fraction, arguments.seed),
+    return replace(
+        choices,
+        candidates=pick(keys, job.quotes, arguments.seed),
+        plain=fraction_of(keys.sample, arguments.plain_fraction, arguments.seed),
     )
 
 
 def _work(batches: Iterator[Any], row: int, choices: Choices | None) -> Iterator[Work]:
     for batch in batches:
-        if choices is None:
-            yield Work(batch)
-        else:
-            yield Work(batch, choices.candidates[row : row + batch.rows], choices.plain[row : row + batch.rows])
+        mine = slice(row, row + batch.rows)
+        columns = (choices.candidates, choices.plain, choices.duplicates) if choices is not None else ()
+        yield Work(batch, *(None if column is None else column[mine] for column in columns))
         row += batch.rows
 
 
@@ -230,6 +253,7 @@ def make_manifest(arguments: argparse.Namespace, inputs: Inputs, space: TokenSpa
     rate = space.codec.frame_rate_hz
     groups = {key: sum_totals([totals], rate) for key, totals in tally.totals.items()}
     options: dict[str, Any] = {"language": arguments.language, "source": arguments.source}
+    options["filters"] = arguments.filters.resolved()
     if arguments.task == "text_lm":
         options["json_keys"] = arguments.json_keys
     elif arguments.task == "speech_lm":
@@ -254,6 +278,7 @@ def make_manifest(arguments: argparse.Namespace, inputs: Inputs, space: TokenSpa
         seed=arguments.seed,
         append_eod=arguments.append_eod,
         options=options,
+        filters_hash=arguments.filters.hash,
         forms=sum_counts([tally.forms]),
         notices=sum_counts([tally.notices]),
         totals=sum_totals(groups.values(), rate),
@@ -280,8 +305,8 @@ def convert(
         InputError: unusable arguments or input.
     """
     job = make_job(arguments, space)
-    choices = choose(arguments, inputs, job, folder) if job.quotes else None
-    if choices is not None:
+    choices = choose(arguments, inputs, job, folder) if job.looks_over else None
+    if choices is not None and job.quotes:
         job = replace(job, records=choices.records)
     first, stop = shard_rows(arguments, inputs, choices)
     rows = None if stop is None else stop - first
@@ -309,6 +334,7 @@ def convert(
                     writer.commit(tally.to_json())
             progress.update(batch.rows)
     tally.check(rows, arguments.max_rejected, last=True)
+    tally.check_unknown(arguments.max_unknown)
     return make_manifest(arguments, inputs, space, tally), tally
 
 
@@ -324,6 +350,7 @@ def fingerprint(arguments: argparse.Namespace, inputs: Inputs, space: TokenSpace
         "options": options,
         "inputs": {str(entry["path"]): entry for entry in inputs.fingerprints()},
         "token_space": space.hash,
+        "filters": arguments.filters.hash,
         "templates": TEMPLATE_HASH,
         "normalization": NORMALIZATION_VERSION,
         "columns": sha256_hex(str(SCHEMA).encode()),

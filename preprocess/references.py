@@ -6,12 +6,14 @@ on nothing but the rows and the seed: not on workers, shards or the order of row
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
+import pyarrow as pa
 
-from preprocess.samples import Sample
+from megatron_speech.data.split import name_hash
+from preprocess.columns import Samples
 
 # Candidates beyond those asked for: a candidate may turn out to be unusable only when its codes are read.
 SPARE_CANDIDATES = 2
@@ -29,23 +31,41 @@ class Keys:
     speaker: np.ndarray  # uint64 [rows]
     language: np.ndarray  # uint64 [rows]
     order: np.ndarray  # int64 [rows], NO_ORDER where the row has no segment_order
+    content_low: np.ndarray  # uint64 [rows]: half of a hash of codes or text, 0 where no duplicates are looked for
+    content_high: np.ndarray  # uint64 [rows]: the other half
 
     def __len__(self) -> int:
         return len(self.usable)
 
     @classmethod
-    def of(cls, samples: list[Sample | None]) -> Keys:
-        """Keys of parsed rows; None stands for a row that cannot be used."""
+    def of(cls, samples: Samples, alive: Sequence[int], content: tuple[np.ndarray, np.ndarray] | None = None) -> Keys:
+        """Keys of a batch of rows.
+
+        Args:
+            samples: of the rows.
+            alive: rows that can be used.
+            content: two halves of a hash of each row's content, uint64 [rows]; 0: the row takes no part.
+        """
+        count = len(samples)
+        usable = np.zeros(count, dtype=bool)
+        usable[list(alive)] = True
+        # A name means something only within its data set.
+        within = _hashes(samples.dataset_source, usable)
+
+        def hashes(names: list[str | None]) -> np.ndarray:
+            found = _hashes(names, usable)
+            return np.where(found == 0, found, mix(found, 11) ^ within)
+
+        nothing = np.zeros(count, dtype=np.uint64)
         return cls(
-            usable=np.array([sample is not None for sample in samples], dtype=bool),
-            sample=_hashes([(s.dataset_source, s.sample_id) if s else None for s in samples]),
-            source=_hashes([(s.dataset_source, s.source_id) if s else None for s in samples]),
-            # A speaker's name means someone only within its data set.
-            speaker=_hashes([(s.dataset_source, s.speaker_id) if s and s.speaker_id else None for s in samples]),
-            language=_hashes([(s.language,) if s else None for s in samples]),
-            order=np.array(
-                [s.segment_order if s and s.segment_order is not None else NO_ORDER for s in samples], dtype=np.int64
-            ),
+            usable=usable,
+            sample=hashes(list(samples.sample_id)),
+            source=hashes(list(samples.source_id)),
+            speaker=hashes(samples.speaker_id),
+            language=_hashes(samples.language, usable),
+            order=np.array([NO_ORDER if order is None else order for order in samples.segment_order], dtype=np.int64),
+            content_low=content[0] if content else nothing,
+            content_high=content[1] if content else nothing,
         )
 
     @classmethod
@@ -54,13 +74,11 @@ class Keys:
         return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
-def _hashes(names: list[tuple[str, ...] | None]) -> np.ndarray:
-    return np.array([0 if name is None else _hash(name) for name in names], dtype=np.uint64)
-
-
-def _hash(name: tuple[str, ...]) -> int:
-    digest = hashlib.blake2b("\0".join(name).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") or 1
+def _hashes(names: Sequence[str | None], usable: np.ndarray) -> np.ndarray:
+    """A hash of each name, 0 where there is none or the row is not usable."""
+    column = pa.array(names, pa.string())
+    there = column.is_valid().to_numpy(zero_copy_only=False) & usable
+    return np.where(there, np.maximum(name_hash(column), np.uint64(1)), np.uint64(0))
 
 
 def mix(values: np.ndarray, *numbers: int) -> np.ndarray:

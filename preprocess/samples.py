@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
-import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
 
 from megatron_speech.tasks import ROLES
 from megatron_speech.text import normalize_document, normalize_transcript
-from preprocess.readers.base import Row, RowRejected, extra_json
+from preprocess.readers import source
+from preprocess.readers.base import Row, RowRejected
 
 # --transcript: the field of the row that is spoken text
 TRANSCRIPTS = {
@@ -20,14 +24,17 @@ TRANSCRIPTS = {
 }
 
 # Fields with a column, or an end, of their own; all others are kept in the column `extra`.
-_OWN_FIELDS = frozenset(
+OWN_FIELDS = frozenset(
     "sample_id source_id segment_order start_time end_time speaker_id language dataset_source transcript "
     "transcript_native transcript_romanized codes codes_path code_offset code_len codec_hash checksum".split()
 )
 
 
-@dataclass(frozen=True)
-class CodesAt:
+# Pretokenised text: ids of the token space's own text tokenizer.
+TEXT_IDS = "text_ids"
+
+
+class CodesAt(NamedTuple):
     """Where a sample's codes lie: in the row itself, or in a file (all of it, or frames offset to offset+length)."""
 
     inline: Any = None
@@ -56,6 +63,7 @@ class Sample:
     codes: CodesAt | None = None
     texts: list[str] = field(default_factory=list)
     roles: list[str] | None = None  # one per text, for a conversation
+    text_ids: np.ndarray | None = None  # int [n], in place of texts
     extra: str | None = None
 
 
@@ -83,9 +91,9 @@ class SampleRules:
         if row.rejected is not None:
             raise row.rejected
         fields = row.fields
-        stem = os.path.splitext(os.path.basename(path))[0]
+        stem = source.stem(path)
         sample_id = _text(fields, "sample_id") or f"{stem}-{row.number:08d}"
-        own = _OWN_FIELDS
+        own = OWN_FIELDS
         sample = Sample(
             number=row.number,
             sample_id=sample_id,
@@ -101,14 +109,21 @@ class SampleRules:
             codec_hash=_text(fields, "codec_hash"),
         )
         if self.needs_codes:
-            sample.codes = _codes_at(fields, os.path.dirname(path))
+            sample.codes = _codes_at(fields, source.folder(path))
         if self.task == "tts":
             sample.texts = [_transcript(fields, TRANSCRIPTS[self.transcript])]
+        elif self.task == "text_lm" and fields.get(TEXT_IDS) is not None:
+            sample.text_ids = _text_ids(fields[TEXT_IDS])
+            own = own | {TEXT_IDS}
         elif self.task == "text_lm":
             sample.roles, sample.texts, used = _written_text(fields, self.json_keys)
             own = own | used
-        sample.extra = extra_json({name: _plain(value) for name, value in fields.items() if name not in own})
+        sample.extra = extra_json({name: value for name, value in fields.items() if name not in own})
         return sample
+
+    def used_fields(self) -> frozenset[str]:
+        """Fields of a row that do not go into the column `extra`, but for conversations and pretokenised text."""
+        return OWN_FIELDS | set(self.json_keys) if self.task == "text_lm" else OWN_FIELDS
 
     def _language(self, fields: dict[str, Any]) -> str:
         language = _text(fields, "language") or self.language
@@ -134,9 +149,12 @@ def _number(fields: dict[str, Any], name: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RowRejected("bad_field", f"field {name} is {_short(value)}, needed a number")
-    if not math.isfinite(value):
-        raise RowRejected("not_finite", f"field {name} is {value}; leave it out")
-    return float(value)
+    try:
+        if not math.isfinite(value):
+            raise RowRejected("not_finite", f"field {name} is {value}; leave it out")
+        return float(value)
+    except OverflowError as error:
+        raise RowRejected("bad_field", f"field {name} is {_short(value)}, which is beyond any float") from error
 
 
 def _integer(fields: dict[str, Any], name: str) -> int | None:
@@ -166,7 +184,7 @@ def _codes_at(fields: dict[str, Any], folder: str) -> CodesAt:
         raise RowRejected("missing_field", "field code_len is missing; it is needed beside code_offset")
     if (offset or 0) < 0 or (length or 0) < 0:
         raise RowRejected("bad_field", f"code_offset {offset} and code_len {length} must not be negative")
-    return CodesAt(path=os.path.join(folder, path), offset=offset, length=length, checksum=checksum)
+    return CodesAt(path=source.join(folder, path), offset=offset, length=length, checksum=checksum)
 
 
 def _transcript(fields: dict[str, Any], names: tuple[str, ...]) -> str:
@@ -230,14 +248,50 @@ def _turn(turn: Any) -> tuple[Any, Any]:
     return None, None
 
 
-def _plain(value: Any) -> Any:
+def _text_ids(value: Any) -> np.ndarray:
+    try:
+        ids = np.asarray(value)
+    except ValueError as error:
+        raise RowRejected("bad_field", f"field {TEXT_IDS} is no list of integers") from error
+    if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or not ids.size):
+        found = f"{ids.dtype} of shape {list(ids.shape)}"
+        raise RowRejected("bad_field", f"field {TEXT_IDS} holds {found}, needed integers [tokens]")
+    return ids
+
+
+_AS_THEY_ARE = frozenset((str, int, bool, type(None)))
+
+
+def extra_json(fields: dict[str, Any]) -> str | None:
+    """Fields without a column of their own as a JSON object, keys sorted; None if there are none.
+
+    Raises:
+        RowRejected: a number in them is not finite.
+    """
+    if not fields:
+        return None
+    if not set(map(type, fields.values())) <= _AS_THEY_ARE:
+        fields = {name: _plain(value, name) for name, value in fields.items()}
+    try:
+        return orjson.dumps(fields, option=orjson.OPT_SORT_KEYS).decode()
+    except TypeError:  # an integer beyond 64 bits
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any, name: str) -> Any:
     """A cell as JSON can hold it; parquet has types of its own (dates, bytes)."""
-    if value is None or isinstance(value, (str, int, float, bool)):
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise RowRejected("not_finite", f"field {name} holds {value}; leave it out")
+        return float(value)
+    if value is None or isinstance(value, (str, int)):
         return value
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, name) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist(), name)
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_plain(item, name) for item in value]
     return str(value)
 
 

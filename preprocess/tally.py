@@ -92,6 +92,29 @@ class Tally:
             f"first: {'; '.join(self.reasons) or rules}"
         )
 
+    def check_unknown(self, max_unknown: float) -> None:
+        """Refuse text that the tokenizer cannot spell.
+
+        Raises:
+            InputError: naming the languages in which it is too much.
+        """
+        tokens = sum(totals.target_text_tokens for totals in self.totals.values())
+        unknown = sum(totals.unknown_tokens for totals in self.totals.values())
+        if not tokens or unknown <= max_unknown * tokens:
+            return
+        by_language: dict[str, list[int]] = {}
+        for (language, _), totals in self.totals.items():
+            counts = by_language.setdefault(language, [0, 0])
+            counts[0] += totals.unknown_tokens
+            counts[1] += totals.target_text_tokens
+        worst = sorted(by_language.items(), key=lambda item: -item[1][0])[:5]
+        rates = ", ".join(f"{language} {count / max(of, 1):.2%}" for language, (count, of) in worst if count)
+        raise InputError(
+            f"{unknown:,} of the {tokens:,} text tokens ({unknown / tokens:.2%}) stand for text that the tokenizer "
+            f"cannot spell ({rates}), more than --max-unknown {max_unknown:g}; nothing was written; make a token space "
+            "with a tokenizer that knows the script, drop such rows with the filter `unsupported`, or raise the limit"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Everything but `shown`, JSON-able."""
         return {

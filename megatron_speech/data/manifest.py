@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_speech.errors import InputError
-from megatron_speech.files import read_json, write_json
+from megatron_speech.files import atomic_write, canonical_json, read_json, sha256_hex
 
 FORMAT_VERSION = 2
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Totals(_Part):
@@ -50,8 +51,8 @@ COUNTED = tuple(name for name in Totals.model_fields if name != "seconds")
 class FileEntry(_Part):
     """A file of the dataset."""
 
-    bytes: int
-    sha256: str
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 class CodecEntry(_Part):
@@ -86,8 +87,8 @@ class Manifest(_Part):
     task: str
     dtype: str = Field(description="numpy name of the ids on disk: uint16 or int32")
     streams: int = Field(default=1, description="ids per step of a document's grid")
-    documents: int
-    tokens: int
+    documents: int = Field(ge=0)
+    tokens: int = Field(ge=0)
     token_space_hash: str
     template_hash: str
     codec: CodecEntry
@@ -102,6 +103,7 @@ class Manifest(_Part):
         default_factory=dict,
         description="the conversion's other choices; of a merged dataset: those that its parts share",
     )
+    filters_hash: str = Field(default="", description="of the filters in `options`: parts of one dataset share it")
     forms: dict[str, int] = Field(default_factory=dict, description="documents per form of the task's template")
     notices: dict[str, int] = Field(default_factory=dict, description="rows that are kept but worth knowing of")
     totals: Totals
@@ -117,9 +119,11 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """Read and check `P.manifest.json`.
 
     Raises:
-        InputError: missing, not JSON, another format version, or a field missing, unknown or of a wrong type.
+        InputError: missing, not JSON, another format version, a field missing, unknown or of a wrong type, or fields
+            that are not those that were written.
     """
     value = read_json(path, "manifest")
+    stated = value.pop("sha256", None) if isinstance(value, dict) else None
     version = value.get("format_version") if isinstance(value, dict) else None
     if version != FORMAT_VERSION:
         raise InputError(
@@ -127,7 +131,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
             "make the dataset anew with preprocess/preprocess_data.py"
         )
     try:
-        return Manifest.model_validate(value)
+        manifest = Manifest.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
@@ -135,11 +139,26 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
             f"manifest {path}: field {field}: {first['msg']}; restore the file, or make the dataset anew with "
             "preprocess/preprocess_data.py"
         ) from error
+    found = sha256_hex(canonical_json(manifest.model_dump()))
+    if found != stated:
+        raise InputError(
+            f"manifest {path}: its fields have SHA-256 {found}, needed {stated} by its field sha256: it was edited or "
+            "damaged; restore the file, or make the dataset anew with preprocess/preprocess_data.py"
+        )
+    return manifest
 
 
 def write_manifest(path: str | os.PathLike[str], manifest: Manifest) -> None:
     """Write `manifest`, whole or not at all; equal manifests give equal bytes."""
-    write_json(path, manifest.model_dump())
+    with atomic_write(path) as handle:
+        handle.write(manifest_bytes(manifest))
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The one way to write `manifest`: its fields, and the SHA-256 of them, as :func:`canonical_json` spells them."""
+    value = manifest.model_dump()
+    value["sha256"] = sha256_hex(canonical_json(value))
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def sum_totals(parts: Iterable[Totals], frame_rate_hz: float) -> Totals:

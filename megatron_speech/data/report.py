@@ -78,9 +78,10 @@ def drops_table(manifest: Manifest) -> Table:
     table.add_column("rows", justify="right")
     table.add_column("share", justify="right")
     rows = {"kept": filters.kept, **dict(sorted(filters.dropped.items(), key=lambda item: (-item[1], item[0])))}
+    filter_rules = {rule["name"]: f"filter {rule['rule']}" for rule in manifest.options.get("filters", [])}
     for rule, count in rows.items():
         share = count / filters.rows if filters.rows else 0.0
-        meaning = "gave at least one document" if rule == "kept" else RULES.get(rule, "")
+        meaning = "gave at least one document" if rule == "kept" else RULES.get(rule) or filter_rules.get(rule, "")
         table.add_row(rule, meaning, f"{count:,}", f"{share:.2%}")
     return table
 

@@ -1,0 +1,193 @@
+"""The rows of a batch on their way to documents: read, filtered, their codes and texts turned into ids."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_speech.token_space import TokenSpace
+from preprocess.codes import CodesLoader
+from preprocess.columns import Samples
+from preprocess.filters import Duplicate, Filters, Rule
+from preprocess.readers.base import RowRejected
+
+
+class Batch:
+    """Samples and what is known of them so far. Rows are named by their index.
+
+    Attributes:
+        samples: columns of the rows.
+        codes: ids of each row's codes, int32 [frames * codebooks]; None where they were not read.
+        checksums: of the codes that were read.
+        texts: ids of each row's texts, int32 [n] each; None where they were not made.
+        unknown: of those, how many stand for text that the tokenizer cannot spell.
+        dropped: rows per rule.
+        rejected: rows for the file of rejected ones, in the order in which they were met.
+    """
+
+    def __init__(self, space: TokenSpace, loader: CodesLoader, samples: Samples, path: str) -> None:
+        self.space = space
+        self.loader = loader
+        self.samples = samples
+        self.path = path
+        self.frame_rate_hz = space.codec.frame_rate_hz
+        self.duplicates: np.ndarray | None = None
+        count = len(samples)
+        self.codes: list[np.ndarray | None] = [None] * count
+        self.checksums: list[str | None] = [None] * count
+        self.texts: list[list[np.ndarray] | None] = [None] * count
+        self.unknown = [0] * count
+        self.dropped: Counter[str] = Counter()
+        self._rejected: dict[int, dict[str, Any]] = {}
+        self._gone = set(samples.rejected)
+        for row, why in samples.rejected.items():
+            self._note(row, why.rule, why.reason, is_sample=False)
+
+    # ---- rows that go
+
+    def alive(self) -> list[int]:
+        """Rows that nothing has dropped yet."""
+        count = len(self.samples)
+        return [row for row in range(count) if row not in self._gone] if self._gone else list(range(count))
+
+    def reject(self, row: int, why: RowRejected) -> None:
+        """A row that cannot be used."""
+        self._gone.add(row)
+        self._note(row, why.rule, why.reason)
+
+    def drop(self, row: int, rule: str, reason: str) -> None:
+        """A row that a filter does not let pass."""
+        self._gone.add(row)
+        self._note(row, rule, reason)["filtered"] = True
+
+    def _note(self, row: int, rule: str, reason: str, *, is_sample: bool = True) -> dict[str, Any]:
+        note = {"input": self.path, "line": self.samples.number[row], "rule": rule, "reason": reason}
+        if is_sample:
+            note["sample_id"] = self.samples.sample_id[row]
+        self.dropped[rule] += 1
+        self._rejected[row] = note
+        return note
+
+    @property
+    def rejected(self) -> list[dict[str, Any]]:
+        """What became of the rows that are gone, in the order of the input."""
+        return [self._rejected[row] for row in sorted(self._rejected)]
+
+    # ---- codes and texts as ids
+
+    def load_codes(self, rows: Iterable[int]) -> None:
+        """Read the codes of these rows, where that was not done; a row whose codes are unusable goes."""
+        wanted, places = [], []
+        for row in rows:
+            place = self.samples.codes[row]
+            if place is not None and self.codes[row] is None:
+                wanted.append(row)
+                places.append(place)
+        if not wanted:
+            return
+        found = self.loader.encode(places)
+        for row, ids, checksum in zip(wanted, found.ids, found.checksums, strict=True):
+            self.codes[row] = ids
+            self.checksums[row] = checksum
+        for i, why in found.rejected.items():
+            self.reject(wanted[i], why)
+
+    def encode_texts(self) -> None:
+        """Turn the texts of all rows that are alive into ids; a row without any goes."""
+        rows = [row for row in self.alive() if self.texts[row] is None]
+        texts = [text for row in rows for text in self.samples.texts[row]]
+        ids = iter(self.space.encode_text_batch(texts))
+        for row in rows:
+            given = self.samples.text_ids[row]
+            if given is not None:
+                self._take_ids(row, given)
+                continue
+            mine = self.texts[row] = [next(ids) for _ in self.samples.texts[row]]
+            if not all(map(len, mine)):
+                self.reject(row, RowRejected("no_tokens", "the text tokenizer yields nothing for the text"))
+        self._count_unknown(rows)
+
+    def _take_ids(self, row: int, given: np.ndarray) -> None:
+        """Text that was tokenised before."""
+        self.texts[row] = []
+        if not len(given):
+            self.reject(row, RowRejected("no_tokens", "field text_ids is empty"))
+        elif given.min() < 0 or given.max() >= self.space.text_size:
+            bad = given[(given < 0) | (given >= self.space.text_size)][0]
+            reason = f"field text_ids holds {int(bad)}, needed 0 to {self.space.text_size - 1}: another tokenizer's?"
+            self.reject(row, RowRejected("text_id_outside_tokenizer", reason))
+        else:
+            self.texts[row] = [given.astype(np.int32)]
+
+    def _count_unknown(self, rows: Sequence[int]) -> None:
+        unknown = self.space.unknown_id
+        if unknown is None:
+            return
+        for row in rows:
+            texts = self.texts[row] or []
+            self.unknown[row] = sum(int(np.count_nonzero(ids == unknown)) for ids in texts)
+
+    # ---- what filters ask
+
+    def frames(self, row: int) -> int | None:
+        """Frames of speech: of the codes if they were read, else as the row says."""
+        codes = self.codes[row]
+        if codes is not None:
+            return len(codes) // self.space.codebook_count
+        place = self.samples.codes[row]
+        return None if place is None else place.length
+
+    def text_counts(self, row: int) -> tuple[int, int]:
+        """(text tokens, those of them that the tokenizer cannot spell) of a row whose texts are ids."""
+        return sum(map(len, self.texts[row] or [])), self.unknown[row]
+
+    def apply(self, rules: Iterable[Rule]) -> None:
+        """Let rows meet rules in their order."""
+        for rule in rules:
+            rule.prepare(self)
+            for row in self.alive():
+                try:
+                    reason = rule.reason(self, row)
+                except RowRejected as why:
+                    self.reject(row, why)
+                    continue
+                if reason is not None:
+                    self.drop(row, rule.name, reason)
+
+    def content_hashes(self, of: str) -> tuple[np.ndarray, np.ndarray]:
+        """128 bits of each row's content, uint64 [rows] twice; 0 of rows that are gone.
+
+        Args:
+            of: "codes" (read and checked for it), "text" or "both".
+        """
+        if of != "text":
+            self.load_codes(self.alive())
+        low, high = (np.zeros(len(self.samples), dtype=np.uint64) for _ in range(2))
+        for row in self.alive():
+            digest = hashlib.blake2b(digest_size=16)
+            if of != "text":
+                digest.update((self.checksums[row] or "").encode())
+            if of != "codes":
+                for part in (*(self.samples.roles[row] or ()), *self.samples.texts[row]):
+                    encoded = part.encode("utf-8", "surrogatepass")
+                    digest.update(len(encoded).to_bytes(8, "little") + encoded)
+                given = self.samples.text_ids[row]
+                if given is not None:
+                    digest.update(np.ascontiguousarray(given, dtype="<i8").tobytes())
+            data = digest.digest()
+            low[row] = int.from_bytes(data[:8], "little")
+            high[row] = int.from_bytes(data[8:], "little") | 1  # never that of a row that is gone
+        return low, high
+
+
+def split_at_duplicate(filters: Filters) -> tuple[list[Rule], Duplicate | None, list[Rule]]:
+    """Rules before the one that looks for duplicates, that one, and those after it."""
+    rules: list[Rule] = list(filters.filters)
+    for i, rule in enumerate(rules):
+        if isinstance(rule, Duplicate):
+            return rules[:i], rule, rules[i + 1 :]
+    return rules, None, []
