@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -51,7 +51,18 @@ from megatron_speech.files import (
     sha256_hex,
     write_json,
 )
+from preprocess.audio_input import (
+    RowError,
+    Scan,
+    list_rows,
+    open_recording,
+    parse_row,
+    read_lines,
+    scan_input,
+    seconds_of,
+)
 from preprocess.pool import available_cores, map_ordered
+from preprocess.readers import source
 
 FORMAT_VERSION = 1
 CHUNK_ROWS = 32
@@ -59,134 +70,6 @@ COMMIT_SECONDS = 1.0
 REPORTED_EXAMPLES = 5
 # Levels of augmented variants, in dB against the codec's own. Upwards little is left before codecs clip or saturate.
 GAIN_DECIBELS = (-6.0, 2.0)
-# 16 bytes a row: the duplicate search holds at most this many rows in memory at a time.
-DUPLICATE_ROWS_IN_MEMORY = 1 << 22
-
-
-class RowError(Exception):
-    """A row that cannot be used: `reason` to count by, the message for people."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-# ---------------------------------------------------------------------------------------------------- rows
-
-
-def parse_row(line: bytes, augment: int) -> tuple[dict[str, Any], str]:
-    """The object of one input line and its sample_id.
-
-    Without `sample_id`, it is the wav_path as written, and `@start-end` where the row names a segment.
-
-    Raises:
-        RowError: bad_json, missing_wav_path, bad_sample_id.
-    """
-    try:
-        row = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-        json.dumps(row, ensure_ascii=False).encode("utf-8")  # a lone surrogate is JSON, but cannot be written again
-    except (ValueError, RecursionError) as error:
-        raise RowError("bad_json", f"the line is not one JSON object in UTF-8: {error}") from error
-    if not isinstance(row, dict):
-        raise RowError("bad_json", f"the line is a JSON {type(row).__name__}, needed is an object")
-    wav_path = row.get("wav_path")
-    if not isinstance(wav_path, str) or not wav_path:
-        raise RowError("missing_wav_path", f"wav_path is {wav_path!r}, needed is the path of a recording")
-    sample_id = row.get("sample_id")
-    if sample_id is None:
-        start, end = row.get("start_time"), row.get("end_time")
-        segment = "" if start is None and end is None else f"@{start or 0}-{'' if end is None else end}"
-        sample_id = wav_path + segment
-    elif isinstance(sample_id, int) and not isinstance(sample_id, bool):
-        sample_id = str(sample_id)
-    elif not isinstance(sample_id, str) or not sample_id:
-        raise RowError("bad_sample_id", f"sample_id is {sample_id!r}, needed is a string or an integer")
-    if augment > 1 and re.search(r"#v\d+$", sample_id):
-        raise RowError("bad_sample_id", f"sample_id {sample_id!r} ends like the name of an augmented variant (#v1)")
-    return row, sample_id
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _seconds(row: dict[str, Any], name: str) -> float | None:
-    value = row.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RowError("bad_segment", f"{name} is {value!r}, needed are seconds as a number")
-    return float(value)
-
-
-def read_lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
-    """(byte offset, line) of every line that begins in [start, stop) of a file; blank lines too."""
-    with open(path, "rb") as handle:
-        if start > 0:
-            # A line that began before `start` belongs to whoever reads up to there.
-            handle.seek(start - 1)
-            handle.readline()
-        offset = handle.tell()
-        for line in handle:
-            if stop is not None and offset >= stop:
-                return
-            yield offset, line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line
-            offset += len(line)
-
-
-# ---------------------------------------------------------------------------------------------------- input
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What one pass over the input tells before any audio is read."""
-
-    sha256: str
-    rows: int  # of the whole input
-    shard_rows: int
-    start: int  # the shard's bytes of the input
-    stop: int
-    first_line: int  # lines before the shard
-    duplicates: np.ndarray  # int64, sorted: offsets of rows whose sample_id an earlier row has
-
-
-def scan_input(path: Path, shard: tuple[int, int], augment: int, scratch: Path) -> Scan:
-    """Count, hash and search the whole input for repeated sample_ids; memory does not grow with its rows."""
-    digest = hashlib.sha256()
-    rows = shard_rows = first_line = 0
-    size = path.stat().st_size
-    start, stop = (size * index // shard[1] for index in (shard[0], shard[0] + 1))
-    with tempfile.TemporaryFile(dir=scratch) as seen:
-        for offset, line in read_lines(path):
-            digest.update(line)
-            first_line += offset < start
-            if not line.strip():
-                continue
-            rows += 1
-            shard_rows += start <= offset < stop
-            with contextlib.suppress(RowError):  # reported when the row's turn comes
-                _, sample_id = parse_row(line, augment)
-                seen.write(hashlib.blake2b(sample_id.encode(), digest_size=8).digest() + offset.to_bytes(8, "little"))
-        duplicates = _find_duplicates(seen)
-    return Scan(digest.hexdigest(), rows, shard_rows, start, stop, first_line, duplicates)
-
-
-def _find_duplicates(seen: IO[bytes]) -> np.ndarray:
-    """Offsets, sorted int64, of all but the first record of each hash in a file of (hash u8, offset i8)."""
-    record = np.dtype([("hash", "<u8"), ("offset", "<i8")])
-    total = seen.seek(0, os.SEEK_END) // record.itemsize
-    parts = -(-total // DUPLICATE_ROWS_IN_MEMORY)
-    found = [np.zeros(0, dtype=np.int64)]
-    for part in range(parts):
-        seen.seek(0)
-        chosen = []
-        while len(block := np.frombuffer(seen.read(DUPLICATE_ROWS_IN_MEMORY * record.itemsize), dtype=record)):
-            chosen.append(block[block["hash"] % parts == part])
-        records = np.concatenate(chosen)
-        records = records[np.argsort(records["hash"], kind="stable")]
-        repeated = records["hash"][1:] == records["hash"][:-1]
-        found.append(records["offset"][1:][repeated].astype(np.int64))
-    return np.sort(np.concatenate(found))
 
 
 # ---------------------------------------------------------------------------------------------------- encoding
@@ -264,19 +147,21 @@ class Encoder:
         Raises:
             RowError, AudioError: the recording cannot be used.
         """
-        source = Path(self.job.input_directory, row["wav_path"])
-        times = {name: _seconds(row, name) for name in ("start_time", "end_time")}
-        audio = read_audio(source, self.codec.sample_rate_hz, **times)
+        path = source.join(self.job.input_directory, row["wav_path"])
+        times = {name: seconds_of(row, name) for name in ("start_time", "end_time")}
+        audio = read_audio(path, self.codec.sample_rate_hz, **times, content=open_recording(row, path))
         if len(audio) < self.hop:
             raise RowError(
                 "too_short",
-                f"{source} has {len(audio)} samples at {self.codec.sample_rate_hz} Hz, needed is a frame of {self.hop}",
+                f"{path} has {len(audio)} samples at {self.codec.sample_rate_hz} Hz, needed is a frame of {self.hop}",
             )
         wav_path = row["wav_path"]
-        if not os.path.isabs(wav_path):
+        if source.is_url(path):
+            wav_path = path
+        elif not os.path.isabs(wav_path):
             # The new file lies elsewhere; its paths are relative to itself, as those of the input were.
             # `..` behind a symbolic link leads elsewhere, hence the real path.
-            real = os.path.join(os.path.realpath(source.parent), source.name)
+            real = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
             wav_path = os.path.relpath(real, self.job.output_directory)
         row = {key: value for key, value in row.items() if key != "code_offset"}
         row |= {
@@ -553,7 +438,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "(seconds) of a row name a segment of its file. Output does not depend on --workers.",
     )
     parser.add_argument(
-        "--input", required=True, type=Path, metavar="SAMPLES.jsonl", help="one JSON object per line, with wav_path"
+        "--input",
+        required=True,
+        nargs="+",
+        metavar="SAMPLES.jsonl",
+        help="one JSON object per line, with wav_path: a path or URL, .gz and .zst too; or .tar archives of recordings "
+        "(KEY.wav or .flac, .mp3, .ogg; KEY.json and KEY.txt), also as globs and ranges (a-{000..099}.tar)",
     )
     parser.add_argument("--codec", required=True, metavar="NAME", help=f"here: {', '.join(codec_names())}")
     parser.add_argument("--output-dir", required=True, type=Path, metavar="CODES", help="made if it is not there")
@@ -606,9 +496,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see the module's docstring."""
     arguments = parse_arguments(argv)
-    source: Path = arguments.input
-    if not source.is_file():
-        raise InputError(f"--input {source} does not exist or is not a file; give a samples.jsonl")
+    for pattern in arguments.input:
+        source.expand(pattern)  # what is not there is refused before a folder is made
     codec = get_codec(arguments.codec)
     # A missing library is found here and not in the first worker.
     codec.encode(np.zeros(codec.sample_rate_hz, dtype=np.float32))
@@ -617,7 +506,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         prepare_output_directory(outputs.directory)
         with _work_directory(outputs):
-            _encode(arguments, source, codec, outputs)
+            _encode(arguments, codec, outputs)
     except InputError:
         for directory in created:
             with contextlib.suppress(OSError):  # not empty: another shard works there
@@ -663,13 +552,15 @@ class ResumeError(InputError):
     """The unfinished work is of something else: refused, and left as it is."""
 
 
-def _encode(arguments: argparse.Namespace, source: Path, codec: Codec, outputs: Outputs) -> None:
-    scan = scan_input(source, arguments.shard, arguments.augment, outputs.work)
+def _encode(arguments: argparse.Namespace, codec: Codec, outputs: Outputs) -> None:
+    listing = list_rows(arguments.input, outputs.work)
+    named = " ".join(arguments.input)
+    scan = scan_input(listing.path, arguments.shard, arguments.augment, outputs.work)
     if scan.rows == 0:
-        raise InputError(f"--input {source} has no rows; needed is one JSON object per line")
+        raise InputError(f"--input {named} has no rows; needed is one JSON object per line")
     job = Job(
         codec=arguments.codec,
-        input_directory=str(source.parent),
+        input_directory=listing.base,
         output_directory=os.path.realpath(outputs.directory),
         codes_name=outputs.codes.name,
         augment=arguments.augment,
@@ -679,9 +570,9 @@ def _encode(arguments: argparse.Namespace, source: Path, codec: Codec, outputs: 
             {
                 "format": FORMAT_VERSION,
                 "input": scan.sha256,
-                "input_directory": os.path.relpath(
-                    os.path.realpath(source.parent), os.path.realpath(outputs.directory)
-                ),
+                "input_directory": listing.base
+                if source.is_url(listing.base)
+                else os.path.relpath(os.path.realpath(listing.base), os.path.realpath(outputs.directory)),
                 "codec": codec.hash,
                 "augment": arguments.augment,
                 "shards": arguments.shard[1],
@@ -698,21 +589,21 @@ def _encode(arguments: argparse.Namespace, source: Path, codec: Codec, outputs: 
     state = _load_state(outputs, common) if arguments.resume else None
     if state is None:
         for stale in outputs.work.iterdir():
-            if stale.name != "lock":
+            if stale.name not in ("lock", listing.path.name):
                 stale.unlink()
         state = State(fingerprint=common, offset=scan.start, line=scan.first_line)
     writer = Writer(outputs, codec, state)
     try:
-        chunks = make_chunks(source, scan, state.offset, state.line)
+        chunks = make_chunks(listing.path, scan, state.offset, state.line)
         results = map_ordered(encode_chunk, chunks, workers=arguments.workers, make_state=Encoder, arguments=(job,))
         with tqdm(total=scan.shard_rows, initial=state.rows, unit="row", disable=None, desc="encode") as progress:
             for result in results:
                 writer.add(result)
                 progress.update(result.rows)
-                _check_rejections(state, scan, arguments.max_rejected, source)
-        _check_rejections(state, scan, arguments.max_rejected, source)
+                _check_rejections(state, scan, arguments.max_rejected, named)
+        _check_rejections(state, scan, arguments.max_rejected, named)
         if state.samples == 0 and scan.shard_rows > 0:
-            raise InputError(f"no row of {source} is left: {_reasons(state)}")
+            raise InputError(f"no row of {named} is left: {_reasons(state)}")
         writer.finish(
             {
                 "format": FORMAT_VERSION,
@@ -753,11 +644,11 @@ def _load_state(outputs: Outputs, fingerprint: str) -> State | None:
     return State(**{**saved, "totals": Totals(**saved["totals"])})
 
 
-def _check_rejections(state: State, scan: Scan, max_rejected: float, source: Path) -> None:
+def _check_rejections(state: State, scan: Scan, max_rejected: float, named: str) -> None:
     """Stop as soon as too many are rejected: the number of rows is known, so the end would be no better."""
     if state.rejected > max_rejected * scan.shard_rows:
         raise InputError(
-            f"{state.rejected} of the first {state.rows} rows of {source} ({scan.shard_rows} in all) are rejected, "
+            f"{state.rejected} of the first {state.rows} rows of {named} ({scan.shard_rows} in all) are rejected, "
             f"more than --max-rejected {max_rejected:g} allows; nothing was written. {_reasons(state)}"
         )
 

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -36,6 +37,7 @@ def read_audio(
     *,
     start_time: float | None = None,
     end_time: float | None = None,
+    content: BinaryIO | None = None,
 ) -> np.ndarray:
     """Read wav, flac, mp3 or ogg of any rate and channel count as mono float32 [n] at `sample_rate_hz`.
 
@@ -45,14 +47,16 @@ def read_audio(
     (within 0.1 s) was cut at those times from a longer recording and is read whole. A segment that reaches up to
     0.1 s past the end is taken to the end.
 
+    `content` holds the file's bytes where they do not lie in a local file of their own; `path` then only names them.
+
     Raises:
         AudioError: with `reason` missing_file, unreadable, empty_audio, non_finite or bad_segment.
     """
     path = Path(path)
     try:
-        if not path.is_file():
+        if content is None and not path.is_file():
             raise AudioError("missing_file", f"{path} does not exist or is not a file; check wav_path")
-        with soundfile.SoundFile(path) as sound:
+        with soundfile.SoundFile(path if content is None else content) as sound:
             rate = sound.samplerate
             start, stop = _segment(path, sound.frames / rate, start_time, end_time)
             if start > 0:
@@ -63,7 +67,7 @@ def read_audio(
                 _refuse_cut_wav(path, int(cut[1]), int(cut[2]))
             channels = sound.read(frames, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        if path.stat().st_size == 0:
+        if (path.stat().st_size if content is None else content.seek(0, os.SEEK_END)) == 0:
             raise AudioError("empty_audio", f"{path} has no bytes; record or copy it again") from error
         raise AudioError("unreadable", f"{path} cannot be read as audio: {error.error_string}") from error
     except OSError as error:

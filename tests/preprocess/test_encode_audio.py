@@ -20,7 +20,7 @@ import soundfile
 
 from megatron_speech.codecs.audio import read_audio
 from megatron_speech.codecs.codec2 import Codec2
-from preprocess import encode_audio
+from preprocess import audio_input, encode_audio
 
 Rows = list[dict[str, Any]]
 
@@ -380,7 +380,7 @@ def test_duplicates_are_found_in_bounded_memory(
     tmp_path: Path, encode: Callable[..., int], recordings: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [*recordings[:20], *recordings[10:15], *recordings[10:12]]
-    monkeypatch.setattr(encode_audio, "DUPLICATE_ROWS_IN_MEMORY", 3)
+    monkeypatch.setattr(audio_input, "DUPLICATE_ROWS_IN_MEMORY", 3)
     assert encode("out", rows, "--max-rejected", "0.5") == 0
     assert [row["line"] for row in read_rows(tmp_path / "out" / "rejected.jsonl")] == list(range(21, 28))
     assert len(read_rows(tmp_path / "out" / "samples.jsonl")) == 20
@@ -396,7 +396,7 @@ def test_duplicates_are_found_in_bounded_memory(
         (["--shard", "one"], "--shard is 'one'"),
         (["--max-rejected", "1.5"], "--max-rejected is 1.5"),
         (["--input", "absent.jsonl"], "absent.jsonl does not exist"),
-        (["--input", "."], "not a file"),
+        (["--input", "."], "is a folder"),
         (["--input", "empty.jsonl"], "has no rows"),
         (["--input", "blank.jsonl"], "has no rows"),
         (["--input", "bad.jsonl"], "2 of the first 2 rows"),
