@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from megatron_speech.data.indexed import TokenDataset
 
 # Bytes gathered between two give-backs: rare enough to cost nothing, small beside the memory of any node.
-_DROP_AFTER_BYTES = 1 << 30
+_DROP_AFTER_BYTES = 1 << 28
 
 
 class Segments(NamedTuple):

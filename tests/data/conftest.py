@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ class Document:
     language: str = "en"
     source: str = "toy"
     source_id: str = ""
+    columns: dict[str, object] = field(default_factory=dict)  # further columns of the documents table
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +60,7 @@ def write_dataset(
             "tokens": len(tokens),
             "target_tokens": count_target_tokens(space, tokens),
             "duration_seconds": wanted.codes / 25.0,
-        }
+        } | wanted.columns
         rows.append(row)
     entry = {
         "task": task,
