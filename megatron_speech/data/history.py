@@ -16,13 +16,14 @@ The list of a stage's indices with the reason of each change is its history; che
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -30,12 +31,10 @@ from megatron_speech.data.config import DataConfig, StageDataConfig
 from megatron_speech.data.index_cache import INDEX_VERSION
 from megatron_speech.data.indexed import CODE_OF_DTYPE, HEADER, MAGIC, VERSION, TokenDataset, file_of
 from megatron_speech.data.order import EpochPosition
+from megatron_speech.data.packing import SegmentTable
 from megatron_speech.data.strata import Blend, DocumentTable, check_stage
 from megatron_speech.errors import InputError
 from megatron_speech.files import atomic_write, canonical_json, sha256_hex
-
-if TYPE_CHECKING:
-    from megatron_speech.data.stage_data import StageData
 
 _SEGMENTS = 1 << 21  # segments looked at together: bounds the temporary arrays
 _MOST_TURNS = np.iinfo(np.uint16).max
@@ -163,17 +162,30 @@ class Continuation:
     digest: str = field(default="", compare=False)
 
     @staticmethod
-    def after(data: StageData, to_sequence: int) -> Continuation:
-        """What the first `to_sequence` sequences of a stage have taken, those of its earlier indices included."""
-        table, strata, before = data.table, data.strata, data.continuation
-        names = list(data.datasets)
-        lengths = [np.asarray(dataset.lengths) for dataset in data.datasets.values()]
-        turns = [np.zeros(len(of_dataset), dtype=np.uint16) for of_dataset in lengths]
+    def after(
+        table: SegmentTable,
+        strata: Sequence[Entry],
+        lengths: Mapping[str, np.ndarray],
+        to_sequence: int,
+        before: Continuation | None,
+    ) -> Continuation:
+        """What the first `to_sequence` sequences of a stage have taken, those of its earlier indices included.
+
+        Args:
+            table, strata: the index in use, and its strata as it describes them.
+            lengths: dataset → int32 tokens of its documents; a dataset that is gone may be missing, and is forgotten.
+            to_sequence: how many of the stage's sequences have been trained on.
+            before: what the index in use took over.
+        """
+        names = list(lengths)
+        turns = [np.zeros(len(of_dataset), dtype=np.uint16) for of_dataset in lengths.values()]
         for name, earlier in before.turns.items() if before else ():
             if name in names:
                 turns[names.index(name)][: len(earlier)] = earlier
         first_epoch = np.array([stratum["first_epoch"] for stratum in strata], dtype=np.int64)
-        dataset_of = np.array([names.index(stratum["dataset"]) for stratum in strata], dtype=np.int64)
+        dataset_of = np.array(
+            [names.index(stratum["dataset"]) if stratum["dataset"] in names else -1 for stratum in strata], np.int64
+        )
         tokens = np.zeros(len(strata), dtype=np.int64)
         most = np.zeros(len(strata), dtype=np.int64)  # turns of the documents furthest on
         end = int(table.seq_ptr[to_sequence])
@@ -182,10 +194,12 @@ class Continuation:
             stratum = np.asarray(table.stratum[part])
             tokens += np.bincount(stratum, table.length[part], minlength=len(strata)).astype(np.int64)
             for index in np.unique(dataset_of[stratum]).tolist():
+                if index < 0:
+                    continue
                 mine = np.flatnonzero(dataset_of[stratum] == index)
                 document = np.asarray(table.document[part])[mine]
                 reached = np.asarray(table.start[part])[mine] + np.asarray(table.length[part])[mine]
-                whole = reached == lengths[index][document]
+                whole = reached == lengths[names[index]][document]
                 document, which = document[whole], stratum[mine[whole]]
                 found, at, counts = np.unique(document, return_index=True, return_counts=True)
                 of_found = which[at]
@@ -266,24 +280,40 @@ class Continuation:
 # ---- the history of a stage
 
 
-@dataclass
+@dataclass(frozen=True)
 class History:
-    """The indices of one stage, oldest first: the last one is in use."""
+    """The indices of one stage, oldest first: the last one is in use.
+
+    continuation: what that one took over from the one before; closed: the stage is over.
+    """
 
     entries: list[Entry] = field(default_factory=list)
     continuation: Continuation | None = None
+    closed: bool = False
 
-    def as_json(self) -> list[Entry]:
-        """For checkpoints: everything that continuing needs."""
-        return self.entries
+    def with_index(self, key: str, spec: Entry) -> History:
+        """With the index in use named; a stage that is over keeps what it was trained with."""
+        if self.closed:
+            return self
+        if not self.entries:
+            first = {"from_sequence": 0, "to_sequence": None, "reason": "the stage's first blend", "continuation": None}
+            return History([{"key": key, **first, "spec": spec}])
+        return dataclasses.replace(self, entries=[*self.entries[:-1], {**self.entries[-1], "key": key, "spec": spec}])
 
-    def as_report(self) -> list[Entry]:
+    def changed(self, reason: str, continuation: Continuation) -> History:
+        """With another index from `continuation.from_sequence` on, to be named by :meth:`with_index`."""
+        at = continuation.from_sequence
+        following = {"key": "", "from_sequence": at, "to_sequence": None, "reason": reason, "spec": {}}
+        following["continuation"] = continuation.digest
+        return History([*self.entries[:-1], {**self.entries[-1], "to_sequence": at}, following], continuation)
+
+    def report(self) -> list[Entry]:
         """For blend.json and people: where each index was used, and why."""
         return [
             {name: entry[name] for name in ("key", "from_sequence", "to_sequence", "reason")} for entry in self.entries
         ]
 
 
-def continuation_path(run_directory: Path, stage: str, entry: Entry, to_sequence: int) -> Path:
-    """Where the run keeps what was taken of an index up to `to_sequence`."""
-    return run_directory / "blend_history" / f"{stage}-{to_sequence}-{entry['key'][:16]}.npz"
+def continuation_path(run_directory: Path, stage: str, key: str, from_sequence: int) -> Path:
+    """Where a run keeps what was taken of an index (of that key) up to `from_sequence`."""
+    return run_directory / "blend_history" / f"{stage}-{from_sequence}-{key[:16]}.npz"

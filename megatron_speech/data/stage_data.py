@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_speech.data import strata as blending
 from megatron_speech.data.config import DataConfig, StageDataConfig
-from megatron_speech.data.history import Continuation, History
+from megatron_speech.data.history import Continuation, History, blend_spec
 from megatron_speech.data.index_build import index_builder, index_key
 from megatron_speech.data.index_cache import cached_table, verify_table
 from megatron_speech.data.indexed import TokenDataset, file_of
@@ -142,9 +142,10 @@ class StageData:
         self.stage, self.data, self.space, self.seed, self.split = stage, data, space, seed, split
         self.datasets = dict(datasets)
         wanted = stage.n_sequences if n_sequences is None and split == "train" else n_sequences
-        self.history = history or History()
-        inputs: Any = {"split": split, "n_sequences": wanted, "seed": seed, "continuation": self.continuation}
+        history = history or History()
+        inputs: Any = {"split": split, "n_sequences": wanted, "seed": seed, "continuation": history.continuation}
         self.key = index_key(stage, data, self.datasets, **inputs)
+        self.history = history.with_index(self.key, blend_spec(stage, data, self.datasets, seed))
         build = index_builder(stage, data, self.datasets, **inputs)
         self._folder = Path(cache_dir) / self.key
         table, self._content = cached_table(Path(cache_dir), self.key, build, joined=stage.stitch is not None)
@@ -259,29 +260,56 @@ class StageData:
                     f"{self.data.validation_fraction:g} of few sources): there is nothing to validate on"
                 ]
             return []
-        often = [
-            f"{stratum['name']} ({epochs:.1f})"
-            for stratum in self._content["strata"]
-            if (epochs := stratum["tokens"] / stratum["tokens_available"]) > self.stage.max_epochs
+        where = f"stage {self.stage.name!r}"
+        own_limit = {blending.group_name(group): group.max_epochs for group in blending.check_stage(self.stage)}
+        often: dict[float, list[str]] = {}
+        for stratum in self.strata:
+            limit = own_limit[stratum["group"]] or self.stage.max_epochs
+            if (epochs := self._epochs(stratum)) > limit:
+                often.setdefault(limit, []).append(f"{stratum['name']} ({epochs:.1f})")
+        warnings = [
+            f"{where}: repeated more than {limit:g} epochs: {_some(names)}" for limit, names in sorted(often.items())
         ]
-        if not often:
-            return []
-        shown = ", ".join(often[:5]) + (f" and {len(often) - 5} more" if len(often) > 5 else "")
-        return [f"stage {self.stage.name!r}: repeated more than {self.stage.max_epochs:g} epochs: {shown}"]
+        held_back = [
+            f"{name} ({row['asked']:.2%} → {row['given']:.2%}, at most {row['epochs']:g} epochs)"
+            for name, row in self._content["limited"].items()
+        ]
+        if held_back:
+            warnings.append(
+                f"{where}: epoch_limit holds strata back, and their groups' other strata take the rest: "
+                f"{_some(held_back)}"
+            )
+        return warnings
+
+    def _taken_before(self, stratum: Report) -> int:
+        """Tokens of a stratum that earlier indices of the stage held."""
+        return self.continuation.tokens.get(stratum["name"], 0) if self.continuation else 0
+
+    def _epochs(self, stratum: Report) -> float:
+        """Epochs of a stratum's tokens in the whole stage."""
+        tokens = stratum["tokens"] + self._taken_before(stratum)
+        return float(tokens / stratum["tokens_available"])
 
     def blend_report(self) -> Report:
         """Target and realised proportions, JSON-able.
 
         `tokens` are all tokens of a part, `counted_tokens` those that the proportions are of (`counted`: which
-        ones), `target` and `realised` shares of them; `epochs` = tokens / tokens available.
+        ones), `target` and `realised` shares of them; `epochs` = tokens / tokens available. After a change of the
+        blend all but `epochs` and `tokens_before` are of the sequences from `first_sequence` on, those of the index
+        in use; `history` lists the indices before it.
         """
+        first = self.continuation.from_sequence if self.continuation else 0
         strata = [dict(stratum) for stratum in self._content["strata"]]
         total = sum(stratum["counted_tokens"] for stratum in strata)
         for stratum in strata:
-            stratum["epochs"] = stratum["tokens"] / stratum["tokens_available"]
+            stratum["epochs"] = self._epochs(stratum)
+            stratum["tokens_before"] = self._taken_before(stratum)
             stratum["realised"] = stratum["counted_tokens"] / total if total else 0.0
         tokens = sum(stratum["tokens"] for stratum in strata)
-        positions = self.n_sequences * self.stage.seq_length
+        positions = (self.n_sequences - first) * self.stage.seq_length
+        audio_seconds = sum(stratum["audio_seconds"] for stratum in strata)
+        for stratum in strata:
+            stratum["audio_share"] = stratum["audio_seconds"] / audio_seconds if audio_seconds else 0.0
         return {
             "stage": self.stage.name,
             "split": self.split,
@@ -289,21 +317,28 @@ class StageData:
             "seed": self.seed,
             "seq_length": self.stage.seq_length,
             "n_sequences": self.n_sequences,
+            "first_sequence": first,
             "packing": self.stage.packing_mode,
             "counted": "target_tokens" if self.stage.is_sft else "tokens",
             "tokens": tokens,
             "counted_tokens": total,
             "pad_tokens": positions - tokens,
             "pad_fraction": (positions - tokens) / positions if positions else 0.0,
-            "audio_seconds": sum(stratum["audio_seconds"] for stratum in strata),
+            "audio_seconds": audio_seconds,
             "excluded_documents": self._content["excluded_documents"],
             "masses": self._content["masses"],
             "by_task": _sums(strata, "task"),
             "by_language": _sums(strata, "language"),
             "by_source": _sums(strata, "source"),
             "strata": strata,
+            "limited": self._content["limited"],
+            "history": self.history.report(),
             "warnings": self.warnings,
         }
+
+
+def _some(names: list[str], shown: int = 5) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def _sums(strata: list[Report], field: str) -> dict[str, Report]:
@@ -312,11 +347,12 @@ def _sums(strata: list[Report], field: str) -> dict[str, Report]:
     for stratum in strata:
         row = sums.setdefault(stratum[field], {})
         for name in (
-            "target", "realised", "documents", "tokens", "counted_tokens", "tokens_available", "audio_seconds",
+            "target", "realised", "documents", "tokens", "tokens_before", "counted_tokens", "tokens_available",
+            "audio_seconds", "audio_share",
         ):  # fmt: skip
             row[name] = row.get(name, 0) + stratum[name]
     for row in sums.values():
-        row["epochs"] = row["tokens"] / row["tokens_available"]
+        row["epochs"] = (row["tokens"] + row["tokens_before"]) / row["tokens_available"]
     return dict(sorted(sums.items()))
 
 

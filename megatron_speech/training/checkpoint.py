@@ -38,6 +38,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as torch_save
 
+from megatron_speech.data.history import BLEND_FIELDS
 from megatron_speech.errors import InputError
 from megatron_speech.files import fsync_path, read_json, write_json
 from megatron_speech.model.builder import SpeechGPTModel, build_model
@@ -437,8 +438,9 @@ def check_resumable(info: CheckpointInfo, recipe: Recipe, space: TokenSpace, fin
     """Refuse to continue a checkpoint with a recipe that means another run; returns the harmless changes.
 
     Harmless: where files lie, layout, intervals, the budget of a stage that is not over, anything in stages
-    that have not begun. Not harmless: whatever would make the losses from here on differ from those of the
-    run that was started (model, token space, datasets, seed, optimizer, the running stage).
+    that have not begun; what a stage draws on, where `data.on_change` is continue. Not harmless: whatever would
+    make the losses from here on differ from those of the run that was started (model, token space, datasets, seed,
+    optimizer, the running stage).
 
     Args:
         fingerprints: name → fingerprint of the manifest of each dataset.
@@ -452,32 +454,35 @@ def check_resumable(info: CheckpointInfo, recipe: Recipe, space: TokenSpace, fin
             f"{where}: it was trained with token space {info.fields['token_space_hash']}, {recipe.token_space} is "
             f"{space.hash}; give the first one back, or start a new run with another run_dir"
         )
+    # What a changed blend means for the running stage is found out, and carried out, by `changed_blend`.
+    may_change = recipe.data.on_change == "continue"
+    another_run = "or start a new run with another run_dir"
+    remedy = "start a new run with another run_dir, or say data.on_change: continue to go on with the changed blend"
     for name, fingerprint in info.fields["datasets"].items():
-        if name in fingerprints and fingerprints[name] != fingerprint:
+        if name in fingerprints and fingerprints[name] != fingerprint and not may_change:
             raise InputError(
                 f"{where}: the contents of data.datasets.{name} have changed since the run began; put the old dataset "
-                "back, or start a new run with another run_dir"
+                f"back, {remedy}"
             )
     # Parsed again, so that a key which this version added counts as its default.
     before = _flatten(parse_recipe(info.fields["recipe"], str(info.path / "checkpoint.json")).model_dump(mode="json"))
     after = _flatten(recipe.model_dump(mode="json"))
     before["data.datasets"], after["data.datasets"] = sorted(info.fields["datasets"]), sorted(fingerprints)
-    if before["data.datasets"] != after["data.datasets"]:
+    if before["data.datasets"] != after["data.datasets"] and not may_change:
         raise InputError(
             f"{where}: the run has the datasets {', '.join(before['data.datasets'])}, the recipe now names "
-            f"{', '.join(after['data.datasets'])}; start a new run with another run_dir"
+            f"{', '.join(after['data.datasets'])}; set it back, {remedy}"
         )
     current = int(info.fields["stage_index"])
     notes = []
     for key in sorted({key for key in (*before, *after) if before.get(key) != after.get(key)}):
         change = f"{key}: {_show(before.get(key))} → {_show(after.get(key))}"
-        if not _is_harmless(key, current):
+        of_blend = key.startswith("stages.") and key.split(".")[2] in BLEND_FIELDS
+        if not _is_harmless(key, current) and not (of_blend and may_change):
             raise InputError(
                 f"{where}: {key} was {_show(before.get(key))}, the recipe now says {_show(after.get(key))}; that "
-                "would be another run. Set it back, or start a new run with another run_dir"
+                f"would be another run. Set it back, {remedy if of_blend else another_run}"
             )
-        if key == f"stages.{current}.tokens" and recipe.stages[current].packing_mode == "fit":
-            change += " (packing fit: the order of the stage's documents is drawn anew)"
         if key not in ("data.datasets", "run_dir"):
             notes.append(change)
     stage, taken = recipe.stages[current], int(info.fields["stage_step"])

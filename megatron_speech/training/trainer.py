@@ -35,9 +35,10 @@ from megatron_speech.files import prepare_output_directory, sha256_file, write_j
 from megatron_speech.model.attention import PackedSequences
 from megatron_speech.model.builder import build_model
 from megatron_speech.parallel import groups
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.token_space import MODALITIES, TokenSpace
 from megatron_speech.training import checkpoint, environment
 from megatron_speech.training.agreement import agreed
+from megatron_speech.training.changed_blend import stage_histories
 from megatron_speech.training.metrics import (
     LossMeter,
     RunLog,
@@ -83,17 +84,23 @@ class Trainer:
         found = environment.detect() if self.is_main else {}
         if self.is_main and say_environment:
             print(environment.describe(found), flush=True)
+        info = self._newest_checkpoint()
+        notes: list[str] = []
         with agreed():
             self.dp_size = recipe.data_parallel_size(self.world_size)
             self.space = TokenSpace.load(recipe.token_space)
             self.datasets = open_datasets(recipe.data, self.space)
             self._fingerprints = {name: _fingerprint(dataset) for name, dataset in self.datasets.items()}
             prepare_output_directory(self.directory / "checkpoints")
+            if info is not None:
+                notes = checkpoint.check_resumable(info, recipe, self.space, self._fingerprints)
+        self._histories, change = stage_histories(info, recipe, self.datasets, self.space, is_main=self.is_main)
+        with agreed():
             self.stages = [self._stage_data(stage) for stage in recipe.stages]
             self._held_out = [self._stage_data(stage, validation=True) for stage in recipe.stages]
         with agreed():
             self._build()
-        self._resume()
+        self._resume(info, notes)
         self._log = RunLog(
             self.directory, active=self.is_main, resume_step=self.position.step, tensorboard=recipe.logging.tensorboard
         )
@@ -102,6 +109,8 @@ class Trainer:
             recipe.save(self.directory / "recipe.yaml")
             save_blend(self.directory / "blend.json", self.stages)
             self._say_plan()
+            if change is not None:
+                self._log.say(change)
         self._stop_requested = False
 
     # ---- setting up
@@ -117,6 +126,7 @@ class Trainer:
             cache_dir=cache,
             n_sequences=validation_sequences(self.recipe.validation.tokens, stage) if validation else None,
             split="validation" if validation else "train",
+            history=None if validation else self._histories.get(stage.name),
         )
 
     def _build(self) -> None:
@@ -156,24 +166,25 @@ class Trainer:
         self._contributes = last_stage and first_copy and parallel_state.get_context_parallel_rank() == 0
         self._no_tokens = torch.zeros((), dtype=torch.int, device=self.device)
 
-    def _resume(self) -> None:
-        """Load the newest sound checkpoint of the run directory, if there is one."""
+    def _newest_checkpoint(self) -> checkpoint.CheckpointInfo | None:
+        """The newest sound checkpoint of the run directory. A collective."""
         directory = self.directory / "checkpoints"
         if self.is_main:
             checkpoint.clean_leftovers(directory)
         dist.barrier()
+        return checkpoint.find_latest(directory)
+
+    def _resume(self, info: checkpoint.CheckpointInfo | None, notes: list[str]) -> None:
+        """Load the checkpoint that the run goes on from, if there is one."""
         self.position = Position.at_step(self.recipe, 0)
         self._loaded: dict[str, Any] = {}
-        info = checkpoint.find_latest(directory)
         if info is None:
             return
-        with agreed():
-            notes = checkpoint.check_resumable(info, self.recipe, self.space, self._fingerprints)
         self._loaded = checkpoint.load_checkpoint(info, chunks=self.chunks, optimizer=self.optimizer)
         self.position = Position.at_step(self.recipe, info.step)
         checkpoint.say_resume(info, notes)
         if self.is_main:
-            checkpoint.promote_best(directory, info.fields["stage"])
+            checkpoint.promote_best(self.directory / "checkpoints", info.fields["stage"])
 
     def _say_plan(self) -> None:
         recipe, log = self.recipe, self._log
@@ -232,7 +243,7 @@ class Trainer:
         meter = LossMeter(data.groups, self.device, contributes=self._contributes)
         if self.position.stage_step and self._loaded:
             scheduler.load_state_dict(self._loaded["scheduler"])
-            meter.totals.copy_(self._loaded["meter"])
+            _restore_meter(meter, self._loaded["meter"], self._loaded["groups"])
         self._loaded = {}
         validator = self._make_validator(index)
         first = self.position.stage_step * stage.global_batch_sequences
@@ -415,11 +426,12 @@ class Trainer:
                 "stage_index": index,
                 "stage_step": taken,
                 "datasets": self._fingerprints,
+                "blend": {data.stage.name: data.history.entries for data in self.stages[: index + 1]},
                 "validation": scores,
             },
             chunks=self.chunks,
             optimizer=self.optimizer,
-            state={"scheduler": scheduler.state_dict(), "meter": meter.totals.clone()},
+            state={"scheduler": scheduler.state_dict(), "meter": meter.totals.clone(), "groups": meter.groups},
         )
         if self.is_main:
             best = checkpoint.promote_best(directory, stage.name)
@@ -499,6 +511,16 @@ class _Clock:
             yield
         finally:
             self._started += time.perf_counter() - paused_at
+
+
+def _restore_meter(meter: LossMeter, totals: torch.Tensor, groups: list[Any]) -> None:
+    """Give a meter the sums that one over `groups` had; of a group that is there no more they are dropped."""
+    width = 2 * len(MODALITIES)
+    meter.totals[width * len(meter.groups) :] = totals[width * len(groups) :]
+    for number, group in enumerate(groups):
+        if tuple(group) in meter.groups:
+            at = meter.groups.index(tuple(group))
+            meter.totals[width * at : width * (at + 1)] = totals[width * number : width * (number + 1)]
 
 
 def _every(step: int, interval: int) -> bool:
