@@ -169,7 +169,7 @@ class ParquetReader:
     def _open(self) -> Iterator[pq.ParquetFile]:
         with source.open_binary(self.path) as handle:
             try:
-                file = pq.ParquetFile(handle)
+                file = pq.ParquetFile(handle, page_checksum_verification=True)
             except (pa.ArrowException, OSError) as error:
                 raise InputError(f"input {self.path} is not a readable parquet file: {error}") from error
             schema = file.schema_arrow

@@ -6,6 +6,7 @@ The rest of the package opens its input through this module and nothing else.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import glob
 import io
@@ -123,15 +124,10 @@ def sentences(url: str) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=64)
-def _file_system(protocol: str, url: str) -> Any:
+def _file_system(root: str) -> Any:
     import fsspec
 
-    known = set(fsspec.available_protocols())
-    if protocol not in known:
-        raise InputError(
-            f"input {url} names the protocol {protocol}, which is unknown; known: {', '.join(sorted(known))}"
-        )
-    return fsspec.core.url_to_fs(url)[0]
+    return fsspec.core.url_to_fs(root)[0]
 
 
 def file_system(url: str) -> tuple[Any, str]:
@@ -140,13 +136,21 @@ def file_system(url: str) -> tuple[Any, str]:
     Raises:
         InputError: an unknown protocol, or its package is not installed.
     """
-    with sentences(url):
-        protocol = _protocol(url)
-        if "::" in url:
-            import fsspec
+    import fsspec
 
+    protocol = _protocol(url)
+    known = {*fsspec.available_protocols(), *fsspec.registry}
+    if protocol not in known:
+        near = difflib.get_close_matches(protocol, known, n=1)
+        raise InputError(
+            f"input {url} names the protocol {protocol}, which is unknown{f' (meant {near[0]}?)' if near else ''}; "
+            "known are http, https, s3, gs, az, hf and the others of fsspec"
+        )
+    with sentences(url):
+        if "::" in url:  # a chain: every file is one of its own
             return fsspec.core.url_to_fs(url)
-        system = _file_system(protocol, url.partition("://")[0] + "://" + url.partition("://")[2].partition("/")[0])
+        scheme, mark, rest = url.partition("://")
+        system = _file_system(scheme + mark + rest.partition("/")[0])
         return system, system._strip_protocol(url)
 
 
