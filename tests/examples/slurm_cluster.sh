@@ -59,6 +59,8 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
+# Look for jobs that may start every second, not every minute.
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 JobRequeue=1
 KillWait=5
 StateSaveLocation=$dir/state

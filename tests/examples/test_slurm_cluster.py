@@ -1,0 +1,90 @@
+"""The SLURM scripts under a real SLURM: two nodes on this machine, a requeued task, the bytes of one run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from megatron_speech.token_space import CodecDescription, TokenSpace
+
+ROWS = 4000
+
+# The first start of task 1 never ends: it begins the conversion, says so, and is killed by the requeue.
+PYTHON = """#!/usr/bin/env bash
+if [[ ${SLURM_ARRAY_TASK_ID:-} == 1 && -z ${SLURM_RESTART_COUNT:-} ]]; then
+  %(python)s "$@" > held.log 2>&1 &
+  echo started > %(started)s
+  wait
+  exec tail -f /dev/null
+fi
+exec %(python)s "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def slurm(repository):
+    """Environment with a SLURM_CONF whose controller answers: the one that is there, else one of our own."""
+    for program in ("sbatch", "scontrol", "squeue"):
+        if shutil.which(program) is None:
+            pytest.skip(f"SLURM is not installed: no {program}")
+    if "SLURM_CONF" in os.environ:
+        if subprocess.run(["scontrol", "ping"], capture_output=True, check=False).returncode:
+            pytest.skip("the SLURM controller of SLURM_CONF does not answer")
+        yield dict(os.environ)
+        return
+    script = repository / "tests" / "examples" / "slurm_cluster.sh"
+    folder = Path(tempfile.mkdtemp(prefix="slurm"))  # tmp_path may be too long for a socket
+    done = subprocess.run(["bash", script, "start", folder], capture_output=True, text=True, check=False)
+    if done.returncode:
+        shutil.rmtree(folder, ignore_errors=True)
+        pytest.skip(f"no SLURM can be brought up here: {done.stderr.strip()}")
+    yield {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+    subprocess.run(["bash", script, "stop", folder], check=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_an_array_with_a_requeued_task_gives_the_bytes_of_one_run(slurm, repository, tmp_path):
+    with open(tmp_path / "text.jsonl", "w") as handle:
+        for i in range(ROWS):
+            handle.write(json.dumps({"sample_id": f"d{i}", "language": "en", "text": f"row {i} " * 20}) + "\n")
+    TokenSpace.build("bytes", CodecDescription("toy", "c" * 64, 8000, 25.0, ("codes",), (32,))).save(
+        tmp_path / "ts.json"
+    )
+    flags = ["--task", "text_lm", "--input", "text.jsonl", "--token-space", "ts.json"]
+    python, started = tmp_path / "python", tmp_path / "started"
+    os.mkfifo(started)
+    python.write_text(PYTHON % {"python": sys.executable, "started": started})
+    python.chmod(0o755)
+    submit = ["bash", repository / "examples/slurm/submit.sh", "4", "out/t", "--cpus-per-task=1", "--time=5", "--"]
+    done = subprocess.run(
+        [*submit, *flags], env={**slurm, "PYTHON": str(python)}, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split()
+    array, merge = words[2], words[words.index("job", 3) + 1]
+    assert started.read_text() == "started\n"  # waits for it
+    subprocess.run(["scontrol", "requeue", f"{array}_1"], env=slurm, check=True)
+    # A job that depends on the merge ends when it does: `sbatch --wait` is the clock.
+    subprocess.run(
+        ["sbatch", "--wait", "--output=/dev/null", f"--dependency=afterany:{merge}", "--wrap=true"],
+        env=slurm,
+        cwd=tmp_path,
+        check=True,
+        timeout=120,
+        capture_output=True,
+    )
+    log = (tmp_path / f"out/t.logs/preprocess-{array}_1.log").read_text()
+    assert "start 0" in log and "start 1" in log and "REQUEUE" in log
+    subprocess.run(
+        [sys.executable, repository / "preprocess/preprocess_data.py", *flags, "--output-prefix", "one/t"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    for suffix in (".bin", ".idx", ".docs.parquet"):
+        assert (tmp_path / f"out/t{suffix}").read_bytes() == (tmp_path / f"one/t{suffix}").read_bytes()
