@@ -54,7 +54,7 @@ from preprocess.documents import (
 from preprocess.filters import Filters, find_duplicates
 from preprocess.pool import available_cores, interrupt_on_sigterm, map_ordered
 from preprocess.prepass import look_over
-from preprocess.readers.base import BATCH_ROWS
+from preprocess.readers.base import BATCH_ROWS, ReadOptions
 from preprocess.readers.open import Inputs, input_entries
 from preprocess.references import fraction_of, previous_segment, same_speaker
 from preprocess.resume import report_resume
@@ -75,7 +75,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--task", required=True, choices=TASKS, help="what the documents are")
-    add("--input", required=True, nargs="+", metavar="FILE", help="samples.jsonl with codes, text .jsonl, or .parquet")
+    add(
+        "--input",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="paths, URLs, globs or brace ranges of .jsonl, .parquet or .tar (.gz and .zst too), X.offsets.npy, a "
+        "vectorised folder, S_input_ids.memmap, or a megatron .idx",
+    )
+    add("--input-tokenizer", metavar="DIR", help="Hugging Face tokenizer that wrote the ids of S_input_ids.memmap")
+    add(
+        "--input-eod",
+        type=int,
+        metavar="ID",
+        help="id that ends the documents of a megatron .idx, taken off them (default: <eos> of the token space)",
+    )
     add("--token-space", required=True, metavar="TS.json", help="made by `megatron-speech token-space`")
     add("--output-prefix", required=True, metavar="P", help="writes P.bin P.idx P.manifest.json P.docs.parquet")
     add("--workers", type=int, default=available_cores(), help="processes; the output does not depend on it")
@@ -362,7 +376,8 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, convert, report."""
     arguments = parse_arguments(argv)
     space = TokenSpace.load(arguments.token_space)
-    inputs = Inputs(arguments.input)
+    eod = space.special("<eos>") if arguments.input_eod is None else arguments.input_eod
+    inputs = Inputs(arguments.input, ReadOptions(tokenizer=arguments.input_tokenizer, eod=eod))
     _check_paths(arguments, inputs)
     if arguments.dry_run:
         with tempfile.TemporaryDirectory() as folder:

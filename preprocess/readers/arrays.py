@@ -89,8 +89,11 @@ class ArrayBatch:
             ends_at_eod = block[np.maximum(self.bounds[1:] - first - 1, 0)] == self.eod if len(block) else None
         rows = self.inner.read()[self.skip : self.skip + self.rows]
         for i, (row, (begin, end)) in enumerate(zip(rows, itertools.pairwise(ends), strict=True)):
-            if self.eod is not None and end > begin and ends_at_eod is not None and ends_at_eod[i]:
-                end -= 1
+            if self.eod is not None:
+                if end > begin and ends_at_eod is not None and ends_at_eod[i]:
+                    end -= 1
+                else:
+                    row.notices = ("text_ids_without_eod",)
             if self.inworld:
                 _translate(row)
             # The array is what counts: a path beside it would be a second, possibly other, answer.

@@ -136,7 +136,7 @@ class Inputs:
 
     def fingerprints(self) -> list[dict[str, Any]]:
         """What tells this state of every file from another: see :func:`source.fingerprint`."""
-        return [source.fingerprint(file) for reader in self.readers for file in reader.files]
+        return source.fingerprints([file for reader in self.readers for file in reader.files])
 
     def batches(self, start: int, stop: int | None = None) -> Iterator[RowBatch]:
         """Rows `start` to `stop` (from 0; None: the end) of all files, in order.

@@ -26,7 +26,7 @@ _REMOTE_BLOCK_BYTES = 8 << 20  # of a remote file read at a time; what fsspec's 
 
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*(::|://)", re.IGNORECASE)
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_EXISTENCE_CHECKS = 32  # at a time
+_REQUESTS = 32  # to servers, at a time
 
 # What tells one version of a remote file from another, in the words of the file systems; the first that is there.
 _VERSION_KEYS = ("ETag", "etag", "checksum", "md5Hash", "content_md5", "generation", "version_id", "LastModified",
@@ -293,6 +293,14 @@ def fingerprint(path: str) -> dict[str, Any]:
 # ---- many files
 
 
+def fingerprints(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """:func:`fingerprint` of each; servers are asked for several at a time."""
+    if all(local_path(path) is not None for path in paths):
+        return [fingerprint(path) for path in paths]
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        return list(pool.map(fingerprint, paths))
+
+
 def expand(pattern: str) -> list[str]:
     """The files that a path, a glob (`*.tar`) or a brace range (`shard-{000..099}.tar`, `{a,b}`) names.
 
@@ -362,5 +370,5 @@ def _missing(paths: Sequence[str]) -> list[str]:
     if all(local_path(path) is not None for path in paths):
         return [path for path in paths if not exists(path)]
     # One request per file: in parallel, since a range of ten thousand shards is common.
-    with ThreadPoolExecutor(_EXISTENCE_CHECKS) as pool:
+    with ThreadPoolExecutor(_REQUESTS) as pool:
         return list(itertools.compress(paths, [not there for there in pool.map(exists, paths)]))
