@@ -145,9 +145,9 @@ def test_a_tokenizer_that_yields_nothing_is_named(
 REFUSALS: dict[str, tuple[tuple[str, ...], str]] = {
     "missing input": (("--input", "{folder}/no.jsonl"), "no.jsonl does not exist"),
     "a folder": (("--input", "{folder}"), "is a folder"),
-    "tar shards": (("--input", "{folder}/codes.tar"), ".tar shards of codes are not read by this version"),
-    "unknown ending": (("--input", "{folder}/codes.npy"), "ending '.npy' is unknown; needed .jsonl or .parquet"),
-    "compressed": (("--input", "{folder}/s.jsonl.gz"), "is compressed"),
+    "tar shards": (("--input", "{folder}/codes.tar"), "codes.tar is empty (0 bytes)"),
+    "codes alone": (("--input", "{folder}/codes.npy"), "is codes without the samples' fields; name "),
+    "compressed": (("--input", "{folder}/s.jsonl.gz"), "is empty (0 bytes), needed a gzip stream"),
     "empty input": (("--input", "{folder}/empty.jsonl"), "holds no rows"),
     "not parquet": (("--input", "{folder}/bad.parquet"), "is not a readable parquet file"),
     "no token space": (("--token-space", "{folder}/no.json"), "no.json does not exist"),
