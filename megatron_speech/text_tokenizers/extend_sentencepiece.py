@@ -102,9 +102,12 @@ class SentencePieceBase:
     def _learn_unigram(
         self, runs: Sequence[str], targets: Targets, pieces: int, coverage: float
     ) -> list[tuple[str, float]]:
-        wanted = size = pieces + 2  # the unknown piece and the space
+        self._new_letters(Counter(runs), targets, coverage, pieces)
+        letters = {letter for run in runs for letter in run}
+        # The unknown piece, and letters that the trainer needs and the base has: they do not count.
+        wanted = pieces + 1 + sum(not targets.is_new(letter) or self.covers(letter) for letter in letters)
         found: list[tuple[str, float]] = []
-        while size == wanted:  # as long as there may be more
+        while True:
             payload, size = train_up_to(
                 runs,
                 wanted,
@@ -115,7 +118,7 @@ class SentencePieceBase:
             )
             trained = [(p.piece, p.score) for p in pb.ModelProto.FromString(payload).pieces if p.type == _NORMAL]
             found = [(piece, score) for piece, score in trained if self._is_piece(piece, targets)]
-            if len(found) >= pieces:
+            if len(found) >= pieces or size < wanted:
                 break
             wanted += pieces - len(found)  # pieces that the base has already do not count
         if len(found) < pieces:
@@ -148,13 +151,7 @@ class SentencePieceBase:
         self, runs: Sequence[str], targets: Targets, pieces: int, coverage: float
     ) -> list[tuple[str, float]]:
         counts = Counter(word for run in runs for word in _words(run))
-        letters = self._new_letters(counts, targets, coverage)
-        if len(letters) > pieces:
-            raise InputError(
-                f"--pieces is {pieces:,}, but the new scripts of the input have {len(letters):,} letters; ask for more "
-                "pieces, or lower --character-coverage"
-            )
-        new = list(letters)
+        new = self._new_letters(counts, targets, coverage, pieces)
         known = self.pieces | set(new)
         words = {tuple(self._spell(word, known)): count for word, count in sorted(counts.items())}
         merges = learn_merges(words, pieces - len(new), lambda piece: self._may_merge(piece, targets), known)
@@ -164,12 +161,17 @@ class SentencePieceBase:
         lowest = min(self.scores)
         return [(piece, lowest - 1 - i) for i, piece in enumerate(new)]
 
-    def _new_letters(self, counts: Counter[str], targets: Targets, coverage: float) -> list[str]:
-        """Letters without a piece, the most frequent first, up to the coverage."""
+    def _new_letters(self, counts: Counter[str], targets: Targets, coverage: float, pieces: int) -> list[str]:
+        """Letters without a piece, the most frequent first, up to the coverage.
+
+        Raises:
+            InputError: more than `pieces`.
+        """
         letters: Counter[str] = Counter()
         for word, count in counts.items():
-            for letter in word.removeprefix(SPACE):
+            for letter in word:
                 letters[letter] += count
+        del letters[SPACE]
         enough = coverage * letters.total()
         result, seen = [], 0
         for letter, count in sorted(letters.items(), key=lambda item: (-item[1], item[0])):
@@ -178,6 +180,11 @@ class SentencePieceBase:
             seen += count
             if targets.is_new(letter) and not self.covers(letter):
                 result.append(letter)
+        if len(result) > pieces:
+            raise InputError(
+                f"--pieces is {pieces:,}, but the new scripts of the input have {len(result):,} letters; ask for more "
+                "pieces, or lower --character-coverage"
+            )
         return result
 
     def _spell(self, word: str, known: set[str]) -> list[str]:
