@@ -21,6 +21,7 @@ class Batch:
 
     Attributes:
         samples: columns of the rows.
+        has_texts: whether documents of the task hold text.
         codes: ids of each row's codes, int32 [frames * codebooks]; None where they were not read.
         checksums: of the codes that were read.
         texts: ids of each row's texts, int32 [n] each; None where they were not made.
@@ -29,11 +30,12 @@ class Batch:
         rejected: rows for the file of rejected ones, in the order in which they were met.
     """
 
-    def __init__(self, space: TokenSpace, loader: CodesLoader, samples: Samples, path: str) -> None:
+    def __init__(self, space: TokenSpace, loader: CodesLoader, samples: Samples, path: str, has_texts: bool) -> None:
         self.space = space
         self.loader = loader
         self.samples = samples
         self.path = path
+        self.has_texts = has_texts
         self.frame_rate_hz = space.codec.frame_rate_hz
         self.duplicates: np.ndarray | None = None
         count = len(samples)
@@ -98,6 +100,8 @@ class Batch:
 
     def encode_texts(self) -> None:
         """Turn the texts of all rows that are alive into ids; a row without any goes."""
+        if not self.has_texts:
+            return
         rows = [row for row in self.alive() if self.texts[row] is None]
         texts = [text for row in rows for text in self.samples.texts[row]]
         ids = iter(self.space.encode_text_batch(texts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -192,7 +193,7 @@ class CodesLoader:
                 self._headers.clear()
             self._headers[key] = _parse_header(key)
         header = self._headers[key]
-        if header is None or len(data) != begin + header.dtype.itemsize * int(np.prod(header.shape)):
+        if header is None or len(data) != begin + header.dtype.itemsize * math.prod(header.shape):
             return _read_npy(path, mapped=False)
         return np.frombuffer(data, header.dtype, offset=begin).reshape(header.shape)
 

@@ -127,7 +127,7 @@ class Converter:
         samples = read_samples(self.job.rules, batch.read(), batch.path)
         if self.job.rules.needs_codes:
             self._check_codec(samples, batch.path)
-        return Batch(self.space, self.loader, samples, batch.path)
+        return Batch(self.space, self.loader, samples, batch.path, has_texts=self.job.rules.task != "speech_lm")
 
     def _check_codec(self, samples: Samples, path: str) -> None:
         codec = self.space.codec
@@ -215,14 +215,16 @@ class Converter:
             usable[rows] = True
             quotes = self.quotes(np.where(usable[:, None], work.candidates, -1))
         plan = _Plan(self, batch)
-        for row in rows:
-            mine = quotes[row] if quotes is not None else []
-            if mine and not (work.plain is not None and work.plain[row]):
-                plan.add(row, mine)
-            elif not mine and quotes is not None and not (work.plain is not None and work.plain[row]):
-                plan.without_quote(row)
-            else:
-                plan.add(row, [])
+        if quotes is None:
+            plan.add_plain(rows)
+        else:
+            for row in rows:
+                if work.plain is not None and work.plain[row]:
+                    plan.add(row, [])
+                elif quotes[row]:
+                    plan.add(row, quotes[row])
+                else:
+                    plan.without_quote(row)
         return plan.finish()
 
 
@@ -257,6 +259,18 @@ class _Plan:
         self.form: list[str] = []
         self.text: list[int] = []
         self.quote: list[Quote | None] = []
+
+    def add_plain(self, rows: list[int]) -> None:
+        """Documents of samples that quote nothing."""
+        if self.job.rules.task == "text_lm":
+            for row in rows:
+                self.add(row, [])
+            return
+        self.kept = rows
+        self.row = rows
+        self.form = ["plain"] * len(rows)
+        self.text = [0 if self.job.rules.task == "tts" else -1] * len(rows)
+        self.quote = [None] * len(rows)
 
     def without_quote(self, row: int) -> None:
         self.notices["rows_without_reference"] += 1
