@@ -22,6 +22,9 @@ from megatron_speech.data.packing_kernels import PackedSegments, pack_cut, pack_
 # Documents taken from the order at a time. The table does not depend on it.
 PIECE = 1 << 20
 _FIRST_PIECE = 1 << 14
+# Windows of fit and bucket, in sequences: the first ones, and the share of what lies before a later one.
+_FIRST_WINDOW = 16
+_WINDOW_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -126,20 +129,39 @@ def _cut(pieces: Iterator[OrderedDocuments], seq_length: int) -> Iterator[Packed
         yield PackedRun(np.zeros(1, np.int64), none, nothing.astype(np.int64), nothing, nothing)
 
 
-def _end_of_full_windows(lengths: np.ndarray, tokens: int) -> int:
-    """How many documents lie in windows of at most `tokens` tokens that are full: the next document did not fit."""
+def _full_windows(lengths: np.ndarray, before: int, room: int, largest: int) -> Iterator[tuple[int, int]]:
+    """Runs of documents, (begin, end), that make up full windows: the document after each did not fit any more.
+
+    A window grows with its distance from the beginning, to at most `largest` sequences of `room` tokens: however
+    short the stage, what a window moves about is a small part of what lies before it. Windows of the largest size
+    that follow each other are one run.
+
+    Args:
+        lengths: int32 [n], tokens of the documents; the first begins a window.
+        before: tokens of the order before them.
+        room: tokens of a sequence.
+        largest: sequences of a window, at most.
+    """
     ends = np.cumsum(lengths, dtype=np.int64)
-    begin = 0
+    begin = end = 0
     while True:
-        limit = (int(ends[begin - 1]) if begin else 0) + tokens
-        end = int(np.searchsorted(ends, limit, side="right"))
-        if end == len(lengths):
-            return begin
-        begin = end
+        passed = int(ends[end - 1]) if end else 0
+        size = min(largest, max(_FIRST_WINDOW, (before + passed) // room // _WINDOW_SHARE))
+        found = int(np.searchsorted(ends, passed + size * room, side="right"))
+        full = found < len(lengths)
+        if begin < end and not (full and size == largest):
+            yield begin, end
+            begin = end
+        if not full:
+            return
+        end = found
+        if size < largest:
+            yield begin, end
+            begin = end
 
 
 def _in_windows(
-    pieces: Iterator[OrderedDocuments], tokens: int, pack: Callable[[OrderedDocuments], PackedSegments]
+    pieces: Iterator[OrderedDocuments], room: int, largest: int, pack: Callable[[OrderedDocuments], PackedSegments]
 ) -> Iterator[PackedRun]:
     """Pack whole windows; what is left of a piece waits for the next one, and is packed when no more comes."""
 
@@ -148,12 +170,15 @@ def _in_windows(
         return PackedRun(packed.seq_ptr[1:], documents, packed.position, packed.start, packed.length)
 
     waiting: list[OrderedDocuments] = []
+    before = 0
     for piece in pieces:
         documents = _concatenated([*waiting, piece])
-        end = _end_of_full_windows(documents.length, tokens)
-        if end:
-            yield run(OrderedDocuments(*(column[:end] for column in documents)))
-        waiting = [OrderedDocuments(*(column[end:] for column in documents))]
+        done = 0
+        for begin, end in _full_windows(documents.length, before, room, largest):
+            yield run(OrderedDocuments(*(column[begin:end] for column in documents)))
+            done = end
+        before += int(documents.length[:done].sum(dtype=np.int64))
+        waiting = [OrderedDocuments(*(column[done:] for column in documents))]
     if waiting and len(waiting[0].length):
         yield run(waiting[0])
 
@@ -166,10 +191,10 @@ def _whole(packed: PackedSegments, oversize: np.ndarray, room: int) -> PackedSeg
 
 def _fit(pieces: Iterator[OrderedDocuments], seq_length: int, open_sequences: int) -> Iterator[PackedRun]:
     def pack(documents: OrderedDocuments) -> PackedSegments:
-        # The kernel draws the same windows from the first document on.
+        # The kernel draws the same windows of the largest size from the first document on.
         return _whole(*pack_fit(documents.length, seq_length, open_bins=open_sequences), seq_length)
 
-    return _in_windows(pieces, open_sequences * seq_length, pack)
+    return _in_windows(pieces, seq_length, open_sequences, pack)
 
 
 def _bucket(
@@ -183,7 +208,7 @@ def _bucket(
         found = pack_bucket(documents.length, targets_of(documents), max_tokens=max_tokens, window=open_sequences)
         return _whole(*found, max_tokens)
 
-    return _in_windows(pieces, open_sequences * max_tokens, pack)
+    return _in_windows(pieces, max_tokens, open_sequences, pack)
 
 
 def pack(
@@ -208,7 +233,7 @@ def pack(
         mode: "cut" (documents run on over the edges, no padding but at the very end), "fit" (never cut) or "bucket"
             (rectangles of whole documents of similar target length).
         seq_length: tokens of a sequence.
-        open_sequences: look-ahead of fit and bucket, in sequences.
+        open_sequences: look-ahead of fit and bucket, in sequences; less at the beginning of the order.
         max_tokens: bucket only: documents × longest of them; None: seq_length.
         n_sequences: sequences to make; None: until the order ends.
         targets_of: bucket only: int32 target tokens of a run of documents.

@@ -144,6 +144,19 @@ def test_a_longer_budget_prolongs_the_table_and_changes_nothing_in_it(mode: str,
         assert len(short["length"]) == short["seq_ptr"][-1]
 
 
+@pytest.mark.parametrize("mode", ["fit", "bucket"])
+@pytest.mark.parametrize("count", [20, 100, 1000])
+def test_a_window_moves_documents_about_by_a_small_part_of_what_lies_before_them(mode: str, count: int) -> None:
+    lengths = np.random.default_rng(2).integers(1, 40, 20_000).tolist()
+    table = columns(runs_of(Listed(lengths), mode, 64, n_sequences=count, open_sequences=1 << 20))
+    # However short the stage: of the documents that the order begins with, few are left for later.
+    documents = np.sort(table["document"])
+    missing = documents[-1] + 1 - len(documents)
+    assert missing <= max(16, count // 8) * 64 / np.mean(lengths) * 1.3
+    if mode == "fit":
+        assert table["length"].sum() / (count * 64) > 0.95
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_table_is_the_same_without_a_compiler(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_speech.data import bucketing, packing_kernels
