@@ -10,7 +10,11 @@ from megatron_speech.errors import InputError
 
 COMPRESSED = (".gz", ".zst")
 
-_PIECE_BYTES = 16 << 10  # of compressed input at a time: what bounds the output of one step
+# Of compressed input at a time; less where it turns out to expand a lot, since a step's output is in memory as a whole.
+_PIECE_BYTES = 16 << 10
+_FIRST_PIECE_BYTES = 1 << 10
+_LEAST_PIECE_BYTES = 64
+_LARGE_STEP_BYTES, _SMALL_STEP_BYTES = 2 << 20, 256 << 10
 
 
 class DamagedInput(InputError):
@@ -71,6 +75,7 @@ class Inflated(io.RawIOBase):
         self._input = b""
         self._output = memoryview(b"")
         self._members = 0
+        self._piece = _FIRST_PIECE_BYTES
 
     def readable(self) -> bool:
         """Always."""
@@ -110,11 +115,15 @@ class Inflated(io.RawIOBase):
         assert self._decoder is not None
         if not self._input:
             raise DamagedInput(f"input {self._url} is cut off: its {self._format} stream does not end")
-        piece, self._input = self._input[:_PIECE_BYTES], self._input[_PIECE_BYTES:]
+        piece, self._input = self._input[: self._piece], self._input[self._piece :]
         try:
             self._output = memoryview(self._decoder.decompress(piece))
         except self._error as error:
             raise DamagedInput(f"input {self._url} is damaged: its {self._format} stream says: {error}") from error
+        if len(self._output) > _LARGE_STEP_BYTES:
+            self._piece = max(self._piece // 4, _LEAST_PIECE_BYTES)
+        elif len(self._output) < _SMALL_STEP_BYTES:
+            self._piece = min(self._piece * 2, _PIECE_BYTES)
         if self._decoder.eof:
             self._input = self._decoder.unused_data + self._input
             self._decoder = None

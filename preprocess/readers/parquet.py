@@ -188,25 +188,26 @@ class ParquetReader:
         with self._open() as file:
             self._rows = file.metadata.num_rows
             stop = self._rows if stop is None else stop
-            position = first_row = 0
-            groups: list[int] = []
+            position = 0
+            # Group by group: asked for several at once, Arrow holds more than one of them.
             for group in range(file.metadata.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
                 if position < stop and position + size > start:
-                    if not groups:
-                        first_row = position
-                    groups.append(group)
+                    yield from self._group(file, group, position, start, stop)
                 position += size
-            try:
-                for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups):
-                    first, last = max(start - first_row, 0), min(stop - first_row, batch.num_rows)
-                    if first < last:
-                        yield ParquetBatch(self.path, first_row + first + 1, batch.slice(first, last - first))
-                    first_row += batch.num_rows
-            except ConnectionError:
-                raise
-            except (pa.ArrowException, OSError) as error:
-                raise InputError(f"input {self.path} cannot be read after row {first_row:,}: {error}") from error
+
+    def _group(self, file: pq.ParquetFile, group: int, position: int, start: int, stop: int) -> Iterator[ParquetBatch]:
+        """Rows of a row group whose first one is row `position`, as far as they lie between `start` and `stop`."""
+        try:
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group]):
+                first, last = max(start - position, 0), min(stop - position, batch.num_rows)
+                if first < last:
+                    yield ParquetBatch(self.path, position + first + 1, batch.slice(first, last - first))
+                position += batch.num_rows
+        except ConnectionError:
+            raise
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"input {self.path} cannot be read after row {position:,}: {error}") from error
 
 
 def _is_binary(kind: pa.DataType) -> bool:
