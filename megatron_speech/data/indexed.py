@@ -33,7 +33,6 @@ import numpy as np
 
 from megatron_speech.data.manifest import Manifest, read_manifest
 from megatron_speech.errors import InputError
-from megatron_speech.files import sha256_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -67,7 +66,7 @@ def file_of(prefix: str | os.PathLike[str], suffix: str) -> Path:
 
 
 @dataclass(frozen=True)
-class _Index:
+class TokenIndex:
     """Views into a memory-mapped `.idx`."""
 
     dtype: np.dtype
@@ -76,7 +75,7 @@ class _Index:
     documents: np.ndarray  # int64 [D + 1], sequence indices
 
 
-def _read_index(path: Path) -> _Index:
+def read_index(path: Path) -> TokenIndex:
     """Map an `.idx` and check its header and size; the arrays themselves are not read.
 
     Raises:
@@ -114,7 +113,7 @@ def _read_index(path: Path) -> _Index:
     buffer = np.memmap(path, dtype=np.uint8, mode="r")
     at_pointers = HEADER.size + 4 * sequences
     at_documents = at_pointers + 8 * sequences
-    return _Index(
+    return TokenIndex(
         dtype=DTYPE_CODES[code],
         lengths=np.frombuffer(buffer, "<i4", sequences, HEADER.size),
         pointers=np.frombuffer(buffer, "<i8", sequences, at_pointers),
@@ -146,7 +145,7 @@ class TokenDataset:
         manifest_path = file_of(prefix, ".manifest.json")
         if require_manifest or manifest_path.exists():
             self.manifest = _find_manifest(self.prefix, manifest_path)
-        index = _read_index(file_of(prefix, ".idx"))
+        index = read_index(file_of(prefix, ".idx"))
         self._index = index
         self.dtype = index.dtype
         if self.manifest is not None:  # one sequence per document: nothing to compute, nothing to read
@@ -174,8 +173,11 @@ class TokenDataset:
             )
         self.total_tokens = size // self.dtype.itemsize
 
-    def _check_manifest(self, manifest: Manifest, index: _Index) -> None:
+    def _check_manifest(self, manifest: Manifest, index: TokenIndex) -> None:
         path = file_of(self.prefix, ".manifest.json")
+        for suffix in (".bin", ".idx", ".docs.parquet"):
+            if suffix not in manifest.files:
+                raise InputError(f"manifest {path}: field files names no {suffix}; {REMAKE}")
         for field, found, needed in (
             ("documents", len(self), manifest.documents),
             ("document boundaries", len(index.documents), manifest.documents + 1),
@@ -188,6 +190,8 @@ class TokenDataset:
                     f"belong together; {REMAKE}"
                 )
         for suffix, entry in manifest.files.items():
+            if suffix == ".rejected.jsonl":
+                continue  # nothing that trains reads it; `inspect --verify` does
             file = file_of(self.prefix, suffix)
             try:
                 size = file.stat().st_size
@@ -264,47 +268,14 @@ class TokenDataset:
             )
 
     def verify(self) -> None:
-        """Read every byte and compare: SHA-256 of the files, document pointers, the documents table's counts.
+        """Read every byte and compare everything with everything; see :mod:`megatron_speech.data.verify`.
 
         Raises:
-            InputError: the file and the first thing wrong with it.
+            InputError: every disagreement that was found.
         """
-        self._verify_pointers()
-        if self.manifest is None:
-            return
-        for suffix, entry in self.manifest.files.items():
-            path = file_of(self.prefix, suffix)
-            found = sha256_file(path)
-            if found != entry.sha256:
-                raise InputError(
-                    f"{path}: SHA-256 is {found}, needed {entry.sha256} by the manifest: it is damaged; {REMAKE}"
-                )
-        counts = ("tokens", "audio_tokens", "text_tokens", "target_tokens")
-        table = self.columns(*counts)
-        self._compare("column tokens", table["tokens"].to_numpy(), self.lengths, ".docs.parquet")
-        for name in counts:
-            total, stated = int(table[name].to_numpy().sum(dtype=np.int64)), getattr(self.manifest.totals, name)
-            if total != stated:
-                raise InputError(
-                    f"{file_of(self.prefix, '.manifest.json')}: totals.{name} is {stated}, but the documents table "
-                    f"adds up to {total}; {REMAKE}"
-                )
+        from megatron_speech.data.verify import verify_dataset
 
-    def _verify_pointers(self) -> None:
-        ends = np.cumsum(self.lengths, dtype=np.int64) * self.dtype.itemsize
-        needed = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
-        self._compare("byte offset", self.pointers, needed, ".idx")
-        boundaries = np.asarray(self._index.documents)
-        if self.manifest is not None:
-            self._compare("first sequence", boundaries, np.arange(len(self) + 1), ".idx")
-
-    def _compare(self, what: str, found: np.ndarray, needed: np.ndarray, suffix: str) -> None:
-        wrong = np.flatnonzero(found != needed)
-        if len(wrong):
-            i = int(wrong[0])
-            raise InputError(
-                f"{file_of(self.prefix, suffix)}: {what} of document {i} is {found[i]}, needed {needed[i]}; {REMAKE}"
-            )
+        verify_dataset(self.prefix, require_manifest=self.manifest is not None).require()
 
 
 def _open(prefix: str, require_manifest: bool) -> TokenDataset:
@@ -325,7 +296,7 @@ def _find_manifest(prefix: str, path: Path) -> Manifest:
     return read_manifest(path)
 
 
-def _document_index(index: _Index, path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _document_index(index: TokenIndex, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Lengths int32 [D] and byte pointers int64 [D] of documents, from those of sequences.
 
     Upstream's builder may put several sequences into a document; they follow one another in `.bin`.

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from rich.table import Table
 
-from megatron_speech.data.documents_table import SCHEMA
+from megatron_speech.data.distributions import QUANTILES, Distribution, distributions, length_bins, plot
+from megatron_speech.data.documents_table import SCHEMA, document_batches
 from megatron_speech.data.indexed import TokenDataset, file_of
 from megatron_speech.data.manifest import Manifest
 from megatron_speech.data.report import drops_table, duration, make_console, totals_table
+from megatron_speech.data.verify import Verification, verify_dataset
 from megatron_speech.errors import InputError
 from megatron_speech.tasks import render
 from megatron_speech.token_space import TokenSpace
 
-QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
-HISTOGRAM_BINS = 12
 HISTOGRAM_WIDTH = 50
-VERIFY_IDS = 1 << 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     parser.add_argument("prefix", metavar="P", help="prefix of the dataset's files, without .bin or .idx")
-    parser.add_argument("--verify", action="store_true", help="read every byte and compare with the hashes and counts")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every byte, compare every file, document and total, and list all that disagrees (exit status 2)",
+    )
+    parser.add_argument("--plot", metavar="OUT.png", help="draw the distribution of lengths (.png, .svg or .pdf)")
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="show N documents, drawn by --seed")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of documents to show (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
@@ -46,26 +51,63 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--sample is {args.sample}, needed 0 or more")
     if args.sample and args.token_space is None:
         raise InputError("--sample shows text and codes: needed --token-space TS.json, the dataset's token space")
-    dataset = TokenDataset(args.prefix)
-    space = None
-    if args.token_space is not None:
-        space = TokenSpace.load(args.token_space)
-        dataset.check(space)
+    space = None if args.token_space is None else TokenSpace.load(args.token_space)
     if args.verify:
-        dataset.verify()
-        if space is not None:
-            verify_ids(dataset, space)
-    description = describe(dataset, space, args.sample, args.seed)
+        _verify(args, space)
+    dataset = TokenDataset(args.prefix)
+    if space is not None:
+        dataset.check(space)
+    found = distributions(dataset)
+    description = describe(dataset, space, args.sample, args.seed, found)
     if args.verify:
         description["verified"] = True
+    if args.plot is not None:
+        plot(args.plot, dataset, found)
     if args.json:
         print(json.dumps(description, indent=2, ensure_ascii=False))
     else:
         _print(dataset, description)
+        if args.plot is not None:
+            print(f"picture: {args.plot}")
     return 0
 
 
-def describe(dataset: TokenDataset, space: TokenSpace | None = None, samples: int = 0, seed: int = 0) -> dict[str, Any]:
+def _verify(args: argparse.Namespace, space: TokenSpace | None) -> None:
+    """Print all that disagrees.
+
+    Raises:
+        InputError: something does.
+    """
+    found = verify_dataset(args.prefix, space)
+    if not found.findings:
+        return
+    if args.json:
+        print(json.dumps({"prefix": args.prefix, "verified": False, **_findings(found)}, indent=2, ensure_ascii=False))
+    else:
+        for finding in found.findings:
+            print(f"{finding.file}: {finding.problem}")
+    count = len(found.findings)
+    raise InputError(
+        f"{args.prefix} is damaged: {count} finding{'s' if count > 1 else ''}, of which the first is "
+        f"{found.findings[0].file}: {found.findings[0].problem}; restore these files, or make the dataset anew"
+    )
+
+
+def _findings(found: Verification) -> dict[str, Any]:
+    return {
+        "findings": [asdict(finding) for finding in found.findings],
+        "damaged_documents": found.damaged_documents,
+        "damaged": found.damaged,
+    }
+
+
+def describe(
+    dataset: TokenDataset,
+    space: TokenSpace | None = None,
+    samples: int = 0,
+    seed: int = 0,
+    found: dict[str, Distribution] | None = None,
+) -> dict[str, Any]:
     """Everything that `inspect` tells, JSON-able.
 
     Args:
@@ -73,37 +115,19 @@ def describe(dataset: TokenDataset, space: TokenSpace | None = None, samples: in
         space: its token space; needed where `samples` > 0.
         samples: number of documents to render.
         seed: of their choice.
+        found: the dataset's :func:`distributions`, if they are at hand.
     """
-    table = dataset.columns("tokens", "target_tokens", "duration_seconds")
-    columns = {name: _numbers(table[name]) for name in table.column_names}
+    found = distributions(dataset) if found is None else found
     result: dict[str, Any] = {
         "prefix": dataset.prefix,
         "manifest": _manifest(dataset).model_dump(),
         "schema": {field.name: str(field.type) for field in SCHEMA},
-        "quantiles": {name: _quantiles(values) for name, values in columns.items() if len(values)},
-        "histogram_tokens": _histogram(columns["tokens"]),
+        "quantiles": {name: _quantiles(values) for name, values in found.items() if values.total},
+        "histogram_tokens": length_bins(found["tokens"]),
     }
     if samples and space is not None:
         result["samples"] = _samples(dataset, space, samples, seed)
     return result
-
-
-def verify_ids(dataset: TokenDataset, space: TokenSpace) -> None:
-    """Check that every id is one of the token space's.
-
-    Raises:
-        InputError: naming the first id that is not, and its document.
-    """
-    for start in range(0, dataset.total_tokens, VERIFY_IDS):
-        ids = dataset.tokens[start : start + VERIFY_IDS]
-        wrong = (ids < 0) | (ids >= space.size)
-        if wrong.any():
-            at = start + int(np.argmax(wrong))
-            document = int(np.searchsorted(dataset.offsets, at, side="right")) - 1
-            raise InputError(
-                f"{file_of(dataset.prefix, '.bin')}: id {int(dataset.tokens[at])} in document {document} is outside "
-                f"the token space (0 to {space.size - 1}); make the dataset anew with preprocess/preprocess_data.py"
-            )
 
 
 def _manifest(dataset: TokenDataset) -> Manifest:
@@ -111,34 +135,20 @@ def _manifest(dataset: TokenDataset) -> Manifest:
     return dataset.manifest
 
 
-def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    return column.drop_null().to_numpy()
-
-
-def _quantiles(values: np.ndarray) -> dict[str, float]:
-    found = np.quantile(values, QUANTILES)
+def _quantiles(values: Distribution) -> dict[str, float]:
+    found = values.quantiles(QUANTILES)
     return {f"{quantile:g}": round(float(value), 6) for quantile, value in zip(QUANTILES, found, strict=True)}
-
-
-def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:
-    """Documents by length in ids, in bins of equal width; the last one also holds the longest 0.5 %."""
-    if not len(lengths):
-        return []
-    top = int(np.quantile(lengths, 0.995)) + 1
-    bottom = int(lengths.min())
-    edges = np.unique(np.linspace(bottom, max(top, bottom + 1), HISTOGRAM_BINS + 1).astype(np.int64))
-    counts, _ = np.histogram(np.minimum(lengths, edges[-1]), edges)
-    ends = [*edges[1:-1].tolist(), int(lengths.max()) + 1]
-    return [
-        {"from": start, "below": end, "documents": count}
-        for start, end, count in zip(edges[:-1].tolist(), ends, counts.tolist(), strict=True)
-    ]
 
 
 def _samples(dataset: TokenDataset, space: TokenSpace, count: int, seed: int) -> list[dict[str, Any]]:
     chosen = np.sort(np.random.default_rng(seed).choice(len(dataset), min(count, len(dataset)), replace=False))
     names = ("sample_id", "language", "speaker_id", "reference_sample_id")
-    rows = dataset.columns(*names).take(pa.array(chosen)).to_pylist()
+    rows: list[dict[str, Any]] = []
+    first = 0
+    for batch in document_batches(file_of(dataset.prefix, ".docs.parquet"), names, len(dataset)):
+        here = chosen[(chosen >= first) & (chosen < first + batch.num_rows)] - first
+        rows += batch.take(pa.array(here)).to_pylist()
+        first += batch.num_rows
     return [
         {"document": i, **row, "rendered": render(space, dataset.document(i))}
         for i, row in zip(chosen.tolist(), rows, strict=True)
@@ -174,7 +184,7 @@ def _print(dataset: TokenDataset, description: dict[str, Any]) -> None:
         about = ", ".join(str(sample[name]) for name in ("sample_id", "language", "speaker_id") if sample[name])
         console.print(f"document {sample['document']} ({about}): {sample['rendered']}", markup=False, soft_wrap=True)
     if description.get("verified"):
-        print("verified: every byte is as the manifest says")
+        print("verified: every byte, document and total is as it was written")
 
 
 def _quantile_table(quantiles: dict[str, dict[str, float]]) -> Table:

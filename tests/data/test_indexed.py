@@ -22,6 +22,7 @@ from megatron_speech.data.documents_table import ROWS_PER_GROUP, SCHEMA, Documen
 from megatron_speech.data.indexed import TokenDataset, file_of
 from megatron_speech.data.indexed_writer import disk_dtype, ids_on_disk, write_index
 from megatron_speech.errors import InputError
+from megatron_speech.files import canonical_json, sha256_hex
 from megatron_speech.token_space import CodecDescription, TokenSpace
 from preprocess import preprocess_data
 
@@ -190,9 +191,14 @@ def cut(path: Path, count: int) -> None:
     path.write_bytes(path.read_bytes()[:-count])
 
 
-def edit_manifest(prefix: Path, **changes: object) -> None:
+def edit_manifest(prefix: Path, signed: bool = True, **changes: object) -> None:
+    """Change fields of the manifest; `signed`: and its hash, as another writer would."""
     path = file_of(prefix, ".manifest.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    value = {**json.loads(path.read_text()), **changes}
+    if signed:
+        del value["sha256"]
+        value["sha256"] = sha256_hex(canonical_json(value))
+    path.write_text(json.dumps(value))
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -225,6 +231,24 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"format_version is 9, this version reads 2",
     ),
     "manifest of another dataset": (lambda p: edit_manifest(p, documents=9), r"documents is 10, but .* says 9"),
+    "manifest edited by hand": (
+        lambda p: edit_manifest(p, signed=False, split_seed=1),
+        r"manifest\.json: its fields have SHA-256 .* needed .*edited or damaged",
+    ),
+    "manifest of fewer than no documents": (lambda p: edit_manifest(p, documents=-1), r"field documents: .*equal to 0"),
+    "manifest with a number that is none": (
+        lambda p: edit_manifest(p, signed=False, totals={"seconds": float("nan")}),
+        r"field totals.seconds: .*finite",
+    ),
+    "manifest that names no table": (
+        lambda p: edit_manifest(p, files={"bin": {"bytes": 1, "sha256": "0" * 64}}),
+        r"manifest\.json: field files names no \.bin",
+    ),
+    "manifest with half a hash": (
+        lambda p: edit_manifest(p, files={".bin": {"bytes": 1, "sha256": "00"}}),
+        r"field files\.\.bin\.sha256",
+    ),
+    "manifest without a field": (lambda p: edit_manifest(p, totals=None), r"field totals: "),
     "manifest with a bad field": (lambda p: edit_manifest(p, tokens="many"), r"field tokens: "),
     "manifest with an unknown field": (lambda p: edit_manifest(p, mood=1), r"field mood: "),
 }
@@ -242,7 +266,7 @@ HIDDEN_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a flipped id": (lambda p: overwrite(file_of(p, ".bin"), 40, b"\xff"), r"data\.v1\.bin: SHA-256 is"),
     "a moved pointer": (
         lambda p: overwrite(file_of(p, ".idx"), 34 + 40 + 8, b"\x02"),
-        r"\.idx: byte offset of document 1 is",
+        r"\.idx: byte offset of document 1 does not follow",
     ),
     "a moved boundary": (
         lambda p: overwrite(file_of(p, ".idx"), 34 + 120 + 16, b"\x07"),
@@ -253,8 +277,8 @@ HIDDEN_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"docs\.parquet: SHA-256 is",
     ),
     "an edited total": (
-        lambda p: edit_manifest(p, totals={"documents": 10, "tokens": 5}),
-        r"manifest\.json: totals\.tokens is 5, but the documents table adds up to",
+        lambda p: edit_manifest(p, totals={**TokenDataset(p).manifest.totals.model_dump(), "tokens": 5}),
+        r"manifest\.json: tokens is 5, but the documents table adds up to",
     ),
 }
 
