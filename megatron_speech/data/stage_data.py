@@ -17,6 +17,7 @@ from megatron_speech.data.index_build import index_builder, index_key
 from megatron_speech.data.index_cache import cached_table, verify_table
 from megatron_speech.data.indexed import TokenDataset, file_of
 from megatron_speech.data.packing import SegmentTable
+from megatron_speech.data.staging import is_url, stage_datasets
 from megatron_speech.errors import InputError
 from megatron_speech.files import write_json
 from megatron_speech.tasks import PROMPT_END, TEMPLATE_HASH
@@ -30,37 +31,50 @@ logger = logging.getLogger(__name__)
 Report = dict[str, Any]
 
 
-def dataset_prefixes(data: DataConfig, base: str | Path | None = None) -> dict[str, Path]:
+def dataset_prefixes(data: DataConfig, base: str | Path | None = None) -> dict[str, str]:
     """Name → prefix of the recipe's datasets; relative prefixes are taken from `base` (default: where we are).
 
+    A prefix may be a URL (s3://…, gs://…) where the datasets are staged.
+
     Raises:
-        InputError: no dataset, or two of one name.
+        InputError: no dataset, two of one name, or a URL that nothing makes a local copy of.
     """
     if isinstance(data.datasets, dict):
-        named = [(name, Path(prefix)) for name, prefix in data.datasets.items()]
+        named = list(data.datasets.items())
     else:
-        named = [(Path(prefix).name, Path(prefix)) for prefix in data.datasets]
+        named = [(Path(prefix).name, prefix) for prefix in data.datasets]
     if not named:
         raise InputError("data.datasets is empty; list at least one dataset prefix")
-    prefixes: dict[str, Path] = {}
+    prefixes: dict[str, str] = {}
     for name, prefix in named:
         if name in prefixes:
             raise InputError(
                 f"data.datasets: {prefixes[name]} and {prefix} would both be named {name!r}; "
                 "give them names (data.datasets as a mapping, name: prefix)"
             )
-        prefixes[name] = Path(base or ".") / prefix
+        if is_url(prefix) and not data.stage_datasets:
+            raise InputError(
+                f"data.datasets: {prefix} is a URL, and training reads local files; say data.stage_datasets: true and "
+                "name a data.cache_dir"
+            )
+        prefixes[name] = prefix if is_url(prefix) else str(Path(base or ".") / prefix)
     return prefixes
 
 
 def open_datasets(data: DataConfig, space: TokenSpace, base: str | Path | None = None) -> dict[str, TokenDataset]:
     """Open the recipe's datasets and check that they go together and with `space`.
 
+    With `data.stage_datasets` they are first copied to this node's disk, if they are not there yet.
+
     Raises:
         InputError: a dataset is missing or damaged, or its codec, token space or templates are not those of the
             others or of the run; both files and both hashes are named.
     """
-    datasets = {name: TokenDataset(prefix) for name, prefix in dataset_prefixes(data, base).items()}
+    prefixes = dataset_prefixes(data, base)
+    if data.stage_datasets:
+        assert data.cache_dir is not None  # checked by DataConfig
+        prefixes = stage_datasets(prefixes, data.cache_dir, data.cache_gib)
+    datasets = {name: TokenDataset(prefix) for name, prefix in prefixes.items()}
     _refuse_mixture(datasets)
     for dataset in datasets.values():
         dataset.check(space)
@@ -137,7 +151,8 @@ class StageData:
         split: Literal["train", "validation"] = "train",
         history: History | None = None,
     ) -> None:
-        blending.check_stage(stage)
+        groups = blending.check_stage(stage)
+        self._own_max_epochs = {blending.group_name(group): group.max_epochs for group in groups}
         _refuse_mixture(datasets)
         self.stage, self.data, self.space, self.seed, self.split = stage, data, space, seed, split
         self.datasets = dict(datasets)
@@ -261,10 +276,9 @@ class StageData:
                 ]
             return []
         where = f"stage {self.stage.name!r}"
-        own_limit = {blending.group_name(group): group.max_epochs for group in blending.check_stage(self.stage)}
         often: dict[float, list[str]] = {}
         for stratum in self.strata:
-            limit = own_limit[stratum["group"]] or self.stage.max_epochs
+            limit = self._max_epochs(stratum)
             if (epochs := self._epochs(stratum)) > limit:
                 often.setdefault(limit, []).append(f"{stratum['name']} ({epochs:.1f})")
         warnings = [
@@ -280,6 +294,10 @@ class StageData:
                 f"{_some(held_back)}"
             )
         return warnings
+
+    def _max_epochs(self, stratum: Report) -> float:
+        """Epochs above which a stratum is warned about."""
+        return self._own_max_epochs.get(stratum["group"]) or self.stage.max_epochs
 
     def _taken_before(self, stratum: Report) -> int:
         """Tokens of a stratum that earlier indices of the stage held."""
@@ -303,6 +321,7 @@ class StageData:
         total = sum(stratum["counted_tokens"] for stratum in strata)
         for stratum in strata:
             stratum["epochs"] = self._epochs(stratum)
+            stratum["repeated_too_often"] = stratum["epochs"] > self._max_epochs(stratum)
             stratum["tokens_before"] = self._taken_before(stratum)
             stratum["realised"] = stratum["counted_tokens"] / total if total else 0.0
         tokens = sum(stratum["tokens"] for stratum in strata)
