@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_speech.data.blend_plot import check_plot_path, plot_reports
 from megatron_speech.errors import InputError
 
 _SHOWN_STRATA = 40
@@ -27,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stage", metavar="S", help="only the stage of this name (default: all)")
     parser.add_argument("--json", action="store_true", help="print the full report as JSON, as in a run's blend.json")
+    parser.add_argument(
+        "--plot", type=Path, metavar="OUT.png", help="draw target and realised shares, epochs and what is left out"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: the recipe, its datasets or its masses cannot be used.
     """
+    if args.plot is not None:
+        check_plot_path(args.plot)
     # Only now: `--help` needs neither the recipe's schema nor the datasets' libraries.
     from megatron_speech.data.stage_data import StageData, open_datasets
     from megatron_speech.token_space import TokenSpace
@@ -56,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         StageData(stage, recipe.data, datasets, space, seed=recipe.seed, cache_dir=cache).blend_report()
         for stage in stages
     ]
+    if args.plot is not None:
+        plot_reports(args.plot, reports)
     if args.json:
         json.dump({"stages": reports}, sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
         print()
@@ -76,7 +84,7 @@ def print_reports(reports: Iterable[dict[str, Any]]) -> None:
     def table(title: str, rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
         grid = Table(title=title, title_justify="left", title_style="", header_style="", box=None, pad_edge=False)
         grid.add_column("", overflow="fold")
-        for column in ("target", "realised", "tokens", "documents", "audio hours", "epochs"):
+        for column in ("target", "realised", "tokens", "documents", "audio hours", "of audio", "epochs"):
             grid.add_column(column, justify="right", no_wrap=True)
         for name, row in rows:
             grid.add_row(
@@ -86,6 +94,7 @@ def print_reports(reports: Iterable[dict[str, Any]]) -> None:
                 f"{row['tokens']:,}",
                 f"{row['documents']:,}",
                 f"{row['audio_seconds'] / 3600:,.2f}",
+                f"{row['audio_share']:.2%}",
                 f"{row['epochs']:.2f}",
             )
         console.print(grid)
@@ -102,9 +111,11 @@ def print_reports(reports: Iterable[dict[str, Any]]) -> None:
         console.print()
         for field in ("task", "language", "source"):
             table(f"by {field}", report[f"by_{field}"].items())
-        strata = report["strata"]
+        strata = sorted(report["strata"], key=lambda stratum: -stratum["tokens"])
         table(
             "by stratum (task or name / dataset / language / source)", ((s["name"], s) for s in strata[:_SHOWN_STRATA])
         )
         if len(strata) > _SHOWN_STRATA:
             console.print(f"… and {len(strata) - _SHOWN_STRATA} strata more: --json lists all of them\n")
+        for warning in report["warnings"]:
+            console.print(f"note: {warning}\n")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,7 @@ def check_stage(stage: StageDataConfig) -> list[StratumConfig]:
                 f"{where}: the mass of {group.name or group.task} is {group.mass:g}; a mass is a positive number "
                 "(leave out what is not wanted)"
             )
+        filtering.parse(group.where, f"{where}: stratum {group_name(group)}: where")
         if stage.is_sft and group.task == "text_lm" and not stage.allow_text_in_sft:
             raise InputError(
                 f"{where}: text_lm has mass {group.mass:g} in a stage whose loss.prompt is 0 (SFT); text-only data "
@@ -86,6 +88,9 @@ def check_stage(stage: StageDataConfig) -> list[StratumConfig]:
             f"{where}: packing.mode is cut but loss.prompt is {stage.loss.prompt:g}: in the rest of a cut document "
             "nothing tells where its prompt ended; use packing.mode fit, or loss.prompt 1"
         )
+    names = [group_name(group) for group in groups]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"{where}: two strata are named {twice}; give every stratum a name of its own")
     if stage.packing.max_tokens is not None:
         if stage.packing_mode != "bucket":
             raise InputError(
@@ -289,7 +294,8 @@ def group_name(group: StratumConfig) -> str:
     if group.name is not None:
         return group.name
     filters = [",".join(values) for values in (group.datasets, group.languages, group.sources) if values is not None]
-    return "/".join([group.task, *filters])
+    filters += [f"{column}={json.dumps(value, ensure_ascii=False)}" for column, value in group.where.items()]
+    return "/".join([group.task, *filters, *(["otherwise"] if group.otherwise else [])])
 
 
 def filters_of(groups: Sequence[StratumConfig]) -> list[dict[str, Any]]:
