@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +39,11 @@ class Base(Protocol):
     @property
     def size(self) -> int:
         """One more than its highest id."""
+        ...
+
+    @property
+    def added(self) -> Mapping[str, int]:
+        """Control tokens, which text may spell out without becoming them."""
         ...
 
     def covers(self, character: str) -> bool:
@@ -124,13 +129,14 @@ def extend(source: str | Path, corpus: Corpus, options: ExtendOptions) -> Extens
         options.sample_characters,
         options.seed,
         options.temperature,
-        wanted=lambda passage: targets.any_in(base.normalize(passage)),
+        wanted=lambda passage: targets.has_script(base.normalize(passage)),
     )
     if not sample.passages:
         raise InputError(f"the input holds no {' or '.join(scripts)} text; give text of the scripts to be added")
     new_payload = base.extend(sample.passages, targets, options.pieces, first_id, options.character_coverage)
     extended = encoder_of(kind, new_payload)
-    _check(encoder, extended, _must_not_change(base, sample.others))
+    unchanged = [passage for passage in sample.others if not targets.any_in(base.normalize(passage))]
+    _check(encoder, extended, [*unchanged, *base.added])
     record = {
         "format_version": RECORD_VERSION,
         "made_by": "extend",
@@ -175,12 +181,6 @@ def _find_scripts(base: Base, corpus: Corpus) -> tuple[str, ...]:
         for text in batch:
             counts.update(base.normalize(text.text))
     return new_scripts(coverage(counts, base.covers))
-
-
-def _must_not_change(base: Base, others: Sequence[str]) -> list[str]:
-    """Text that has to keep its ids: passages without new characters, and control tokens spelled out in text."""
-    added: dict[str, int] = getattr(base, "added", {})
-    return [*others, *added]
 
 
 def _check(encoder: TextEncoder, extended: TextEncoder, texts: Sequence[str]) -> None:

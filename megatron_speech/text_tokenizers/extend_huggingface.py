@@ -14,7 +14,7 @@ import copy
 import functools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -55,7 +55,7 @@ class HuggingFaceBase:
             raise InputError(f"{where} is not a Hugging Face tokenizer: {error}") from error
         self._refuse_other_kinds()
         self.vocabulary: dict[str, int] = self.file["model"]["vocab"]
-        self.added: dict[str, int] = {token["content"]: token["id"] for token in self.file["added_tokens"]}
+        self.added: Mapping[str, int] = {token["content"]: token["id"] for token in self.file["added_tokens"]}
         self._refuse_moved_ids()
         spelled = (to_bytes(token) or b"" for token in self.vocabulary)
         self._letters = {character for data in spelled for character in data.decode("utf-8", "ignore")}
@@ -96,7 +96,7 @@ class HuggingFaceBase:
             if got != number:
                 raise InputError(
                     f"{self.where}: token {token!r} has id {number:,} in the file but {got:,} when it is loaded, "
-                    "because the ids before it have holes; write the file anew with ids that follow on each other"
+                    "because the ids before it do not follow on each other; write the file anew with ids that do"
                 )
         ids = Counter(
             [*self.vocabulary.values(), *(i for token, i in self.added.items() if token not in self.vocabulary)]

@@ -8,7 +8,7 @@ so no new score is lower; a BPE model merges by score, so every new score is low
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as pb
@@ -59,6 +59,11 @@ class SentencePieceBase:
     def size(self) -> int:
         """Number of ids."""
         return len(self.model.pieces)
+
+    @property
+    def added(self) -> Mapping[str, int]:
+        """Control pieces; sentencepiece does not look for them in text."""
+        return {}
 
     def covers(self, character: str) -> bool:
         """Whether the character is a piece."""

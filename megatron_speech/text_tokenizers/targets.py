@@ -88,6 +88,10 @@ class Targets:
             and all(self.may_join(character) for character in text)
         )
 
+    def has_script(self, text: str) -> bool:
+        """Whether a text has a letter of the new scripts: shared marks alone do not make it theirs."""
+        return any(script_of(character) in self.scripts for character in set(text))
+
     def any_in(self, text: str) -> bool:
         """Whether a text has a new character."""
         return any(map(self.is_new, set(text)))
