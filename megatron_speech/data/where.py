@@ -158,9 +158,9 @@ def _extra_columns(path: Path, extra: pa.Array, kinds: Mapping[str, Kind | None]
         kinds: field → the type that it has to have; None: whichever.
     """
     types = {"text": pa.string(), "number": pa.float64(), "truth": pa.bool_()}
-    filled = extra.cast(pa.large_string()).fill_null("{}")
+    filled = extra.cast(pa.string()).fill_null("{}")
     filled = pc.if_else(pc.equal(filled, ""), "{}", filled)
-    together = pa.LargeListArray.from_arrays(pa.array([0, len(filled)], pa.int64()), filled)
+    together = pa.ListArray.from_arrays(pa.array([0, len(filled)], pa.int32()), filled)
     data = pc.binary_join(together, "\n")[0].as_buffer()
     columns: dict[str, pa.Array] = {}
     # One pass per field: an error then names the field, and a field of any type can be asked whether it is there.
@@ -253,7 +253,7 @@ def marks(path: Path, filters: Sequence[Sequence[Condition]], rows: int, field: 
                     )
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist; restore it, or make the dataset anew") from error
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path} is not a readable parquet file: {error}; make the dataset anew") from error
     return result
 
