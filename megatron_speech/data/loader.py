@@ -72,8 +72,7 @@ class GlobalBatch:
     """What one data-parallel rank trains on in one optimizer step.
 
     loss_weight_sum: Σ loss weight over this rank's micro-batches; tokens, pad_tokens: this rank's document tokens
-    and padding; consumed_sequences: the stage's position after this batch, over all ranks; wait_seconds: filled by
-    the consumer.
+    and padding; consumed_sequences: the stage's position after this batch, over all ranks.
     """
 
     micro_batches: list[MicroBatch]
@@ -81,7 +80,6 @@ class GlobalBatch:
     tokens: int
     pad_tokens: int
     consumed_sequences: int
-    wait_seconds: float = 0.0
 
 
 class _Rows(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from megatron_speech.data import gathering
+from megatron_speech.data import loader as loader_module
 from megatron_speech.data.config import DataConfig, StageDataConfig
 from megatron_speech.data.gathering import Gatherer, Segments
 from megatron_speech.data.indexed import TokenDataset
@@ -244,3 +246,42 @@ def test_an_error_in_a_thread_reaches_the_consumer_with_its_sentence(
     monkeypatch.setattr(gathering.Gatherer, "gather", failing)
     with stage.loader(0, 4, 16) as loader, pytest.raises(InputError, match="the file system went away"):
         next(loader)
+
+
+def test_what_is_made_ahead_is_bounded_and_asked_for_in_time(
+    open_stage: Callable[..., StageData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "_CHUNK_POSITIONS", 4 * S)  # one micro-batch
+    source = open_stage().rows()
+    asked: list[int] = []
+    made: list[int] = []
+    ask, make = loader_module.RowSource.will_need, loader_module.RowSource.micro_batches
+
+    def asking(self: Any, rows: np.ndarray) -> None:
+        asked.append(int(rows[0, 0]))
+        ask(self, rows)
+
+    def making(self: Any, rows: np.ndarray) -> Any:
+        assert int(rows[0, 0]) in asked
+        made.append(int(rows[0, 0]))
+        return make(self, rows)
+
+    monkeypatch.setattr(loader_module.RowSource, "will_need", asking)
+    monkeypatch.setattr(loader_module.RowSource, "micro_batches", making)
+    layout = {"micro_batch_size": 4, "global_batch_sequences": 16, "dp_rank": 0, "dp_size": 1}
+    batches = loader_module.global_batches(source, first_sequence=0, n_batches=6, workers=2, **layout)
+    for step in range(6):
+        next(batches)
+        # Four chunks a batch, and at most two a worker beyond it.
+        assert len(asked) <= 4 * (step + 1) + 4
+    assert next(batches, None) is None
+    assert asked == sorted(asked) == sorted(made) == list(range(0, 96, 4))
+
+
+def test_threads_end_with_the_loader(open_stage: Callable[..., StageData]) -> None:
+    stage = open_stage(workers=3)
+    for end in (lambda loader: loader.close(), list):
+        loader = stage.loader(0, 4, 16)
+        next(loader)
+        end(loader)
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("megatron-speech-loader")]

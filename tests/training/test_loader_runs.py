@@ -1,0 +1,79 @@
+"""Runs over what the loader offers: threads and staging change no number, rectangles train, and waiting is measured."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_runs import read_metrics, toy_recipe, without_timing, write_recipe
+
+from megatron_speech import cli
+from megatron_speech.data import staging
+from megatron_speech.data.loader import StageLoader
+from megatron_speech.training import trainer
+
+
+def short_recipe(toy: Path, **data: Any) -> dict[str, Any]:
+    """Six steps of the toy recipe's first stage, without validation."""
+    recipe = toy_recipe(toy, validation={"interval_steps": 0})
+    recipe["stages"] = [recipe["stages"][0] | {"tokens": 6 * 512}]
+    recipe["data"] |= data
+    return recipe
+
+
+def train(folder: Path, name: str, recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """metrics.jsonl of a run to the end."""
+    path = write_recipe(folder / f"{name}.yaml", recipe)
+    assert cli.main(["train", str(path), f"run_dir={folder / name}"]) == 0
+    return read_metrics(folder / name)
+
+
+def test_threads_and_staging_change_no_number_of_a_run(toy: Path, tmp_path: Path) -> None:
+    plain = train(tmp_path, "plain", short_recipe(toy))
+    staged = short_recipe(toy, workers=3, cache_dir=str(tmp_path / "cache"), stage_datasets=True, cache_gib=1.0)
+    other = train(tmp_path, "staged", staged)
+    staging.release()
+    assert without_timing(other) == without_timing(plain)
+    assert len(list((tmp_path / "cache" / "datasets").glob("*/data.bin"))) == 3
+    assert list((tmp_path / "cache" / "indices").iterdir())
+
+
+@pytest.mark.parametrize("prompt", [1.0, 0.0])
+def test_a_run_trains_on_rectangles(toy: Path, tmp_path: Path, prompt: float) -> None:
+    recipe = short_recipe(toy)
+    recipe["stages"][0] |= {"packing": {"mode": "bucket"}, "loss": {"prompt": prompt}, "task_mass": {"tts": 1.0}}
+    lines = train(tmp_path, "rectangles", recipe)
+    losses = [line["loss"] for line in lines if "split" not in line]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < losses[0]
+    assert all(0 < line["pad_fraction"] < 0.6 for line in lines if "split" not in line)
+
+
+def test_the_time_that_a_step_waits_for_data_is_what_next_took(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    take = StageLoader.__next__
+
+    def slow(loader: StageLoader) -> Any:
+        batch = take(loader)
+        now[0] += 5.0
+        return batch
+
+    class Clock:
+        """Stands still but where the loader is waited for."""
+
+        @staticmethod
+        def perf_counter() -> float:
+            now[0] += 1e-6
+            return now[0]
+
+    monkeypatch.setattr(StageLoader, "__next__", slow)
+    monkeypatch.setattr(trainer, "time", Clock)
+    for workers in (1, 4):
+        lines = train(tmp_path, f"waiting-{workers}", short_recipe(toy, workers=workers))
+        waits = [line["data_wait_seconds"] for line in lines if "split" not in line]
+        assert len(waits) == 2
+        assert waits == pytest.approx([5.0, 5.0], abs=1e-4)
