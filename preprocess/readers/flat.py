@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import re
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class FlatFile:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return self.dtype.itemsize * int(np.prod(self.row_shape, dtype=np.int64))
+        return self.dtype.itemsize * math.prod(self.row_shape)
 
     @property
     def is_local(self) -> bool:
@@ -149,7 +150,7 @@ def npy_from_bytes(data: bytes) -> np.ndarray:
         ValueError: it is none, or not all of it.
     """
     dtype, start, shape = parse_header(data)
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)
     if len(data) - start != count * dtype.itemsize:
         raise ValueError(f"{len(data) - start:,} bytes of numbers, needed {count * dtype.itemsize:,}")
     return np.frombuffer(data, dtype, count, start).reshape(shape)

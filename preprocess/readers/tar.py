@@ -21,6 +21,7 @@ _SKIP_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 1 << 20  # of a long name or of pax records
 _PAX_RECORD = re.compile(rb"(\d+) ")
 
+EXTENSIONS = b"LKxg"
 FILE_TYPES = b"0\x007"  # regular; old regular; contiguous
 KINDS = {b"1": "link", b"2": "link", b"3": "device", b"4": "device", b"5": "folder", b"6": "device", b"S": "sparse"}
 
@@ -62,11 +63,13 @@ class TarStream:
                 self._check_end()
                 return
             yield member
-            self._skip_to(member.end)
+            if self.position != member.end:
+                self._skip_to(member.end)
 
     def read(self, member: Member) -> bytes:
         """The member's data."""
-        self._skip_to(member.offset)
+        if self.position != member.offset:
+            self._skip_to(member.offset)
         return self._read(member.size)
 
     def _cut_off(self, where: str) -> InputError:
@@ -76,7 +79,7 @@ class TarStream:
         data = self._handle.read(count)
         self.position += len(data)
         if len(data) != count:
-            raise self._cut_off(f"in {self._last}")
+            raise self._cut_off(f"in {self._last!r}")
         return data
 
     def _skip_to(self, position: int) -> None:
@@ -99,12 +102,11 @@ class TarStream:
             self.position += len(header)
             if len(header) < BLOCK_BYTES:
                 what = "no end-of-archive block" if not header else "inside a header"
-                raise self._cut_off(f"{what} after {self._last}")
+                raise self._cut_off(f"{what} after {self._last!r}")
             if header == _ZEROS:
                 return None
-            self._check_sum(header)
-            kind, length = header[156:157], self._number(header[124:136])
-            if kind in (b"L", b"K", b"x", b"g"):
+            kind, length = header[156:157], self._length(header)
+            if kind in EXTENSIONS:
                 data = self._extension(length)
                 if kind == b"L":
                     name = data.rstrip(b"\0")
@@ -114,7 +116,7 @@ class TarStream:
                         raise InputError(f"input {self.path} has a global header with a path or size; make it anew")
                     if kind == b"x":
                         name = records.get(b"GNU.sparse.name", records.get(b"path", name))
-                        size = int(records[b"size"]) if b"size" in records else size
+                        size = self._decimal(records[b"size"]) if b"size" in records else size
                         sparse = sparse or any(key.startswith(b"GNU.sparse.") for key in records)
                 continue
             break
@@ -126,7 +128,7 @@ class TarStream:
         if kind == b"S":
             self._sparse_map(header)
         text = name.decode("utf-8", "surrogateescape")
-        self._last = f"member {text!r}"
+        self._last = text
         what = "file" if kind in FILE_TYPES else KINDS.get(kind, "other")
         if what == "file" and text.endswith("/"):  # as archives of the seventies have folders
             what = "folder"
@@ -155,29 +157,40 @@ class TarStream:
             position += int(match[1])
         return records
 
+    def _decimal(self, text: bytes) -> int:
+        if not text.isdigit() or len(text) > 18:
+            raise InputError(f"input {self.path} is damaged: a pax record before byte {self.position:,} has no size")
+        return int(text)
+
     def _sparse_map(self, header: bytes) -> None:
         more = header[482]
         while more:
             more = self._read(BLOCK_BYTES)[504]
 
     def _number(self, field: bytes) -> int:
-        if field[0] & 0x80:  # base 256: sizes of 8 GiB and more
-            return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+        if field[0] == 0x80:  # base 256: sizes of 8 GiB and more
+            return int.from_bytes(field[4:], "big") & (2**62 - 1)
         try:
             return int(field.strip(b" \0") or b"0", 8)
         except ValueError as error:
             where = f"in a header before byte {self.position:,}"
             raise InputError(f"input {self.path} is no tar archive, or damaged: no number {where}") from error
 
-    def _check_sum(self, header: bytes) -> None:
-        stored = self._number(header[148:156])
+    def _length(self, header: bytes) -> int:
+        """The size that a header states, its checksum checked."""
+        try:  # digits and their end, as nearly all are written
+            length, stored = int(header[124:135], 8), int(header[148:154], 8)
+            if header[135] not in b"\0 ":
+                raise ValueError
+        except ValueError:
+            length, stored = self._number(header[124:136]), self._number(header[148:156])
         # The lower half of Adler-32 is the sum of the bytes plus one, modulo 65521: a tenth of the time of sum().
-        expected = (1 + stored - 8 * 0x20 + sum(header[148:156])) % 65521
-        if zlib.adler32(header) & 0xFFFF != expected:
+        if zlib.adler32(header) & 0xFFFF != (1 + stored - 8 * 0x20 + sum(header[148:156])) % 65521:
             raise InputError(
                 f"input {self.path} is no tar archive, or damaged: no header at byte {self.position - BLOCK_BYTES:,} "
-                f"(after {self._last})"
+                f"(after {self._last!r})"
             )
+        return length
 
     def _check_end(self) -> None:
         """After the end block there is padding and nothing else."""
