@@ -20,6 +20,8 @@ import dataclasses
 import hashlib
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,7 +268,7 @@ class Continuation:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 described = json.loads(arrays["description"].tobytes())
                 turns = {name: arrays[f"turns_{k}"] for k, name in enumerate(described["datasets"])}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(
                 f"{path}, what the stage took before its blend changed, cannot be read: {error}; {remedy}"
             ) from error
