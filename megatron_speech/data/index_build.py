@@ -239,6 +239,10 @@ def _describe(
     blend: Blend, tables: Sequence[DocumentTable], tally: _Tally, begin: Mapping[str, EpochPosition]
 ) -> Report:
     """What was asked for and what came out, per stratum: everything that a blend report sums up."""
+    excluded = dict(blend.excluded)
+    alone = {t.name: t.dropped for t in tables if isinstance(t, stitching.StitchedTable) and t.dropped}
+    if alone:
+        excluded["without_neighbour"] = alone
 
     def first_epoch(name: str) -> int:
         return begin[name].epoch + (not len(begin[name].due)) if name in begin else 0
@@ -267,6 +271,6 @@ def _describe(
             for k, stratum in enumerate(blend.strata)
         ],
         "masses": dict(zip(blend.groups, blend.masses, strict=True)),
-        "excluded_documents": blend.excluded,
+        "excluded_documents": excluded,
         "limited": blend.limited,
     }

@@ -137,3 +137,18 @@ def test_a_dataset_without_adjacency_is_refused_by_name(
     plain = make_dataset(tmp_path / "plain", toy_space, "speech_lm", [document(codes=9)] * 20)
     with pytest.raises(InputError, match=r"dataset plain: .* cannot be stitched: of 20 documents none has all"):
         stage_of({"plain": plain}, toy_space, tmp_path, task_mass={"speech_lm": 1.0}, validation_fraction=0.0)
+
+
+def test_documents_that_are_left_out_for_want_of_a_neighbour_are_reported(
+    talks: dict[str, TokenDataset], toy_space: TokenSpace, tmp_path: Path
+) -> None:
+    # Hardly two documents fit a sequence together.
+    stage = stage_of(talks, toy_space, tmp_path, seq_length=40, tokens=40 * 8, global_batch_tokens=40 * 8,
+                     stitch={"singles": "drop"}, name="dropped", task_mass={"speech_lm": 0.9, "text_lm": 0.1},
+                     validation_fraction=0.0)  # fmt: skip
+    report = stage.blend_report()
+    alone = report["excluded_documents"]["without_neighbour"]
+    available = {row["dataset"]: row["documents_available"] for row in report["strata"]}
+    assert 0 < alone["speech"] <= 240 - 2 * available["speech"]
+    assert available["books"] == 40
+    assert "books" not in alone
