@@ -29,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", metavar="S", help="only the stage of this name (default: all)")
     parser.add_argument("--json", action="store_true", help="print the full report as JSON, as in a run's blend.json")
     parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read the sequence indices, new or found, and compare them with the checksums of when they were built",
+    )
+    parser.add_argument(
         "--plot", type=Path, metavar="OUT.png", help="draw target and realised shares, epochs and what is left out"
     )
 
@@ -58,10 +63,10 @@ def run(args: argparse.Namespace) -> int:
     space = TokenSpace.load(recipe.token_space)
     datasets = open_datasets(recipe.data, space)
     cache = recipe.data.index_directory(recipe.run_directory)
-    reports = [
-        StageData(stage, recipe.data, datasets, space, seed=recipe.seed, cache_dir=cache).blend_report()
-        for stage in stages
-    ]
+    reports = []
+    for stage in stages:
+        data = StageData(stage, recipe.data, datasets, space, seed=recipe.seed, cache_dir=cache)
+        reports.append(data.blend_report() | ({"index_sha256": data.verify()} if args.verify else {}))
     if args.plot is not None:
         plot_reports(args.plot, reports)
     if args.json:
@@ -105,6 +110,8 @@ def print_reports(reports: Iterable[dict[str, Any]]) -> None:
             f"stage {report['stage']}: {report['n_sequences']:,} sequences of {report['seq_length']:,} tokens, "
             f"{report['packing']} packing, {report['pad_fraction']:.2%} padding; shares are of {report['counted']}"
         )
+        if "index_sha256" in report:
+            console.print(f"  index {report['key']}: every byte is as it was built")
         for reason, counts in report["excluded_documents"].items():
             parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
             console.print(f"  left out, {reason.replace('_', ' ')}: {parts} documents")

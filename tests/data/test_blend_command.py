@@ -59,10 +59,65 @@ def test_json_is_one_document_with_the_stage_asked_for(recipe: Path, capsys: pyt
     assert stage["tokens"] == 4096
 
 
+def test_verify_reads_the_whole_index_and_names_what_is_damaged(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["blend", str(recipe), "--stage", "pt", "--verify"]) == 0
+    assert "every byte is as it was built" in capsys.readouterr().out
+    (column,) = recipe.parent.rglob("document.npy")
+    data = bytearray(column.read_bytes())
+    data[-1] ^= 1
+    column.write_bytes(data)
+    assert cli.main(["blend", str(recipe), "--stage", "pt"]) == 0
+    capsys.readouterr()
+    assert cli.main(["blend", str(recipe), "--stage", "pt", "--verify"]) == 2
+    assert f"{column}: SHA-256" in capsys.readouterr().err
+
+
 def test_overrides_change_the_blend(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["blend", str(recipe), "stages.pt.task_mass.tts=2.25", "--stage", "pt", "--json"]) == 0
     (stage,) = json.loads(capsys.readouterr().out)["stages"]
     assert stage["by_task"]["tts"]["target"] == pytest.approx(0.75)
+
+
+def test_the_report_says_what_each_part_is_in_tokens_in_seconds_and_in_epochs(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["blend", str(recipe), "--stage", "pt", "stages.pt.max_epochs=1", "--json"]) == 0
+    (stage,) = json.loads(capsys.readouterr().out)["stages"]
+    for field in ("by_task", "by_language", "by_source"):
+        rows = stage[field].values()
+        assert sum(row["tokens"] for row in rows) == stage["tokens"]
+        assert sum(row["audio_share"] for row in rows) == pytest.approx(1.0)
+    speech = stage["by_task"]["speech_lm"]
+    assert speech["audio_seconds"] == pytest.approx(speech["audio_share"] * stage["audio_seconds"])
+    (stratum,) = (s for s in stage["strata"] if s["task"] == "speech_lm")
+    assert stratum["epochs"] == pytest.approx(3072 / (50 * 43), rel=0.02)
+    assert stratum["repeated_too_often"] and "repeated more than 1 epochs" in stage["warnings"][0]
+    assert stage["history"] == [
+        {"key": stage["key"], "from_sequence": 0, "to_sequence": None, "reason": "the stage's first blend"}
+    ]
+
+
+def test_a_limit_of_epochs_is_kept_by_the_index_and_named(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    strata = "[{task: speech_lm, mass: 1, epoch_limit: 1}, {task: tts, mass: 3, name: pairs}]"
+    arguments = ["stages.pt.task_mass=null", f"stages.pt.strata={strata}", "stages.pt.tokens=8192", "--stage", "pt"]
+    # Nothing but the one stratum in its group: it cannot be held back.
+    assert cli.main(["blend", str(recipe), *arguments, "stages.pt.strata.0.epoch_limit=0.5"]) == 2
+    assert "epoch limits leave" in capsys.readouterr().err
+    assert cli.main(["blend", str(recipe), *arguments, "--json"]) == 0
+    (stage,) = json.loads(capsys.readouterr().out)["stages"]
+    assert max(s["epochs"] for s in stage["strata"] if s["task"] == "speech_lm") <= 1.0
+
+
+def test_the_picture_is_written_whole_and_a_bad_name_is_refused(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["blend", str(recipe), "--plot", str(tmp_path / "out" / "blend.png")]) == 0
+    assert (tmp_path / "out" / "blend.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["blend.png"]
+    assert cli.main(["blend", str(recipe), "--plot", str(tmp_path / "blend.jpeg")]) == 2
+    assert "needed one of .png, .svg, .pdf" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
