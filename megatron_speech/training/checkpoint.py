@@ -49,7 +49,7 @@ from megatron_speech.training.metrics import is_main_process, warn
 from megatron_speech.training.optimizer import Optimizer
 from megatron_speech.training.recipe import Recipe, parse_recipe
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _NAME = re.compile(r"step_([0-9]{8,})")
 # Sharding of a distributed optimizer's state that loads under another data-parallel size.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
