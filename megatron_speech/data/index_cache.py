@@ -24,7 +24,14 @@ import numpy as np
 
 from megatron_speech.data.packing import SegmentTable
 from megatron_speech.errors import InputError
-from megatron_speech.files import fsync_path, prepare_output_directory, read_json, write_json
+from megatron_speech.files import (
+    canonical_json,
+    fsync_path,
+    prepare_output_directory,
+    read_json,
+    sha256_hex,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -110,15 +117,27 @@ class TableWriter:
 
 
 @contextlib.contextmanager
-def _one_builder(path: Path) -> Iterator[None]:
-    """Hold a lock file, so that of the processes of one machine one builds and the others wait for it."""
+def _one_builder(cache_dir: Path) -> Iterator[None]:
+    """Hold a lock file, so that of the processes of one machine one builds and the others wait for it.
+
+    What killed builders of this machine have left is removed: with the lock held, nobody writes it any more.
+    """
+    path = cache_dir / ".lock"
     with open(path, "ab") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
             # Some network file systems have no locks. Two builders then build the same thing: harmless.
             logger.info("no lock on %s (%s): every process builds its own index", path, error.strerror)
+        else:
+            for left in cache_dir.glob(f".*{_unfinished()}"):
+                shutil.rmtree(left, ignore_errors=True)
         yield
+
+
+def _unfinished() -> str:
+    """How the names of this machine's unfinished indices end."""
+    return f".{sha256_hex(os.uname().nodename.encode())[:8]}.tmp"
 
 
 def _remedy(folder: Path) -> str:
@@ -144,18 +163,28 @@ def _open_column(folder: Path, name: str, size: int) -> np.ndarray:
     return array
 
 
+def _read_description(folder: Path) -> dict[str, Any]:
+    """index.json, as it was written: it holds a checksum of itself."""
+    path = folder / "index.json"
+    description = read_json(path, "sequence index")
+    needed = description.pop("checksum", None) if isinstance(description, dict) else None
+    if needed is None or sha256_hex(canonical_json(description)) != needed:
+        raise InputError(f"{path}: is not what was written with the index: it is damaged; {_remedy(folder)}")
+    result: dict[str, Any] = description
+    return result
+
+
 def open_table(folder: Path, key: str) -> tuple[SegmentTable, dict[str, Any]]:
     """Map the table in `folder`: headers, sizes and ends are checked, the columns themselves are not read.
 
     Raises:
         InputError: another key or version, or a file that is missing, truncated or of another form.
     """
-    description = read_json(folder / "index.json", "sequence index")
+    description = _read_description(folder)
     remedy = _remedy(folder)
     for field, needed in (("key", key), ("version", INDEX_VERSION)):
-        if not isinstance(description, dict) or description.get(field) != needed:
-            found = description.get(field) if isinstance(description, dict) else description
-            raise InputError(f"{folder}/index.json: {field} is {found}, needed {needed}; {remedy}")
+        if description.get(field) != needed:
+            raise InputError(f"{folder}/index.json: {field} is {description.get(field)}, needed {needed}; {remedy}")
     try:
         sizes = {name: int(size) for name, size in description["sizes"].items() if name in _COLUMNS}
         stratum_dataset = np.array(description["stratum_dataset"], dtype=np.int32)
@@ -182,7 +211,7 @@ def verify_table(folder: Path) -> dict[str, str]:
     Raises:
         InputError: a column is not what was built.
     """
-    description = read_json(folder / "index.json", "sequence index")
+    description = _read_description(folder)
     for name, needed in description["sha256"].items():
         path = folder / f"{name}.npy"
         digest = hashlib.sha256()
@@ -224,23 +253,23 @@ def cached_table(cache_dir: Path, key: str, build: Build, *, joined: bool = Fals
     folder = cache_dir / key
     if not folder.is_dir():
         prepare_output_directory(cache_dir)
-        with _one_builder(cache_dir / ".lock"):
+        with _one_builder(cache_dir):
             if not folder.is_dir():
                 _write_table(cache_dir, folder, key, build, joined)
     return open_table(folder, key)
 
 
 def _write_table(cache_dir: Path, folder: Path, key: str, build: Build, joined: bool) -> None:
-    temporary = Path(tempfile.mkdtemp(dir=cache_dir, prefix=f".{key[:16]}.", suffix=".tmp"))
+    temporary = Path(tempfile.mkdtemp(dir=cache_dir, prefix=f".{key[:16]}.", suffix=_unfinished()))
     try:
         writer = TableWriter(temporary, joined=joined)
         with contextlib.closing(writer):
             stratum_dataset, content = build(writer)
             files = writer.finish()
-        write_json(
-            temporary / "index.json",
-            {"version": INDEX_VERSION, "key": key, **files, "stratum_dataset": stratum_dataset, "content": content},
-        )
+        description = {
+            "version": INDEX_VERSION, "key": key, **files, "stratum_dataset": stratum_dataset, "content": content,
+        }  # fmt: skip
+        write_json(temporary / "index.json", {**description, "checksum": sha256_hex(canonical_json(description))})
         fsync_path(temporary)
         umask = os.umask(0)
         os.umask(umask)

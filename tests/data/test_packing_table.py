@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from megatron_speech.data.index_cache import TableWriter, cached_table, verify_t
 from megatron_speech.data.order import BlendOrder, OrderedDocuments, StratumDocuments
 from megatron_speech.data.packing import PackedRun, pack
 from megatron_speech.errors import InputError
+from megatron_speech.files import canonical_json, sha256_hex
 
 MODES = ["cut", "fit", "bucket"]
 
@@ -254,7 +257,11 @@ def damage(folder: Path, how: str) -> None:
         np.save(folder / "seq_ptr.npy", pointers)
     else:
         path = folder / "index.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **json.loads(how)}))
+        description = {**json.loads(path.read_text()), **json.loads(how)}
+        if "content" not in how:  # one that says so of itself
+            del description["checksum"]
+            description["checksum"] = sha256_hex(canonical_json(description))
+        path.write_text(json.dumps(description))
 
 
 @pytest.mark.parametrize(
@@ -268,6 +275,7 @@ def damage(folder: Path, how: str) -> None:
         ('{"version": 1}', "version is 1"),
         ('{"sizes": {"length": 5}}', "not those of a table"),
         ('{"sizes": null}', "is not a description of an index"),
+        ('{"content": {"answer": 43}}', "is not what was written with the index: it is damaged"),
     ],
 )
 def test_a_damaged_index_is_refused_and_named(tmp_path: Path, how: str, message: str) -> None:
@@ -287,6 +295,28 @@ def test_a_flipped_bit_is_found_when_asked_for(tmp_path: Path, name: str) -> Non
     path.write_bytes(data)
     with pytest.raises(InputError, match=rf"{name}\.npy: SHA-256 .* it is damaged; remove the folder"):
         verify_table(tmp_path / "k")
+
+
+def _killed_while_building(folder: str) -> None:
+    def build(writer: TableWriter) -> tuple[list[int], dict[str, int]]:
+        example(writer)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("still there")
+
+    cached_table(Path(folder), "k", build)
+
+
+def test_a_killed_build_leaves_nothing_that_the_next_one_does_not_remove(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_killed_while_building, args=(str(tmp_path),))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "k").exists()
+    assert len(list(tmp_path.iterdir())) == 2  # the lock, and what it had written
+    of_another_machine = tmp_path / ".0123.00000000.tmp"
+    of_another_machine.mkdir()
+    assert cached_table(tmp_path, "k", example)[0].n_sequences == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [of_another_machine.name, ".lock", "k"]
 
 
 def _build_in_process(folder: str) -> int:
