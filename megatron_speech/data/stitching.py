@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_speech.data.indexed import file_of
-from megatron_speech.data.split import name_hash
+from megatron_speech.data.split import name_hash, splitmix64
 from megatron_speech.data.strata import DocumentTable
 from megatron_speech.errors import InputError
 
@@ -209,10 +209,7 @@ def _refuse_missing(table: DocumentTable, adjacency: Adjacency, config: StitchCo
 def _chains(table: DocumentTable, found: Adjacency, config: StitchConfig) -> tuple[np.ndarray, np.ndarray]:
     """Documents sorted by source and place in it, int32 [D], and whether each is adjacent to the one before it."""
     documents = len(table.lengths)
-    # Several stable sorts instead of one lexsort: the keys need not lie side by side in memory.
-    order = np.argsort(found.start, kind="stable").astype(np.int32)
-    for key in (found.order, found.source, table.source):
-        order = order[np.argsort(key[order], kind="stable")]
+    order = _by_place(table.source, found)
     linked = np.zeros(documents, dtype=bool)
     if documents < 2:
         return order, linked
@@ -226,6 +223,30 @@ def _chains(table: DocumentTable, found: Adjacency, config: StitchConfig) -> tup
         adjacent &= key[before] == key[after]
     linked[1:] = adjacent
     return order, linked
+
+
+def _by_place(corpus: np.ndarray, found: Adjacency) -> np.ndarray:
+    """Documents sorted by corpus, source and segment_order, those of one segment as they come: int32 [D].
+
+    Where every source's documents already lie together and in order, which is how most datasets are made, they are
+    left where they are: only the runs are sorted then.
+    """
+    documents = len(found.source)
+    in_order = np.arange(documents, dtype=np.int32)
+    if documents < 2:
+        return in_order
+    same = (found.source[1:] == found.source[:-1]) & (corpus[1:] == corpus[:-1])
+    if ((found.order[1:] >= found.order[:-1]) | ~same).all():
+        heads = np.concatenate([[0], np.flatnonzero(~same) + 1])
+        with np.errstate(over="ignore"):
+            names = splitmix64(found.source[heads]) + corpus[heads].astype(np.uint64)
+        if len(np.unique(names)) == len(heads):
+            return in_order
+    # One stable sort after the other instead of a lexsort: the keys need not all be there at once.
+    order = np.argsort(found.order, kind="stable").astype(np.int32)
+    for key in (found.source, corpus):
+        order = order[np.argsort(key[order], kind="stable")]
+    return order
 
 
 def _shared(table: DocumentTable) -> dict[str, np.ndarray]:
