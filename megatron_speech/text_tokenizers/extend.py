@@ -167,12 +167,20 @@ def _open_base(kind: str, payload: bytes, where: str) -> Base:
 
 def _embedding_rows(source: Path, size: int) -> int:
     """Rows of the base model's embedding table where its config.json lies beside: often padded past the tokenizer."""
-    config = source / "config.json"
-    if not source.is_dir() or not config.is_file():
+    folder = _model_folder(source)
+    if folder is None or not (folder / "config.json").is_file():
         return size
+    config = folder / "config.json"
     found = read_json(config, "base model config")
     rows = found.get("vocab_size") if isinstance(found, dict) else None
     return max(size, rows) if isinstance(rows, int) else size
+
+
+def _model_folder(source: Path) -> Path | None:
+    """The folder of a base model, whether it or its tokenizer file was named; None for a file of another name."""
+    if source.is_dir():
+        return source
+    return source.parent if source.name in ("tokenizer.json", "tokenizer.model") else None
 
 
 def _find_scripts(base: Base, corpus: Corpus) -> tuple[str, ...]:
@@ -270,10 +278,10 @@ def _write_folder(source: Path, output: Path, extension: Extension) -> None:
     with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=f".{output.name}.") as temporary:
         folder = Path(temporary) / "new"
         folder.mkdir()
-        if source.is_dir():
-            for name in _COPIED:
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, folder / name)
+        beside = _model_folder(source)
+        found = [] if beside is None else [beside / name for name in _COPIED if (beside / name).is_file()]
+        for path in found:
+            shutil.copyfile(path, folder / path.name)
         with atomic_write(folder / "tokenizer.json") as handle:
             handle.write(extension.payload)
         write_json(folder / "extension.json", extension.record)

@@ -258,6 +258,24 @@ def test_an_extended_tokenizer_can_be_extended(tmp_path: Path) -> None:
         assert _ids(encoders[0], text) == _ids(encoders[1], text)
 
 
+def test_naming_the_file_of_a_folder_is_naming_the_folder(texts: str, tmp_path: Path) -> None:
+    folder = byte_level(tmp_path / "base", words=True, config_rows=640)
+    by_folder, by_file = (
+        extend(path, Corpus([texts]), ExtendOptions(60)) for path in (folder, folder / "tokenizer.json")
+    )
+    assert by_folder.payload == by_file.payload and by_file.record["first_new_id"] == 640
+
+
+def test_a_control_token_that_text_could_become_is_refused(texts: str, tmp_path: Path) -> None:
+    folder = byte_level(tmp_path / "base", words=True)
+    file = json.loads((folder / "tokenizer.json").read_text())
+    file["pre_tokenizer"] = {
+        "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(file))  # a text is one word, and a known word is one token
+    _refuse(folder, texts, r"without changing the ids of other text \('<\|begin\|>' would become \[500\]", pieces=10)
+
+
 def test_a_folder_holds_what_loads_and_nothing_outdated(case: Case) -> None:
     if case.base.is_dir():
         names = {path.name for path in case.extended.iterdir()}
