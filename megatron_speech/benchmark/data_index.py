@@ -41,8 +41,8 @@ SHARES = (0.01, 0.1, 1.0)
 POSITIONS = 20
 _ROWS = 1 << 19
 _MIB = 1 << 20
-# Bytes on disk: a document of a dataset (.idx 20, table 25), a segment of the index (14), and room to spare.
-_BYTES_PER_DOCUMENT = 75
+# Bytes on disk, with room to spare: a document of a dataset (.idx 20, table 14), a segment or sequence of the index.
+_DOCUMENT_BYTES, _SEGMENT_BYTES = 40, 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise InputError(f"cannot write to {parent}: {error.strerror or error}; name another --folder") from error
     try:
-        needed = (args.documents + tokens // 300) * _BYTES_PER_DOCUMENT
+        segments = args.documents + 2 * tokens // args.seq_length
+        needed = args.documents * _DOCUMENT_BYTES + segments * _SEGMENT_BYTES
         if free < needed:
             raise InputError(
                 f"{parent} has {free / 2**30:.1f} GiB free, needed about {needed / 2**30:.1f}; name another --folder"
