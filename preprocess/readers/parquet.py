@@ -170,15 +170,18 @@ class ParquetReader:
         with source.open_binary(self.path) as handle:
             try:
                 file = pq.ParquetFile(handle, page_checksum_verification=True)
-            except (pa.ArrowException, OSError) as error:
+                schema = file.schema_arrow
+                names = schema.names
+            except ConnectionError:
+                raise
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise InputError(f"input {self.path} is not a readable parquet file: {error}") from error
-            schema = file.schema_arrow
-            if CODES in schema.names and _is_binary(schema.field(CODES).type):
+            if CODES in names and _is_binary(schema.field(CODES).type):
                 raise InputError(
                     f"input {self.path}: column codes holds bytes of unknown meaning; "
                     f"rename it to what they are: {', '.join(BINARY_CODES)}"
                 )
-            given = [name for name in (CODES, *BINARY_CODES) if name in schema.names]
+            given = [name for name in (CODES, *BINARY_CODES) if name in names]
             if len(given) > 1:
                 raise InputError(f"input {self.path} has the columns {' and '.join(given)}; needed one column of codes")
             yield file
@@ -195,9 +198,14 @@ class ParquetReader:
                 if position < stop and position + size > start:
                     yield from self._group(file, group, position, start, stop)
                 position += size
+            if position != self._rows:
+                raise InputError(
+                    f"input {self.path} has row groups of {position:,} rows in all, but states {self._rows:,}"
+                )
 
     def _group(self, file: pq.ParquetFile, group: int, position: int, start: int, stop: int) -> Iterator[ParquetBatch]:
         """Rows of a row group whose first one is row `position`, as far as they lie between `start` and `stop`."""
+        end = position + file.metadata.row_group(group).num_rows
         try:
             for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group]):
                 first, last = max(start - position, 0), min(stop - position, batch.num_rows)
@@ -208,6 +216,8 @@ class ParquetReader:
             raise
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"input {self.path} cannot be read after row {position:,}: {error}") from error
+        if position != end:  # Arrow ends without a word where it finds no page
+            raise InputError(f"input {self.path} cannot be read after row {position:,}: its row group ends at {end:,}")
 
 
 def _is_binary(kind: pa.DataType) -> bool:
