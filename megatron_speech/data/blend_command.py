@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"recipe {args.recipe} has no stage {args.stage!r}; {hint}")
         stages = [stages[names.index(args.stage)]]
     space = TokenSpace.load(recipe.token_space)
-    datasets = open_datasets(recipe.data, space)
+    datasets = open_datasets(recipe.data, space, in_place=True)
     cache = recipe.data.index_directory(recipe.run_directory)
     reports = []
     for stage in stages:

@@ -61,10 +61,13 @@ def dataset_prefixes(data: DataConfig, base: str | Path | None = None) -> dict[s
     return prefixes
 
 
-def open_datasets(data: DataConfig, space: TokenSpace, base: str | Path | None = None) -> dict[str, TokenDataset]:
+def open_datasets(
+    data: DataConfig, space: TokenSpace, base: str | Path | None = None, *, in_place: bool = False
+) -> dict[str, TokenDataset]:
     """Open the recipe's datasets and check that they go together and with `space`.
 
-    With `data.stage_datasets` they are first copied to this node's disk, if they are not there yet.
+    With `data.stage_datasets` they are first copied to this node's disk, if they are not there yet; with `in_place`
+    only those that are URLs are, and the others are read where they lie (to look at a blend needs no copy).
 
     Raises:
         InputError: a dataset is missing or damaged, or its codec, token space or templates are not those of the
@@ -73,7 +76,8 @@ def open_datasets(data: DataConfig, space: TokenSpace, base: str | Path | None =
     prefixes = dataset_prefixes(data, base)
     if data.stage_datasets:
         assert data.cache_dir is not None  # checked by DataConfig
-        prefixes = stage_datasets(prefixes, data.cache_dir, data.cache_gib)
+        wanted = {name: prefix for name, prefix in prefixes.items() if is_url(prefix) or not in_place}
+        prefixes |= stage_datasets(wanted, data.cache_dir, data.cache_gib)
     datasets = {name: TokenDataset(prefix) for name, prefix in prefixes.items()}
     _refuse_mixture(datasets)
     for dataset in datasets.values():

@@ -11,12 +11,17 @@ entry, and the same dataset under two names is one. Of a node's processes the fi
 wait. A copy is hashed as it is written and appears under its name by one rename. Entries that nobody uses make
 room for new ones, the longest unused first, where `data.cache_gib` says how much there may be.
 
+    srun --ntasks-per-node=1 python -m megatron_speech.data.staging RECIPE.yaml
+
+stages a recipe's datasets on every node of a job before it trains.
+
 An entry is trusted while its files have the size and modification time that the copy left, and their hashes are
 read again once after every boot of the node: a crash is when disks lose what was written.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -34,7 +39,7 @@ from tqdm import tqdm
 
 from megatron_speech.data.indexed import file_of
 from megatron_speech.data.manifest import Manifest, read_manifest
-from megatron_speech.errors import InputError
+from megatron_speech.errors import InputError, command
 from megatron_speech.files import fsync_path, prepare_output_directory, read_json, sha256_file, sha256_hex, write_json
 
 logger = logging.getLogger(__name__)
@@ -81,6 +86,8 @@ def stage_datasets(
         InputError: a dataset without a manifest, a copy that has another hash than its manifest says, a limit or a
             disk that is too small for what the run needs, or a folder without file locks.
     """
+    if not prefixes:
+        return {}
     folder = Path(cache_dir) / "datasets"
     prepare_output_directory(folder)
     sources = {name: _find(prefix) for name, prefix in prefixes.items()}
@@ -407,3 +414,28 @@ def _read(source: IO[bytes], name: str) -> bytes:
 
 def _copied(target: Path, size: int) -> None:
     """Called after every chunk: where tests interrupt."""
+
+
+@command
+def main() -> None:
+    """Stage the datasets of a recipe on this node."""
+    from megatron_speech.data.stage_data import dataset_prefixes
+    from megatron_speech.training.recipe import load_recipe
+
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_speech.data.staging", description="Copy a recipe's datasets to its data.cache_dir."
+    )
+    parser.add_argument("recipe", type=Path, help="the recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for `megatron-speech train`")
+    args = parser.parse_args()
+    data = load_recipe(args.recipe, args.overrides).data
+    if data.cache_dir is None:
+        raise InputError(f"{args.recipe}: data.cache_dir is null; name a folder on this node's disk")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    prefixes = dataset_prefixes(data.model_copy(update={"stage_datasets": True}))
+    for name, prefix in stage_datasets(prefixes, data.cache_dir, data.cache_gib).items():
+        print(f"{name}: {prefix}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,25 @@ def test_threads_and_staging_change_no_number_of_a_run(toy: Path, tmp_path: Path
     assert without_timing(other) == without_timing(plain)
     assert len(list((tmp_path / "cache" / "datasets").glob("*/data.bin"))) == 3
     assert list((tmp_path / "cache" / "indices").iterdir())
+
+
+def test_datasets_can_be_staged_before_a_run(toy: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", short_recipe(toy))
+    command = [sys.executable, "-m", "megatron_speech.data.staging", str(recipe)]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "data.cache_dir is null" in refused.stderr
+    done = subprocess.run([*command, f"data.cache_dir={tmp_path / 'cache'}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == ["speech", "tts", "text"]
+    assert len(list((tmp_path / "cache" / "datasets").glob("*/data.bin"))) == 3
+
+
+def test_looking_at_a_blend_copies_nothing(toy: Path, tmp_path: Path) -> None:
+    data = {"cache_dir": str(tmp_path / "cache"), "stage_datasets": True}
+    recipe = write_recipe(tmp_path / "recipe.yaml", short_recipe(toy, **data))
+    assert cli.main(["blend", str(recipe), f"run_dir={tmp_path / 'run'}"]) == 0
+    assert not (tmp_path / "cache" / "datasets").exists()
 
 
 @pytest.mark.parametrize("prompt", [1.0, 0.0])
