@@ -400,7 +400,8 @@ class Writer:
             outputs.samples.unlink()  # of an earlier run: it must not name the new codes
         os.replace(work / "codes", outputs.codes)
         os.replace(work / "rejected", outputs.rejected)
-        write_json(outputs.manifest, manifest)
+        write_json(work / "manifest", manifest)
+        os.replace(work / "manifest", outputs.manifest)
         os.replace(work / "samples", outputs.samples)
         fsync_path(outputs.directory)
 

@@ -16,6 +16,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import dateutil.relativedelta  # noqa: F401 - as the next two: pyarrow and rich would import them in every child
+import numpy.ma  # noqa: F401
+import rich._emoji_codes  # noqa: F401
+
 from megatron_speech.data import journal
 from preprocess import merge_datasets, preprocess_data
 from preprocess.readers import jsonl
@@ -27,7 +31,7 @@ CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 def run(request: dict[str, Any], result: int) -> int:
     """Run the command in this (forked) process; writes the number of changes to `result`."""
     journal.COMMIT_SECONDS = 0.0 if request["often"] else 1e9
-    jsonl.BATCH_ROWS = 24
+    jsonl.BATCH_ROWS = 30
     changes = 0
 
     def changing() -> None:

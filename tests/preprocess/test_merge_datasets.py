@@ -147,9 +147,9 @@ def test_each_file_of_a_part_is_checked(corpus: Any, suffix: str, capsys: pytest
 
 def test_a_merge_killed_at_every_change_of_the_disk_goes_on_to_the_same_bytes(corpus: Any, killer: Any) -> None:
     corpus.write(["{", *corpus.rows])
-    for i in range(3):
-        corpus.convert("tts", "--max-rejected", 0.5, "--shard", f"{i}/3", prefix=f"shards/{i}")
-    argv = ["--input", *(str(corpus.folder / "shards" / str(i)) for i in range(3))]
+    for i in range(2):
+        corpus.convert("tts", "--max-rejected", 0.5, "--shard", f"{i}/2", prefix=f"shards/{i}")
+    argv = ["--input", *(str(corpus.folder / "shards" / str(i)) for i in range(2))]
     argv += ["--output-prefix", str(corpus.folder / "out" / "data")]
     whole = killer.run("merge_datasets", argv)
     assert whole["status"] == 0, whole["log"]
