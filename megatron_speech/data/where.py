@@ -162,29 +162,36 @@ def _extra_columns(path: Path, extra: pa.Array, kinds: Mapping[str, Kind | None]
     filled = pc.if_else(pc.equal(filled, ""), "{}", filled)
     together = pa.ListArray.from_arrays(pa.array([0, len(filled)], pa.int32()), filled)
     data = pc.binary_join(together, "\n")[0].as_buffer()
-    columns: dict[str, pa.Array] = {}
-    # One pass per field: an error then names the field, and a field of any type can be asked whether it is there.
-    for name, kind in kinds.items():
-        schema = pa.schema([(name, types[kind])]) if kind is not None else None
-        try:
-            table = pj.read_json(
-                pa.BufferReader(data),
-                read_options=pj.ReadOptions(use_threads=False, block_size=data.size + 1),
-                parse_options=pj.ParseOptions(
-                    explicit_schema=schema, unexpected_field_behavior="ignore" if schema is not None else "infer"
-                ),
+
+    def read(fields: Mapping[str, Kind | None]) -> dict[str, pa.Array]:
+        schema = pa.schema([(name, types[kind]) for name, kind in fields.items() if kind is not None])
+        # A field that is only asked whether it is there may be of any type: it is inferred.
+        unexpected = "infer" if None in fields.values() else "ignore"
+        table = pj.read_json(
+            pa.BufferReader(data),
+            read_options=pj.ReadOptions(use_threads=False, block_size=data.size + 1),
+            parse_options=pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior=unexpected),
+        )
+        if table.num_rows != len(extra):
+            raise InputError(
+                f"{path}: column extra holds {table.num_rows} JSON objects in {len(extra)} rows; it is damaged"
             )
+        held = table.column_names
+        return {name: table[name].combine_chunks() if name in held else pa.nulls(len(extra)) for name in fields}
+
+    try:
+        return read(kinds)
+    except pa.ArrowInvalid:
+        columns: dict[str, pa.Array] = {}
+    for name, kind in kinds.items():  # one by one, to name the field
+        try:
+            columns |= read({name: kind})
         except pa.ArrowInvalid as error:
             needed = f"where compares it with {_NAMES[kind]}" if kind is not None else "needed JSON objects"
             raise InputError(
                 f"{path}: field {name} of column extra is not of one type ({str(error).splitlines()[0]}); {needed}: "
                 "compare it with what it holds"
             ) from error
-        if table.num_rows != len(extra):
-            raise InputError(
-                f"{path}: column extra holds {table.num_rows} JSON objects in {len(extra)} rows; it is damaged"
-            )
-        columns[name] = table[name].combine_chunks() if name in table.column_names else pa.nulls(len(extra))
     return columns
 
 

@@ -110,7 +110,7 @@ class Trainer:
             save_blend(self.directory / "blend.json", self.stages)
             self._say_plan()
             if change is not None:
-                self._log.say(change)
+                self._log.say(f"{change}; {self._documents_due():,} documents are still due and come first")
         self._stop_requested = False
 
     # ---- setting up
@@ -185,6 +185,12 @@ class Trainer:
         checkpoint.say_resume(info, notes)
         if self.is_main:
             checkpoint.promote_best(self.directory / "checkpoints", info.fields["stage"])
+
+    def _documents_due(self) -> int:
+        """Documents that the running stage, after a change of its blend, takes before it begins epochs of all."""
+        running = self.stages[min(self.position.stage_index, len(self.stages) - 1)]
+        partly = [s for s in running.strata if s["documents_due"] < s["documents_available"]]
+        return sum(int(stratum["documents_due"]) for stratum in partly)
 
     def _say_plan(self) -> None:
         recipe, log = self.recipe, self._log

@@ -116,7 +116,8 @@ def test_changed_weights_repeat_nothing_before_its_turn_and_resuming_changes_not
     run = copy_until(reference, tmp_path / "run", 8)
     assert train(recipe_file, run, *WEIGHTS) == 0
     out = capsys.readouterr().out
-    assert out.count("pt goes on from sequence 64 with a changed blend: task_mass.tts 0.4 → 0.1") == 1
+    (line,) = [line for line in out.splitlines() if line.startswith("pt goes on from sequence 64")]
+    assert "with a changed blend: task_mass.tts 0.4 → 0.1; " in line and line.endswith("still due and come first")
     before = [line for line in without_timing(read_metrics(reference)) if line["step"] <= 8]
     assert without_timing(read_metrics(run))[: len(before)] == before
 
@@ -184,3 +185,22 @@ def test_a_dataset_may_grow_but_not_be_replaced(
     other = copy_until(reference, tmp_path / "other", 8)
     assert train(recipe, other, "data.on_change=continue") == 2
     assert "its documents are not those that the run began with" in capsys.readouterr().err
+
+
+def test_a_dataset_may_be_taken_out_and_a_filter_put_in(
+    own_toy: Path, recipe_file: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_until(reference, tmp_path / "run", 8)
+    strata = "[{task: speech_lm, mass: 1, languages: [xx], where: {tokens: {min: 10}}}]"
+    overrides = [
+        f"data.datasets=[{own_toy / 'speech'}]", "stages.pt.task_mass=null", f"stages.pt.strata={strata}",
+        "data.on_change=continue",
+    ]  # fmt: skip
+    assert train(recipe_file, run, *overrides) == 0
+    out = capsys.readouterr().out
+    assert "dataset tts removed" in out and "strata.0.where.tokens.min not set → 10" in out
+    (stage,) = json.loads((run / "blend.json").read_text())["stages"]
+    assert stage["first_sequence"] == 64
+    assert {s["task"] for s in stage["strata"]} == {"speech_lm"}
+    last = [line for line in read_metrics(run) if "split" not in line][-1]
+    assert "loss/language/yy" not in last and "loss/task/tts" not in last
