@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import orjson
@@ -17,6 +17,9 @@ from preprocess.readers.compression import DamagedInput
 
 # A line longer than this is no row but a file without line ends; reading it would take the memory.
 MAX_LINE_BYTES = 256 << 20
+
+# A larger file is not counted before it is converted: that would be a pass over the data that nobody sees.
+COUNTED_BYTES = 256 << 20
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LONG_NUMBER = b"0" * 19  # the shortest that may not fit into 64 bits
@@ -148,7 +151,7 @@ def _refuse_empty(path: str) -> None:
 
 
 class JsonlReader:
-    """A plain local file. It is scanned for line ends when its rows are first asked for."""
+    """A plain local file: the parent looks for line ends, once, and the workers read between them."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -156,37 +159,59 @@ class JsonlReader:
         self._index: tuple[array, array, array] | None = None
 
     @property
-    def known_rows(self) -> int:
-        """Number of rows."""
-        return self._runs()[2][-1]
+    def known_rows(self) -> int | None:
+        """Number of rows; of a large file only once it was read."""
+        if self._index is None and (source.size_bytes(self.path) or 0) > COUNTED_BYTES:
+            return None
+        return self.rows
 
-    rows = known_rows
-
-    def _runs(self) -> tuple[array, array, array]:
-        """Of each run its byte offset, first line and rows before it, each with one entry more: 24 bytes per run."""
+    @property
+    def rows(self) -> int:
+        """Number of rows; the file is read for it."""
         if self._index is None:
-            offsets, numbers, rows = array("q", [0]), array("q", [1]), array("q", [0])
-            with source.open_binary(self.path) as handle:
-                for run in _runs(handle, self.path):
-                    if run.line == 1:
-                        offsets[0] = _without_mark(run.lines)
-                    offsets.append(offsets[-1] + sum(map(len, run.lines)) - (offsets[0] if run.line == 1 else 0))
-                    numbers.append(run.line + len(run.lines))
-                    rows.append(rows[-1] + run.rows)
-            if not rows[-1]:
-                _refuse_empty(self.path)
-            self._index = offsets, numbers, rows
-        return self._index
+            for _ in self._scan():
+                pass
+        assert self._index is not None
+        return self._index[2][-1]
+
+    def _runs(self) -> Iterator[JsonlBatch]:
+        """All runs of lines: from the index, or from the file while the index is made."""
+        if self._index is None:
+            yield from self._scan()
+            return
+        offsets, numbers, rows = self._index
+        for i in range(len(rows) - 1):
+            size = offsets[i + 1] - offsets[i]
+            yield JsonlBatch(self.path, offsets[i], size, numbers[i], 0, rows[i + 1] - rows[i])
+
+    def _scan(self) -> Iterator[JsonlBatch]:
+        """Read the file. The index holds of each run its byte offset, first line and the rows before it: 24 bytes."""
+        offsets, numbers, rows = array("q", [0]), array("q", [1]), array("q", [0])
+        with source.open_binary(self.path) as handle:
+            for run in _runs(handle, self.path):
+                size = sum(map(len, run.lines))
+                if run.line == 1:
+                    offsets[0] = _without_mark(run.lines)
+                    size -= offsets[0]
+                yield JsonlBatch(self.path, offsets[-1], size, run.line, 0, run.rows)
+                offsets.append(offsets[-1] + size)
+                numbers.append(run.line + len(run.lines))
+                rows.append(rows[-1] + run.rows)
+        if not rows[-1]:
+            _refuse_empty(self.path)
+        self._index = offsets, numbers, rows
 
     def batches(self, start: int, stop: int | None = None) -> Iterator[RowBatch]:
         """Rows `start` to `stop` (from 0), in order."""
-        offsets, numbers, rows = self._runs()
-        stop = rows[-1] if stop is None else stop
-        for i in range(len(rows) - 1):
-            first, last = max(start, rows[i]), min(stop, rows[i + 1])
+        position = 0
+        for run in self._runs():
+            if stop is not None and position >= stop:
+                return
+            first = max(start - position, 0)
+            last = run.rows if stop is None else min(stop - position, run.rows)
+            position += run.rows
             if first < last:
-                size = offsets[i + 1] - offsets[i]
-                yield JsonlBatch(self.path, offsets[i], size, numbers[i], first - rows[i], last - first)
+                yield replace(run, skip=first, rows=last - first)
 
 
 class JsonlStream:

@@ -111,7 +111,9 @@ def sentences(url: str) -> Iterator[None]:
         remedy = "check the credentials of this machine" if local_path(url) is None else "give this user read access"
         raise InputError(f"input {url} may not be read (permission denied); {remedy}") from error
     except ImportError as error:
-        raise InputError(f"input {url} needs a package that is not installed: {error}") from error
+        raise InputError(
+            f"input {url} needs a package that is not installed: {error}; install megatron-speech[remote]"
+        ) from error
     except ConnectionError:
         raise
     except OSError as error:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from megatron_speech.errors import InputError
+from preprocess.readers import source
 
 BLOCK_BYTES = 512
 
@@ -85,7 +86,8 @@ class TarStream:
     def _skip_to(self, position: int) -> None:
         if position > self.position and self._can_seek:
             # The last byte is read, since a seek past the end of a file is no error.
-            self._handle.seek(position - 1)
+            with source.sentences(self.path):
+                self._handle.seek(position - 1)
             self.position = position - 1
             self._read(1)
         while self.position < position:

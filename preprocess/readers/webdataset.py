@@ -21,8 +21,8 @@ import re
 import zipfile
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -279,51 +279,64 @@ def _runs(stream: TarStream, *, load: bool) -> Iterator[_Run]:
         raise InputError(f"input {stream.path} holds no rows: {reason}")
 
 
-def _of_shard(again: Iterable[int], first: int, last: int) -> frozenset[int]:
-    return frozenset(number for number in again if first <= number < last)
-
-
 class TarReader:
-    """A plain local archive. Its headers are read once, when rows are first asked for: where each run begins."""
+    """A plain local archive: the parent reads the headers, once, and the workers read between them."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.files: tuple[str, ...] = (path,)
         self._index: tuple[array, array, frozenset[int]] | None = None
 
-    def _runs(self) -> tuple[array, array, frozenset[int]]:
-        """Byte and samples before each run, with one entry more; numbers of samples whose key came before."""
-        if self._index is None:
-            begins, rows = array("q", [0]), array("q", [0])
-            again: set[int] = set()
-            opened = source.open_binary(self.path, decompress=False, buffer_bytes=_SCAN_BUFFER_BYTES)
-            with opened as handle, source.sentences(self.path):
-                if not source.size_bytes(self.path):
-                    raise InputError(f"input {self.path} is empty (0 bytes); make it anew, or leave it out")
-                for run in _runs(TarStream(handle, self.path, can_seek=True), load=False):
-                    begins.append(run.found[-1].end)
-                    rows.append(rows[-1] + len(run.found))
-                    again |= run.again
-            self._index = begins, rows, frozenset(again)
-        return self._index
+    @property
+    def known_rows(self) -> int | None:
+        """Number of samples, once the headers were read."""
+        return None if self._index is None else self.rows
 
     @property
-    def known_rows(self) -> int:
-        """Number of samples."""
-        return self._runs()[1][-1]
+    def rows(self) -> int:
+        """Number of samples; the headers are read for it."""
+        if self._index is None:
+            for _ in self._scan():
+                pass
+        assert self._index is not None
+        return self._index[1][-1]
 
-    rows = known_rows
+    def _batches(self) -> Iterator[TarBatch]:
+        """All runs of samples: from the index, or from the archive while the index is made."""
+        if self._index is None:
+            yield from self._scan()
+            return
+        begins, rows, again = self._index
+        for i in range(len(rows) - 1):
+            numbers = frozenset(number for number in again if rows[i] < number <= rows[i + 1]) if again else again
+            yield TarBatch(self.path, begins[i], begins[i + 1], rows[i] + 1, 0, rows[i + 1] - rows[i], numbers)
+
+    def _scan(self) -> Iterator[TarBatch]:
+        """Read the headers. The index holds of each run its first byte and the samples before it: 16 bytes."""
+        begins, rows = array("q", [0]), array("q", [0])
+        again: set[int] = set()
+        if not source.size_bytes(self.path):
+            raise InputError(f"input {self.path} is empty (0 bytes); make it anew, or leave it out")
+        with source.open_binary(self.path, decompress=False, buffer_bytes=_SCAN_BUFFER_BYTES) as handle:
+            for run in _runs(TarStream(handle, self.path, can_seek=True), load=False):
+                end = run.found[-1].end
+                yield TarBatch(self.path, begins[-1], end, run.first, 0, len(run.found), run.again)
+                begins.append(end)
+                rows.append(rows[-1] + len(run.found))
+                again |= run.again
+        self._index = begins, rows, frozenset(again)
 
     def batches(self, start: int, stop: int | None = None) -> Iterator[RowBatch]:
         """Samples `start` to `stop` (from 0), in order."""
-        begins, rows, again = self._runs()
-        stop = rows[-1] if stop is None else stop
-        for i in range(len(rows) - 1):
-            first, last = max(start, rows[i]), min(stop, rows[i + 1])
+        position = 0
+        for run in self._batches():
+            if stop is not None and position >= stop:
+                return
+            first = max(start - position, 0)
+            last = run.rows if stop is None else min(stop - position, run.rows)
+            position += run.rows
             if first < last:
-                numbers = _of_shard(again, rows[i] + 1, rows[i + 1] + 1) if again else again
-                skip = first - rows[i]
-                yield TarBatch(self.path, begins[i], begins[i + 1], rows[i] + 1, skip, last - first, numbers)
+                yield replace(run, skip=first, rows=last - first)
 
 
 class TarStreamReader:
