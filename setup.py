@@ -24,8 +24,11 @@ from setuptools.errors import BaseError, CCompilerError
 
 ROOT = Path(__file__).parent
 CUDA_SOURCES = ("loss_mask.cu", "loss_mask.h")
-CPU_SOURCES = ("bindings", "loader_bindings", "loss_mask", "sequence_index", "blend_order", "bucketing", "gather")
-CPU_HEADERS = ("kernels", "loader_bindings", "bucketing", "gather")
+CPU_SOURCES = (
+    "bindings", "loader_bindings", "text_bindings",
+    "loss_mask", "sequence_index", "blend_order", "bucketing", "gather", "byte_bpe",
+)  # fmt: skip
+CPU_HEADERS = ("kernels", "loader_bindings", "text_bindings", "bucketing", "gather", "byte_bpe")
 
 
 def note(*lines: str) -> None:

@@ -10,6 +10,7 @@
 
 #include "kernels.h"
 #include "loader_bindings.h"
+#include "text_bindings.h"
 
 namespace py = pybind11;
 namespace ms = megatron_speech;
@@ -17,7 +18,7 @@ namespace ms = megatron_speech;
 namespace {
 
 // Raised together with INTERFACE in megatron_speech/ops/extension.py whenever a signature changes.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
@@ -233,6 +234,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of megatron_speech; use megatron_speech.ops and megatron_speech.data instead.";
     m.attr("interface") = kInterface;
     ms::register_loader(m);
+    ms::register_text(m);
     const auto fixed = [](const char* name) { return py::arg(name).noconvert(); };
     m.def("loss_mask", &loss_mask, fixed("tokens"), fixed("document_lengths"), fixed("row_pointers"),
           fixed("document_groups"), fixed("modality_table"), py::arg("prompt_end_id"), fixed("weights"),
