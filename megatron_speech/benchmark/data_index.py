@@ -440,4 +440,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    _child(sys.argv[1], Path(sys.argv[2]))
+    try:
+        _child(sys.argv[1], Path(sys.argv[2]))
+    except InputError as error:
+        sys.exit(str(error))

@@ -1,6 +1,6 @@
 """Strata: from a stage's masses to leaf strata with target shares and eligible documents.
 
-    task masses / explicit strata ─ resolve ─► leaf strata with shares ─ order.draw ─► (stratum, document) in order
+    task masses / explicit strata ─ resolve ─► leaf strata with shares ─ order.stage_order ─► (stratum, document) in order
 
 A leaf stratum is what one group of the recipe (a task, or an explicit stratum) takes from one dataset, language
 and source. Its share is a share of the *tokens trained on*: every document token in pretraining; in an SFT stage,
@@ -617,7 +617,8 @@ def resolve(
         return leaf.group, table.languages[leaf.language], table.sources[leaf.source]
 
     def total(values: np.ndarray, members: np.ndarray) -> int:
-        return int(values[members].sum(dtype=np.int64))
+        pieces = range(0, len(members), _ROWS)
+        return sum(int(values[members[first : first + _ROWS]].sum(dtype=np.int64)) for first in pieces)
 
     def name_of(leaf: _Leaf) -> str:
         member_of, language, source = key(leaf)
@@ -632,7 +633,14 @@ def resolve(
         return 0 if np.isinf(epoch_limit(leaf)) else int(tables[leaf.dataset].counted(stage)[members].max())
 
     limited: dict[str, dict[str, float]] = {}
-    counted = np.array([total(tables[leaves[k].dataset].counted(stage), kept_documents[k]) for k in alive], np.float64)
+
+    def counted_of(k: int, tokens: int) -> int:
+        table = tables[leaves[k].dataset]
+        values = table.counted(stage)
+        return tokens if values is table.lengths else total(values, kept_documents[k])
+
+    tokens_of = {k: total(tables[leaves[k].dataset].lengths, kept_documents[k]) for k in alive}
+    counted = np.array([counted_of(k, tokens_of[k]) for k in alive], np.float64)
     if validation:
         # Held-out documents are read once each, in order: their proportions are what they are.
         shares = counted / max(1.0, counted.sum())
@@ -641,7 +649,7 @@ def resolve(
         natural = natural_shares([group.mass for group in groups], keys, counted, stage.language_temperature)
         budget = _Budget(
             total=float(stage.n_sequences * stage.seq_length if tokens is None else tokens),
-            tokens=np.array([total(tables[leaves[k].dataset].lengths, kept_documents[k]) for k in alive], np.float64),
+            tokens=np.array([tokens_of[k] for k in alive], np.float64),
             counted=counted,
             longest=np.array([longest_of(leaves[k], kept_documents[k]) for k in alive], np.float64),
             taken=np.array([(taken or {}).get(name_of(leaves[k]), 0) for k in alive], np.float64),
@@ -674,7 +682,7 @@ def resolve(
                 label=label_ids[(table.task, language, source)],
                 share=float(shares[position]),
                 documents=kept_documents[k],
-                tokens=total(table.lengths, kept_documents[k]),
+                tokens=tokens_of[k],
                 counted=int(counted[position]),
             )
         )
