@@ -127,10 +127,11 @@ def _runs(handle: BinaryIO, path: str) -> Iterator[_Run]:
                 raise InputError(
                     f"input {path} line {number} is longer than {MAX_LINE_BYTES >> 20} MiB; needed one object per line"
                 )
+            text = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
             lines.append(line)
             number += 1
             size += len(line)
-            rows += not line.isspace()
+            rows += bool(text) and not text.isspace()
             if rows == BATCH_ROWS or size >= BATCH_BYTES:
                 yield _Run(first, rows, lines)
                 done += rows
@@ -234,7 +235,7 @@ class JsonlStream:
     def batches(self, start: int, stop: int | None = None) -> Iterator[RowBatch]:
         """Rows `start` to `stop` (from 0), in order."""
         position = 0
-        with source.open_binary(self.path) as handle:
+        with source.open_binary(self.path, sequential=True) as handle:
             for run in _runs(handle, self.path):
                 if stop is not None and position >= stop:
                     return

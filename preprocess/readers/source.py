@@ -177,6 +177,8 @@ class _Remote(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             data = self._handle.read(len(buffer))
+        except ValueError as error:  # how fsspec says that a server has no range requests
+            raise InputError(f"input {self._url} cannot be read in parts ({error}); copy it to a disk") from error
         except Exception as error:  # as in `sentences`, but nothing is wrong with the input: trying again may help
             raise ConnectionError(
                 f"input {self._url} broke off: {type(error).__name__}: {error}; run the same command again"
@@ -190,10 +192,18 @@ class _Remote(io.RawIOBase):
         super().close()
 
 
-def open_binary(path: str, offset: int = 0, *, decompress: bool = True, buffer_bytes: int = BUFFER_BYTES) -> BinaryIO:
+def open_binary(
+    path: str,
+    offset: int = 0,
+    *,
+    decompress: bool = True,
+    sequential: bool = False,
+    buffer_bytes: int = BUFFER_BYTES,
+) -> BinaryIO:
     """Open a local path or URL for reading bytes, from `offset` on (of the decompressed bytes).
 
-    A local plain file is an ordinary file. Others are read in pieces, never as a whole.
+    A local plain file is an ordinary file. Others are read in pieces, never as a whole. `sequential` promises that
+    nothing will be sought, so that a web server without range requests will do.
 
     Raises:
         InputError: it does not exist, may not be read, or its protocol needs a package that is not there.
@@ -204,7 +214,8 @@ def open_binary(path: str, offset: int = 0, *, decompress: bool = True, buffer_b
             raw: BinaryIO = open(local, "rb", buffering=buffer_bytes)
         else:
             system, name = file_system(path)
-            handle = system.open(name, "rb", block_size=_REMOTE_BLOCK_BYTES)
+            one_go = sequential and offset == 0 and not _serves_ranges(path, system, name)
+            handle = system.open(name, "rb", block_size=0 if one_go else _REMOTE_BLOCK_BYTES)
             raw = cast(BinaryIO, io.BufferedReader(_Remote(handle, path), BUFFER_BYTES))
         if not (decompress and is_compressed(path)):
             if offset:
@@ -217,6 +228,10 @@ def open_binary(path: str, offset: int = 0, *, decompress: bool = True, buffer_b
             raise InputError(f"input {path} ends before byte {offset:,} of its decompressed bytes")
         offset -= skipped
     return plain
+
+
+def _serves_ranges(url: str, system: Any, name: str) -> bool:
+    return _protocol(url) not in ("http", "https") or bool(system.info(name).get("partial"))
 
 
 def read_range(path: str, begin: int, end: int) -> bytes:

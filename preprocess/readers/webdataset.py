@@ -359,7 +359,7 @@ class TarStreamReader:
     def batches(self, start: int, stop: int | None = None) -> Iterator[RowBatch]:
         """Samples `start` to `stop` (from 0), in order."""
         position = 0
-        with source.open_binary(self.path) as handle:
+        with source.open_binary(self.path, sequential=True) as handle:
             for run in _runs(TarStream(handle, self.path), load=True):
                 if stop is not None and position >= stop:
                     return

@@ -96,6 +96,21 @@ def test_a_file_without_line_ends_is_refused_before_it_fills_the_memory(
         _ = Inputs([str(tmp_path / "a.json")]).rows
 
 
+def test_a_byte_order_mark_alone_is_no_row(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(InputError, match=r"a.jsonl holds no rows"):
+        _ = Inputs([str(tmp_path / "a.jsonl")]).rows
+
+
+def test_a_large_file_is_not_counted_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("preprocess.readers.jsonl.COUNTED_BYTES", 1000)
+    (tmp_path / "a.jsonl").write_bytes(lines(1200))
+    inputs = Inputs([str(tmp_path / "a.jsonl")])
+    batches = inputs.batches(0)
+    assert next(batches).rows == 512 and inputs.known_rows is None
+    assert 512 + sum(batch.rows for batch in batches) == 1200 == inputs.known_rows
+
+
 REFUSED: dict[bytes, tuple[str, str]] = {
     b'{"a": NaN}': ("not_finite", "NaN is not JSON"),
     b'{"a": -Infinity}': ("not_finite", "-Infinity is not JSON"),
