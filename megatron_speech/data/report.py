@@ -28,6 +28,13 @@ RULES = {
     "code_outside_codebook": "a code outside its codebook",
     "checksum": "codes differ from their checksum",
     "text_id_outside_tokenizer": "a text id that the tokenizer has not",
+    "bad_text": "text that is not UTF-8",
+    "tar_key_again": "members of a sample that are not adjacent",
+    "tar_duplicate_member": "a field twice in a sample",
+    "tar_link": "a link in an archive, which holds no data",
+    "tar_sparse": "a sparse file in an archive",
+    "llasa_truncated": "speech cut off when the memmap was made",
+    "llasa_shape": "ids that are not text, speech, padding",
     "no_reference": "no other recording to refer to",
 }
 
