@@ -95,7 +95,7 @@ class PackingConfig(StrictConfig):
         description="bucket only: documents of a sequence × length of the longest of them; null: seq_length",
     )
     open_sequences: int = Field(
-        default=1024,
+        default=512,
         ge=1,
         description="fit and bucket: the packer's look-ahead, in sequences (at the beginning of a stage, an eighth of "
         "what lies before); more pads less, and reorders over a longer run",
