@@ -82,6 +82,15 @@ class GlobalBatch:
     consumed_sequences: int
 
 
+class Chunk(NamedTuple):
+    """Micro-batches that were made together, with the sums that a global batch is made of."""
+
+    micro_batches: list[MicroBatch]
+    loss_weight_sum: float
+    tokens: int
+    pad_tokens: int
+
+
 class _Rows(NamedTuple):
     """Where the tokens of some rows come from, and what they are made into.
 
@@ -178,10 +187,10 @@ class RowSource:
         return _Documents(both, np.repeat(stratum, 2), pointers * 2, is_gap)
 
     def will_need(self, rows: np.ndarray) -> None:
-        """Ask for what :meth:`micro_batches` of these sequences will read."""
+        """Ask for what :meth:`chunk` of these sequences will read."""
         self.gatherer.will_need(self._rows(rows.ravel()).segments)
 
-    def micro_batches(self, rows: np.ndarray) -> list[MicroBatch]:
+    def chunk(self, rows: np.ndarray) -> Chunk:
         """The micro-batches of these sequences, int64 [micro-batches, B]. Their tensors share memory."""
         found = self._rows(rows.ravel())
         ids, goes_on = self.gatherer.gather(found.segments, self.seq_length, self.pad_id)
@@ -212,7 +221,7 @@ class RowSource:
 
     def micro_batch(self, sequences: np.ndarray) -> MicroBatch:
         """The micro-batch of these sequences, int64 [B]."""
-        return self.micro_batches(sequences[None])[0]
+        return self.chunk(sequences[None]).micro_batches[0]
 
 
 def _longest(length: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -237,10 +246,8 @@ def _replace(prompted: MaskedBatch, whole: MaskedBatch, where: np.ndarray) -> No
         np.copyto(getattr(prompted, name).numpy(), getattr(whole, name).numpy(), where=where)
 
 
-def _split(
-    masked: MaskedBatch, tokens: torch.Tensor, rows: np.ndarray, found: _Rows, documents: _Documents
-) -> list[MicroBatch]:
-    """A chunk as its micro-batches."""
+def _split(masked: MaskedBatch, tokens: torch.Tensor, rows: np.ndarray, found: _Rows, documents: _Documents) -> Chunk:
+    """The micro-batches of a chunk."""
     count, size = rows.shape
     seq_length = tokens.shape[1]
     bounds = masked.cu_seqlens.numpy()
@@ -251,13 +258,15 @@ def _split(
     is_pad = np.insert(
         documents.gap if documents.gap is not None else np.zeros(len(documents.length), dtype=bool), pointers[1:], True
     )
-    filled = np.where(is_pad, 0, lengths)
-    learned = (masked.loss_weights.numpy() != 0).reshape(count, -1).sum(axis=1)
+    edges = pointers[::size] + np.arange(count + 1) * size  # of the micro-batches, in segments; none is empty
+    longest = np.maximum.reduceat(lengths, edges[:-1]).tolist()
+    counts = np.empty((count, 3), dtype=np.int64)
+    counts[:, 0] = np.add.reduceat(np.where(is_pad, 0, lengths), edges[:-1])
+    counts[:, 1] = size * seq_length - counts[:, 0]
+    counts[:, 2] = np.count_nonzero(masked.loss_weights.numpy().reshape(count, -1), axis=1)
     made = []
-    for k in range(count):
-        first, last = k * size, (k + 1) * size
-        begin, end = int(pointers[first]) + first, int(pointers[last]) + last
-        used = int(filled[begin:end].sum())
+    for k, (first, begin, end) in enumerate(zip(range(0, count * size, size), edges[:-1], edges[1:], strict=True)):
+        last = first + size
         made.append(
             MicroBatch(
                 tokens=tokens[first:last],
@@ -267,13 +276,15 @@ def _split(
                 group_ids=masked.group_ids[first:last],
                 cu_seqlens=torch.from_numpy(bounds[begin : end + 1] - bounds[begin]),
                 row_pointers=torch.from_numpy(pointers[first : last + 1] - pointers[first]),
-                max_seqlen=int(lengths[begin:end].max()),
-                counts=torch.tensor([used, size * seq_length - used, int(learned[k])]),
+                max_seqlen=longest[k],
+                counts=torch.from_numpy(counts[k]),
                 sequences=rows[k],
                 documents=names[segment_pointers[first] : segment_pointers[last]],
             )
         )
-    return made
+    # NumPy, not torch: its threads would be started anew by each of ours.
+    weight = float(masked.loss_weights.numpy().sum(dtype=np.float64))
+    return Chunk(made, weight, int(counts[:, 0].sum()), int(counts[:, 1].sum()))
 
 
 def check_layout(where: str, micro_batch_size: int, global_batch_sequences: int, dp_rank: int, dp_size: int) -> None:
@@ -420,22 +431,6 @@ def _chunks(rows: np.ndarray, seq_length: int) -> list[np.ndarray]:
     return [rows[first : first + together] for first in range(0, len(rows), together)]
 
 
-@dataclass(frozen=True)
-class _Made:
-    micro_batches: list[MicroBatch]
-    weight: float
-    tokens: int
-    pad_tokens: int
-
-
-def _make(source: RowSource, rows: np.ndarray) -> _Made:
-    batches = source.micro_batches(rows)
-    counts = [batch.counts.tolist() for batch in batches]
-    # NumPy, not torch: its threads would be started anew by each of ours.
-    weight = sum(float(batch.loss_weights.numpy().sum(dtype=np.float64)) for batch in batches)
-    return _Made(batches, weight, sum(count[0] for count in counts), sum(count[1] for count in counts))
-
-
 def global_batches(
     source: RowSource,
     *,
@@ -458,14 +453,14 @@ def global_batches(
         rows = rank_sequences(first, micro_batch_size, global_batch_sequences, dp_rank, dp_size)
         return first, _chunks(rows, source.seq_length)
 
-    waiting: deque[Future[_Made]] = deque()
+    waiting: deque[Future[Chunk]] = deque()
     ahead = (chunk for index in range(n_batches) for chunk in share(index)[1])
     with ThreadPoolExecutor(workers, thread_name_prefix="megatron-speech-loader-worker") as pool:
 
         def put_in_line() -> None:
             for chunk in ahead:
                 source.will_need(chunk)
-                waiting.append(pool.submit(_make, source, chunk))
+                waiting.append(pool.submit(source.chunk, chunk))
                 if len(waiting) >= 2 * workers:
                     return
 
@@ -478,7 +473,7 @@ def global_batches(
                     parts.append(waiting.popleft().result())
                 yield GlobalBatch(
                     micro_batches=[batch for part in parts for batch in part.micro_batches],
-                    loss_weight_sum=sum(part.weight for part in parts),
+                    loss_weight_sum=sum(part.loss_weight_sum for part in parts),
                     tokens=sum(part.tokens for part in parts),
                     pad_tokens=sum(part.pad_tokens for part in parts),
                     consumed_sequences=first + global_batch_sequences,

@@ -227,7 +227,7 @@ def test_threads_change_nothing(open_stage: Callable[..., StageData], fields: di
 def test_micro_batches_made_together_are_those_made_alone(open_stage: Callable[..., StageData]) -> None:
     rows = open_stage().rows()
     sequences = np.arange(12).reshape(4, 3)
-    for together, alone in zip(rows.micro_batches(sequences), map(rows.micro_batch, sequences), strict=True):
+    for together, alone in zip(rows.chunk(sequences).micro_batches, map(rows.micro_batch, sequences), strict=True):
         assert together.max_seqlen == alone.max_seqlen
         assert together.documents.tolist() == alone.documents.tolist()
         for name in ("tokens", "labels", "cu_seqlens", "row_pointers", "counts", "loss_weights", "group_ids"):
@@ -255,7 +255,7 @@ def test_what_is_made_ahead_is_bounded_and_asked_for_in_time(
     source = open_stage().rows()
     asked: list[int] = []
     made: list[int] = []
-    ask, make = loader_module.RowSource.will_need, loader_module.RowSource.micro_batches
+    ask, make = loader_module.RowSource.will_need, loader_module.RowSource.chunk
 
     def asking(self: Any, rows: np.ndarray) -> None:
         asked.append(int(rows[0, 0]))
@@ -267,7 +267,7 @@ def test_what_is_made_ahead_is_bounded_and_asked_for_in_time(
         return make(self, rows)
 
     monkeypatch.setattr(loader_module.RowSource, "will_need", asking)
-    monkeypatch.setattr(loader_module.RowSource, "micro_batches", making)
+    monkeypatch.setattr(loader_module.RowSource, "chunk", making)
     layout = {"micro_batch_size": 4, "global_batch_sequences": 16, "dp_rank": 0, "dp_size": 1}
     batches = loader_module.global_batches(source, first_sequence=0, n_batches=6, workers=2, **layout)
     for step in range(6):
