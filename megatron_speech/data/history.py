@@ -30,11 +30,12 @@ from typing import Any
 import numpy as np
 
 from megatron_speech.data.config import DataConfig, StageDataConfig
+from megatron_speech.data.document_columns import DocumentTable
 from megatron_speech.data.index_cache import INDEX_VERSION
 from megatron_speech.data.indexed import CODE_OF_DTYPE, HEADER, MAGIC, VERSION, TokenDataset, file_of
 from megatron_speech.data.order import EpochPosition
 from megatron_speech.data.packing import SegmentTable
-from megatron_speech.data.strata import Blend, DocumentTable, check_stage
+from megatron_speech.data.strata import Blend, check_stage
 from megatron_speech.errors import InputError
 from megatron_speech.files import atomic_write, canonical_json, sha256_hex
 

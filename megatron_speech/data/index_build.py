@@ -19,11 +19,12 @@ from megatron_speech.data import order as ordering
 from megatron_speech.data import stitching
 from megatron_speech.data import strata as blending
 from megatron_speech.data.config import DataConfig, StageDataConfig
+from megatron_speech.data.document_columns import DocumentTable, read_documents
 from megatron_speech.data.index_cache import INDEX_VERSION, Build, TableWriter
 from megatron_speech.data.indexed import TokenDataset
 from megatron_speech.data.order import DocumentStream, EpochPosition, OrderedDocuments
 from megatron_speech.data.packing import PackedRun, pack
-from megatron_speech.data.strata import Blend, DocumentTable
+from megatron_speech.data.strata import Blend
 from megatron_speech.files import canonical_json, sha256_hex
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def read_tables(stage: StageDataConfig, data: DataConfig, datasets: Mapping[str,
     tables: list[DocumentTable] = []
     for name, dataset in datasets.items():
         assert dataset.manifest is not None
-        table = blending.read_documents(name, dataset.manifest.task, dataset, data, targets=targets)
+        table = read_documents(name, dataset.manifest.task, dataset, data, targets=targets)
         table = blending.apply_filters(stage, table, dataset)
         if stage.stitch is not None:
             adjacency = stitching.Adjacency.read(dataset)

@@ -23,8 +23,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from megatron_speech.data.config import StageDataConfig
+from megatron_speech.data.document_columns import DocumentTable
 from megatron_speech.data.split import splitmix64
-from megatron_speech.data.strata import Blend, DocumentTable, Stratum
+from megatron_speech.data.strata import Blend, Stratum
 from megatron_speech.files import canonical_json, sha256_hex
 from megatron_speech.ops.extension import extension
 

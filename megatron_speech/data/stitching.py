@@ -26,9 +26,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from megatron_speech.data.document_columns import DocumentTable
 from megatron_speech.data.indexed import file_of
 from megatron_speech.data.split import name_hash, splitmix64
-from megatron_speech.data.strata import DocumentTable
 from megatron_speech.errors import InputError
 
 if TYPE_CHECKING:

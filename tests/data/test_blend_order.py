@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_speech.data.config import StageDataConfig
+from megatron_speech.data.document_columns import DocumentTable
 from megatron_speech.data.order import (
     BlendOrder,
     EpochPosition,
@@ -24,7 +25,7 @@ from megatron_speech.data.order import (
     seed_of,
     stage_order,
 )
-from megatron_speech.data.strata import Blend, DocumentTable, check_stage, resolve
+from megatron_speech.data.strata import Blend, check_stage, resolve
 from megatron_speech.errors import InputError
 
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from megatron_speech.data import where
 from megatron_speech.data.config import StageDataConfig
+from megatron_speech.data.document_columns import DocumentTable
 from megatron_speech.data.shares import bounded_shares, natural_shares
-from megatron_speech.data.strata import Blend, DocumentTable, apply_filters, check_stage, resolve
+from megatron_speech.data.strata import Blend, apply_filters, check_stage, resolve
 from megatron_speech.errors import InputError
 
 
