@@ -24,6 +24,7 @@ from tqdm import tqdm
 # A checkout runs as it is, installed or not, from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_speech import __version__
 from megatron_speech.data.dataset_writer import BIN, DOCUMENTS, IDX, MANIFEST, REJECTED, DatasetWriter
 from megatron_speech.data.documents_table import SCHEMA
 from megatron_speech.data.manifest import (
@@ -360,7 +361,7 @@ def fingerprint(arguments: argparse.Namespace, inputs: Inputs, space: TokenSpace
     options = {name: value for name, value in vars(arguments).items() if name not in UNDECIDING}
     return {
         "command": "preprocess_data",
-        "version": CONVERSION_VERSION,
+        "version": f"{__version__}.{CONVERSION_VERSION}",
         "options": options,
         "inputs": {str(entry["path"]): entry for entry in inputs.fingerprints()},
         "token_space": space.hash,

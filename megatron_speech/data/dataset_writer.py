@@ -193,8 +193,11 @@ class DatasetWriter:
     def _worth_keeping(self, value: BaseException | None) -> bool:
         if self._fingerprint is None or value is None:
             return False
+        if not isinstance(value, InputError):
+            return True
         # Input that is bad stays bad; a disk or network that failed under way need not.
-        return not isinstance(value, InputError) or isinstance(value.__cause__, OSError)
+        begun = self.documents > 0 or any(self.folder.glob(f"*/{JOURNAL}"))
+        return begun and isinstance(value.__cause__, OSError)
 
     def _abandon(self) -> None:
         for file in self._files.values():

@@ -67,7 +67,10 @@ class Verification:
 
     def add(self, suffix: str, problem: str) -> None:
         """Note a disagreement of the file with that suffix."""
-        self.findings.append(Finding(str(file_of(self.prefix, suffix)), problem))
+        path = str(file_of(self.prefix, suffix))
+        for name in (f"manifest {path}", path):  # a sentence of another part that names the file already
+            problem = problem.removeprefix(name).removeprefix(": ").lstrip()
+        self.findings.append(Finding(path, problem))
 
     def require(self) -> None:
         """Do nothing for a whole dataset.

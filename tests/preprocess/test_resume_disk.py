@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from megatron_speech.data import journal
 from megatron_speech.data.dataset_writer import DatasetWriter
+from megatron_speech.data.documents_table import SCHEMA
 from megatron_speech.data.indexed import TokenDataset
 from megatron_speech.data.verify import verify_dataset
 from megatron_speech.errors import InputError, OutputError
@@ -159,8 +162,12 @@ def test_a_second_writer_is_refused_and_leaves_the_first_one_its_work(
 
 
 def test_a_failing_network_keeps_the_work_and_bad_input_does_not(tmp_path: Path) -> None:
-    def stopped(error: Exception) -> Any:
+    rows = pa.RecordBatch.from_pylist([dict.fromkeys(SCHEMA.names)], schema=SCHEMA)
+
+    def stopped(error: Exception, documents: int = 1) -> Any:
         with pytest.raises(type(error)), DatasetWriter(tmp_path / "data", "<u2", fingerprint={"of": 1}) as writer:
+            for _ in range(documents):
+                writer.add(np.arange(3), np.array([3]), rows)
             writer.commit({"at": 1})
             raise error
         return hidden(tmp_path)
@@ -169,8 +176,9 @@ def test_a_failing_network_keeps_the_work_and_bad_input_does_not(tmp_path: Path)
     reset.__cause__ = ConnectionResetError()
     assert stopped(reset) == [".data.partial"]
     with DatasetWriter(tmp_path / "data", "<u2", fingerprint={"of": 1}) as writer:
-        assert writer.state == {"at": 1}
+        assert writer.state == {"at": 1} and writer.documents == 1 and writer.tokens == 3
     assert stopped(InputError("too many rows are rejected")) == []
+    assert stopped(reset, documents=0) == []  # of work that never began there is nothing to keep
     assert stopped(OutputError("cannot write")) == [".data.partial"]
 
 
