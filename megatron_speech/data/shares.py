@@ -69,17 +69,24 @@ def bounded_shares(
     bound = np.array([caps.get(name, np.inf) for name in names])
     if (shares <= limits).all() and (np.bincount(source, shares) <= bound * (1 + 1e-12)).all():
         return shares, {}
-    group = np.array([key[0] for key in keys])
-    mass = np.bincount(group, shares)
-    result = shares
-    for block in (_numbered([key[:2] for key in keys]), group):
-        wanted = np.bincount(block, shares) if block is not group else mass
+    # In an order of their own, so that the result does not depend, not by a bit, on how leaves are listed.
+    order = np.array(sorted(range(len(keys)), key=lambda k: (keys[k], shares[k], limits[k])))
+    sorted_keys = [keys[k] for k in order]
+    natural, source, limits = shares[order], source[order], limits[order]
+    group = np.array([key[0] for key in sorted_keys])
+    mass = np.bincount(group, natural)
+    result, missing = natural, {}
+    for block in (_numbered([key[:2] for key in sorted_keys]), group):
+        wanted = np.bincount(block, natural)
         result = _scaled(result, block, wanted, source, bound, limits)
         result = _routed(result, block, wanted, source, bound, limits)
         short = mass - np.bincount(group, result)
+        missing = {int(k): float(short[k]) for k in np.flatnonzero(short > _MISSING)}
         if short.max() <= _MOVED:
-            return result, {}
-    return result, {int(k): float(short[k]) for k in np.flatnonzero(short > _MISSING)}
+            break
+    unsorted = np.empty_like(result)
+    unsorted[order] = result
+    return unsorted, missing
 
 
 def _divided(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

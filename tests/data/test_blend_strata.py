@@ -223,7 +223,7 @@ def nowhere_to_go(
     return float(mass[groups].sum() - smallest)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(mixtures, st.dictionaries(st.sampled_from(["s0", "s1", "s2", "s3"]), st.floats(0.02, 1.0)), st.booleans())
 def test_bounds_hold_masses_are_kept_and_only_the_impossible_is_refused(
     rows: list[tuple[int, int, int, float, float]], caps: dict[str, float], limited: bool
@@ -250,7 +250,7 @@ def test_bounds_hold_masses_are_kept_and_only_the_impossible_is_refused(
     assert again == pytest.approx(shares, abs=1e-6)
     order = np.random.default_rng(len(rows)).permutation(len(rows))
     other, _ = bounded_shares(natural[order], [keys[k] for k in order], caps, limits[order])
-    assert other == pytest.approx(shares[order], abs=1e-6)
+    assert (other == shares[order]).all()
 
 
 def test_a_cap_leaves_room_for_those_who_have_no_other_source() -> None:
