@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from megatron_speech.data import document_columns
 from megatron_speech.data import strata as blending
 from megatron_speech.data.config import DataConfig, StageDataConfig
 from megatron_speech.data.index_build import index_key, read_tables
@@ -234,9 +235,7 @@ def test_documents_are_read_batch_by_batch_as_they_are(
     ]
     dataset = make_dataset(tmp_path / "d", toy_space, "tts", documents)
     stage = stage_config(task_mass={"tts": 1.0}, loss={"prompt": 0.0})
-    monkeypatch.setattr(
-        blending, "document_batches", lambda *args, **options: small_batches(*args, **options), raising=True
-    )
+    monkeypatch.setattr(document_columns, "document_batches", small_batches)
     data = data_config({"d": dataset})
     (table,) = read_tables(stage, data, {"d": dataset})
     assert table.languages == ["am", "en", "hi", "sw", "und"]
@@ -259,7 +258,7 @@ def small_batches(*args: Any, **options: Any) -> Any:
 def test_a_source_name_for_every_recording_is_refused(
     toy_space: TokenSpace, make_dataset: Any, document: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blending, "MAX_STRATA", 20)
+    monkeypatch.setattr(document_columns, "MAX_NAMES", 20)
     documents = [document(text=5, source=f"recording-{k}") for k in range(30)]
     dataset = make_dataset(tmp_path / "d", toy_space, "text_lm", documents)
     with pytest.raises(InputError, match="column dataset_source has more than 20 distinct values"):
