@@ -282,7 +282,7 @@ def _plain(value: Any, name: str) -> Any:
     """A cell as JSON can hold it; parquet has types of its own (dates, bytes)."""
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise RowRejected("not_finite", f"field {name} holds {value}; leave it out")
+            raise RowRejected("not_finite", f"field {name} holds NaN or infinity; leave it out")
         return float(value)
     if value is None or isinstance(value, (str, int)):
         return value
