@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from fsspec.implementations.memory import MemoryFileSystem
 
 from megatron_speech.token_space import TokenSpace
 from preprocess import preprocess_data
@@ -132,3 +133,45 @@ def test_the_command_names_the_flag_that_an_input_needs(corpus: Any, capsys: pyt
     with pytest.raises(SystemExit):
         preprocess_data.main(["--help"])
     assert "--input-tokenizer" in capsys.readouterr().out
+
+
+class FlakyFileSystem(MemoryFileSystem):
+    """Memory as a server whose transfers break off after some bytes."""
+
+    protocol = "flaky"
+    breaks_after: int | None = None
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        handle = super()._open(path, mode, **options)
+        if mode != "rb" or self.breaks_after is None:
+            return handle
+        limit = self.breaks_after
+
+        class Handle(io.BytesIO):
+            def read(self, size: int | None = -1) -> bytes:
+                if self.tell() >= limit:
+                    raise TimeoutError("no answer")
+                return super().read(min(size or 0, limit - self.tell()))
+
+        return Handle(handle.getvalue())
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.replace("flaky://", "memory://"))
+
+
+def test_a_transfer_that_breaks_off_keeps_what_is_done(make_corpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = make_corpus(1100)
+    path = write_all(corpus)["a.jsonl.zst"]
+    corpus.convert("tts", inputs=[path], prefix="out/expected")
+    fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
+    data = path.read_bytes()
+    fsspec.filesystem("memory").pipe("/flaky/a.jsonl.zst", data)
+    FlakyFileSystem.breaks_after = len(data) * 3 // 4
+    assert corpus.run("tts", inputs=["flaky://flaky/a.jsonl.zst"]) == 1
+    error = capsys.readouterr().err
+    assert "a.jsonl.zst broke off: TimeoutError: no answer; run the same command again" in error
+    assert "Traceback" not in error and "what is done so far is kept" in error
+    FlakyFileSystem.breaks_after = None
+    assert corpus.run("tts", inputs=["flaky://flaky/a.jsonl.zst"]) == 0
+    assert tokens(corpus, "out/data") == tokens(corpus, "out/expected")
