@@ -87,7 +87,7 @@ class CodesLoader:
             result.rejected[good[i]] = self._why_outside(arrays[i])
         plain = np.ascontiguousarray(flat, dtype="<i4")
         ids = (plain + self._offsets).reshape(-1)
-        view, width = memoryview(plain).cast("B"), 4 * self._count
+        view, width = plain.data.cast("B"), 4 * self._count
         for i, (begin, end) in zip(good, itertools.pairwise(edges), strict=True):
             if i in result.rejected:
                 continue

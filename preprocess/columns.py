@@ -165,12 +165,8 @@ class _Columns:
         count = len(self.rows)
         stem = source.stem(self.path)
         number = [row.number for row in self.rows]
-        sample_id = self.texts("sample_id")
-        if None in sample_id:
-            sample_id = [value or f"{stem}-{n:08d}" for value, n in zip(sample_id, number, strict=True)]
-        source_id = self.texts("source_id")
-        if None in source_id:
-            source_id = [value or own for value, own in zip(source_id, sample_id, strict=True)]
+        sample_id = [value or f"{stem}-{n:08d}" for value, n in zip(self.texts("sample_id"), number, strict=True)]
+        source_id = [value or own for value, own in zip(self.texts("source_id"), sample_id, strict=True)]
         default = self.rules.dataset_source or stem
         dataset_source = [value or default for value in self.texts("dataset_source")]
         native, second = self.texts("transcript"), self.texts("transcript_native")

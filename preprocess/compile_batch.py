@@ -10,6 +10,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -93,7 +94,7 @@ def compile_batch(
                for name, column in fields.items()}  # fmt: skip
     zero = np.zeros(count, dtype=np.int64)
     tokens, target = sum(lengths.values(), zero), zero.copy()
-    pieces: list[tuple[np.ndarray | None, ...]] = [()] * count
+    pieces: list[tuple[np.ndarray, ...]] = [()] * count
     kinds = sorted(set(forms))
     for form in kinds:
         template = _template(specials, task, form, append_eod)
@@ -103,7 +104,7 @@ def compile_batch(
             chosen = at = [i for i, name in enumerate(forms) if name == form]
         tokens[at] += template.constant
         target[at] += template.constant_target + sum(lengths[name][at] for name in template.target_fields)
-        columns = []
+        columns: list[Sequence[Any]] = []
         for part in template.parts:
             if not isinstance(part, str):
                 columns.append([part] * len(chosen))

@@ -311,10 +311,10 @@ class _Plan:
             texts = [batch.texts[row] or [] for row in self.row]
             fields[TEXT] = [mine[i] if i >= 0 else None for mine, i in zip(texts, self.text, strict=True)]
         if any(self.quote):
-            codes = [quote and quote.code_ids for quote in self.quote]
+            codes = [quote.code_ids if quote else None for quote in self.quote]
             fields[PROMPT_CODES if task == "speech_lm" else REF_CODES] = codes
             if task == "tts":
-                fields[REF_TEXT] = [quote and quote.text_ids for quote in self.quote]
+                fields[REF_TEXT] = [quote.text_ids if quote else None for quote in self.quote]
         if "turns" in self.form:
             fields[TURNS] = [self._turns(row) if i < 0 else None for row, i in zip(self.row, self.text, strict=True)]
         return fields

@@ -79,7 +79,7 @@ def derive_columns(table: pa.RecordBatch, ids: np.ndarray, lengths: np.ndarray) 
     derived = {
         "split_hash": pa.array(name_hash(split_names(pa.Table.from_batches([table])))),
         "reference_split_hash": reference_split_hashes(table["reference_source_id"]),
-        "crc32": pa.array(document_checksums(memoryview(ids), lengths, ids.dtype.itemsize), pa.uint32()),
+        "crc32": pa.array(document_checksums(ids.data, lengths, ids.dtype.itemsize), pa.uint32()),
     }
     columns = [derived.get(field.name, table[field.name]) for field in SCHEMA]
     return pa.record_batch(columns, schema=SCHEMA)
