@@ -102,8 +102,11 @@ def marginal_rates(count: int, measured: Sequence[Measured], idle: Sequence[Meas
         measured: the runs.
         idle: runs over a handful of rows, of the same repetitions: interpreter, imports, workers.
     """
-    cpu = [max(one.cpu_seconds - base.cpu_seconds, 1e-3) for one, base in zip(measured, idle, strict=True)]
-    wall = [max(one.wall_seconds - base.wall_seconds, 1e-3) for one, base in zip(measured, idle, strict=True)]
+    # The middle of the idle runs: a busy moment in one of them is no speed of the other.
+    cpu_idle = statistics.median(one.cpu_seconds for one in idle)
+    wall_idle = statistics.median(one.wall_seconds for one in idle)
+    cpu = [max(one.cpu_seconds - cpu_idle, 1e-3) for one in measured]
+    wall = [max(one.wall_seconds - wall_idle, 1e-3) for one in measured]
     return {
         "per_cpu_second": summary([count / seconds for seconds in cpu]),
         "per_second": summary([count / seconds for seconds in wall]),
