@@ -6,13 +6,9 @@ where files can be read from any position it says where the rows lie; of a strea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
-
-# As files.canonical_json; made once, since it runs for every row.
-_EXTRA = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 BATCH_ROWS = 512
 BATCH_BYTES = 4 << 20
@@ -91,15 +87,3 @@ class ReadOptions:
 
     tokenizer: str | None = None  # folder of the Hugging Face tokenizer that wrote the ids (LLaSA's memmaps)
     eod: int | None = None  # id that ends a document and is no part of it (megatron's .bin/.idx)
-
-
-def extra_json(fields: dict[str, Any]) -> str | None:
-    """Fields without a column of their own as a JSON object; None if there are none.
-
-    Raises:
-        RowRejected: a number in them is not finite.
-    """
-    try:
-        return _EXTRA.encode(fields) if fields else None
-    except ValueError as error:
-        raise RowRejected("not_finite", f"one of the fields {', '.join(fields)} holds NaN or infinity") from error
