@@ -145,7 +145,8 @@ def print_report(report: dict[str, Any]) -> None:
     """The figures as lines."""
     print(f"codes, {report['workers']} worker(s), rows of {report['codes_per_row']}, million codes per CPU second:")
     for form, result in report["forms"].items():
+        memory = result["anonymous_bytes"] / 2**20
         print(
             f"  {form}: {result['rows']:,} rows, {spread(result['per_cpu_second'], 1, 1e6)}; by wall "
-            f"{spread(result['per_second'], 1, 1e6)}; peak memory of a process {result['peak_bytes'] / 2**20:,.0f} MiB"
+            f"{spread(result['per_second'], 1, 1e6)}; memory without mapped files {memory:,.0f} MiB"
         )

@@ -22,6 +22,9 @@ from megatron_speech.token_space import TokenSpace
 MEDIAN_SECONDS, SIGMA, LEAST, MOST = 8.0, 0.6, 0.6, 45.0
 HOURS = (10_000, 100_000, 1_000_000)
 SHARD_DOCUMENTS = 1_000_000
+SEQ_LENGTH = 2048
+SEQUENCE_BYTES, SEGMENT_BYTES = 8, 14
+"""Of the sequence index: a pointer per sequence; stratum, document, start and length of each segment."""
 TASKS = ("speech_lm", "tts")
 
 
@@ -79,7 +82,7 @@ def measure(folder: Path, *, rows: int, workers: int, seed: int) -> dict[str, An
             "tokens_per_document": float(np.sum(dataset.lengths, dtype=np.int64) / len(dataset)),
             "bytes_per_document": {suffix: size / len(dataset) for suffix, size in sizes.items()},
             "cpu_seconds_per_document": (runs["full"].cpu_seconds - runs["few"].cpu_seconds) / (rows - IDLE_ROWS),
-            "peak_bytes_of_a_process": runs["full"].peak_bytes,
+            "anonymous_bytes": runs["full"].anonymous_bytes,
         }
     report["table"] = [plan(report, hours) for hours in HOURS]
     return report
@@ -91,8 +94,12 @@ def plan(report: dict[str, Any], hours: int) -> dict[str, Any]:
     shards = math.ceil(documents / SHARD_DOCUMENTS)
     result: dict[str, Any] = {"hours": hours, "documents": documents, "shards": shards, "tasks": {}}
     for task, constants in report["tasks"].items():
+        tokens = documents * constants["tokens_per_document"]
+        sequences = math.ceil(tokens / SEQ_LENGTH)
         result["tasks"][task] = {
-            "tokens": documents * constants["tokens_per_document"],
+            "tokens": tokens,
+            # `cut`: every document is a segment, and one more where a sequence ends inside of it
+            "index_bytes": sequences * SEQUENCE_BYTES + (documents + sequences) * SEGMENT_BYTES,
             "bytes": {suffix: documents * size for suffix, size in constants["bytes_per_document"].items()},
             "core_hours": documents * constants["cpu_seconds_per_document"] / 3600,
         }
@@ -106,12 +113,15 @@ def print_report(report: dict[str, Any]) -> None:
         size = ", ".join(f"{suffix} {value:.1f}" for suffix, value in constants["bytes_per_document"].items())
         print(
             f"  {task}: {constants['tokens_per_document']:.1f} tokens per document; bytes per document {size}; "
-            f"{constants['cpu_seconds_per_document'] * 1e6:.1f} CPU microseconds per document; peak memory of a "
-            f"process {constants['peak_bytes_of_a_process'] / 2**20:,.0f} MiB"
+            f"{constants['cpu_seconds_per_document'] * 1e6:.1f} CPU microseconds per document; memory without mapped "
+            f"files {constants['anonymous_bytes'] / 2**20:,.0f} MiB"
         )
     print(f"  by multiplication, shards of {SHARD_DOCUMENTS:,} documents:")
     for line in report["table"]:
         print(f"    {line['hours']:>9,} h: {line['documents']:,} documents, {line['shards']:,} shards")
         for task, needs in line["tasks"].items():
             size = ", ".join(f"{suffix} {value / 2**30:,.1f} GiB" for suffix, value in needs["bytes"].items())
-            print(f"      {task}: {needs['tokens'] / 1e9:,.1f} G tokens, {size}; {needs['core_hours']:,.1f} core hours")
+            print(
+                f"      {task}: {needs['tokens'] / 1e9:,.1f} G tokens, {size}; index of an epoch "
+                f"{needs['index_bytes'] / 2**30:,.1f} GiB; {needs['core_hours']:,.2f} core hours"
+            )

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,17 @@ SHOWN_LINES = 12
 
 @dataclass(frozen=True)
 class Measured:
-    """What a command took: elapsed seconds, CPU seconds of it and all its children, peak memory of the largest."""
+    """What a command took: elapsed seconds, CPU seconds of it and all its children, and memory.
+
+    peak_bytes: of the largest process, mapped files included, which the kernel takes back when it needs the room;
+    anonymous_bytes: of all its processes together, without mapped files, looked at ten times a second (Linux, else 0).
+    """
 
     wall_seconds: float
     cpu_seconds: float
     peak_bytes: int
     output: str
+    anonymous_bytes: int = 0
 
 
 def run_measured(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Measured:
@@ -46,16 +52,37 @@ def run_measured(command: Sequence[str], environment: Mapping[str, str] | None =
             )
         except OSError as error:
             raise InputError(f"cannot run {command[0]}: {error.strerror or error}; name another program") from error
+        finished, seen = threading.Event(), [0]
+        watcher = threading.Thread(target=_watch, args=(process.pid, finished, seen), daemon=True)
+        watcher.start()
         # wait4: the usage of this child and of the children that it has waited for, and of nobody else
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         wall = time.perf_counter() - begin
+        finished.set()
+        watcher.join()
         output.seek(0)
         text = output.read().decode("utf-8", "replace")
     if process.returncode:
         last = "\n".join(text.strip().splitlines()[-SHOWN_LINES:])
         raise InputError(f"`{' '.join(command)}` ended with status {process.returncode}:\n{last}")
-    return Measured(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, text)
+    return Measured(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, text, seen[0])
+
+
+def _watch(pid: int, finished: threading.Event, seen: list[int]) -> None:
+    while not finished.wait(0.1):
+        seen[0] = max(seen[0], _anonymous_bytes(pid))
+
+
+def _anonymous_bytes(pid: int) -> int:
+    """Anonymous memory of a process and all below it; 0 of what is gone, or where there is no /proc."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    except OSError:
+        return 0
+    own = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:")), 0)
+    return own + sum(_anonymous_bytes(int(child)) for child in children)
 
 
 def single_threaded() -> dict[str, str]:
@@ -114,6 +141,7 @@ def marginal_rates(count: int, measured: Sequence[Measured], idle: Sequence[Meas
         "wall_seconds": summary([one.wall_seconds for one in measured]),
         "startup_cpu_seconds": summary([one.cpu_seconds for one in idle]),
         "peak_bytes": max(one.peak_bytes for one in measured),
+        "anonymous_bytes": max(one.anonymous_bytes for one in measured),
     }
 
 
