@@ -346,6 +346,7 @@ def test_a_stopped_conversion_leaves_no_dataset(make_corpus: Any, repository: Pa
     with open(gate, "wb"):
         assert corpus.left() == [".data.partial"]
         process.send_signal(stop)
+        gate.unlink()  # a reader that looks a second time shall not wait again
         if stop == signal.SIGKILL:
             # Its workers hold the pipe too: this ends only when none outlives it.
             process.communicate(timeout=60)
