@@ -13,7 +13,7 @@ namespace {
 constexpr uint64_t kEmpty = ~uint64_t{0};
 constexpr size_t kLongestRemembered = 64;    // bytes of a word; longer ones hardly ever return
 constexpr size_t kMostWords = size_t{1} << 20;  // about 60 MB; what comes later is merged each time
-constexpr size_t kScanned = 24;              // symbols up to which looking at all pairs beats a heap
+constexpr size_t kScanned = 32;              // symbols up to which looking at all pairs beats a heap
 
 uint64_t mix(uint64_t value) {
     value ^= value >> 32;
@@ -192,18 +192,23 @@ void ByteBpe::merge_word(std::string_view word, std::vector<int32_t>& ids) {
     symbols_.resize(n);
     for (int32_t i = 0; i < n; ++i) symbols_[i] = byte_ids_[static_cast<unsigned char>(word[i])];
     if (static_cast<size_t>(n) <= kScanned) {
+        // pairs[i]: the merge of symbols i and i + 1. Of a merge only the two pairs beside it are looked up anew.
+        const Merge* pairs[kScanned];
+        const auto look = [&](int32_t i) { pairs[i] = find_merge(symbols_[i], symbols_[i + 1]); };
         int32_t count = n;
+        for (int32_t i = 0; i + 1 < count; ++i) look(i);
         while (count > 1) {
             const Merge* best = nullptr;
             int32_t where = 0;
             for (int32_t i = 0; i + 1 < count; ++i) {
-                const Merge* merge = find_merge(symbols_[i], symbols_[i + 1]);
-                if (merge != nullptr && (best == nullptr || merge->rank < best->rank)) best = merge, where = i;
+                if (pairs[i] != nullptr && (best == nullptr || pairs[i]->rank < best->rank)) best = pairs[i], where = i;
             }
             if (best == nullptr) break;
             symbols_[where] = best->id;
-            for (int32_t i = where + 1; i + 1 < count; ++i) symbols_[i] = symbols_[i + 1];
             --count;
+            for (int32_t i = where + 1; i < count; ++i) symbols_[i] = symbols_[i + 1], pairs[i - 1] = pairs[i];
+            if (where > 0) look(where - 1);
+            if (where + 1 < count) look(where);
         }
         ids.insert(ids.end(), symbols_.begin(), symbols_.begin() + count);
         return;
