@@ -17,9 +17,16 @@ dir=$(cd "$2" && pwd)
 PATH=$PATH:/usr/sbin:/sbin
 
 stop() {
-  local name
+  local name pid
   for name in n1 n2 slurmctld munged; do
-    if [[ -f $dir/$name.pid ]]; then kill "$(<"$dir/$name.pid")" 2>/dev/null || true; fi
+    [[ -f $dir/$name.pid ]] || continue
+    pid=$(<"$dir/$name.pid")
+    kill "$pid" 2>/dev/null || true
+    # Only when it has ended may the folder go.
+    for _ in $(seq 100); do
+      kill -0 "$pid" 2>/dev/null || break
+      sleep 0.1
+    done
   done
 }
 if [[ $1 == stop ]]; then
