@@ -85,7 +85,7 @@ class Manifest(_Part):
 
     format_version: int = FORMAT_VERSION
     task: str
-    dtype: str = Field(description="numpy name of the ids on disk: uint16 or int32")
+    dtype: str = Field(pattern="^(uint16|int32)$", description="numpy name of the ids on disk")
     streams: int = Field(default=1, description="ids per step of a document's grid")
     documents: int = Field(ge=0)
     tokens: int = Field(ge=0)
