@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_speech.data.packing_kernels import PackedSegments, _checked
+from megatron_speech.data.packing_kernels import PackedSegments, _checked, pack_windows
 from megatron_speech.data.split import splitmix64
 from megatron_speech.errors import InputError
 from megatron_speech.ops.extension import extension
@@ -52,7 +52,7 @@ def pack_bucket(
     if len(lengths) != len(targets):
         raise InputError(f"{len(lengths)} document lengths but {len(targets)} target lengths; one of each is needed")
     compiled = extension()
-    if compiled is not None and hasattr(compiled, "pack_bucket"):
+    if compiled is not None:
         *segments, oversize = compiled.pack_bucket(lengths, targets, max_tokens, window)
         return PackedSegments(*segments), oversize
     return _pack_bucket_python(lengths, targets, max_tokens, window)
@@ -61,26 +61,14 @@ def pack_bucket(
 def _pack_bucket_python(
     lengths: np.ndarray, targets: np.ndarray, max_tokens: int, window: int
 ) -> tuple[PackedSegments, np.ndarray]:
-    fitting = np.flatnonzero((lengths > 0) & (lengths <= max_tokens))
-    ends = np.cumsum(lengths[fitting], dtype=np.int64)
-    positions: list[np.ndarray] = []
-    counts: list[np.ndarray] = []
-    begin = 0
-    while begin < fitting.size:
-        limit = (int(ends[begin - 1]) if begin else 0) + window * max_tokens
-        end = int(np.searchsorted(ends, limit, side="right"))  # beyond `begin`: each document fits
-        members = fitting[begin:end]
-        members = members[np.argsort(targets[members], kind="stable")]
+    def pack(documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        members = documents[np.argsort(targets[documents], kind="stable")]
         first = _batches(lengths[members].tolist(), max_tokens)
         batches = np.split(members, first[1:])
-        order = np.argsort(splitmix64((members[first] - fitting[begin]).astype(np.uint64)), kind="stable")
-        positions.extend(batches[k] for k in order.tolist())
-        counts.append(np.diff([*first, len(members)])[order])
-        begin = end
-    position = np.concatenate([np.zeros(0, np.int64), *positions]).astype(np.int64)
-    seq_ptr = np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts]), dtype=np.int64)
-    segments = PackedSegments(seq_ptr, position, np.zeros(position.size, np.int32), lengths[position])
-    return segments, np.flatnonzero(lengths > max_tokens).astype(np.int64)
+        order = np.argsort(splitmix64((members[first] - documents[0]).astype(np.uint64)), kind="stable")
+        return np.concatenate([batches[k] for k in order.tolist()]), np.diff([*first, len(members)])[order]
+
+    return pack_windows(lengths, max_tokens, window, pack)
 
 
 def _batches(lengths: list[int], max_tokens: int) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -121,18 +122,42 @@ def _pack_cut_numpy(lengths: np.ndarray, seq_length: int) -> PackedSegments:
 
 
 def _pack_fit_python(lengths: np.ndarray, seq_length: int, open_bins: int) -> tuple[PackedSegments, np.ndarray]:
+    def pack(window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        bin_of = _best_fit_decreasing(lengths[window], seq_length)
+        return window[np.argsort(bin_of, kind="stable")], np.bincount(bin_of)
+
+    return pack_windows(lengths, seq_length, open_bins, pack)
+
+
+def pack_windows(
+    lengths: np.ndarray,
+    seq_length: int,
+    sequences: int,
+    pack: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+) -> tuple[PackedSegments, np.ndarray]:
+    """Pack whole documents window by window: runs of at most `sequences * seq_length` tokens of those that fit.
+
+    Args:
+        lengths: int32 [N], checked; documents of length 0 are skipped.
+        seq_length: tokens of a sequence.
+        sequences: the look-ahead, in sequences.
+        pack: positions int64 [n] of a window's documents → the same in the order of the segments, and the number of
+            documents of each sequence.
+
+    Returns:
+        As :func:`pack_fit`.
+    """
     fitting = np.flatnonzero((lengths > 0) & (lengths <= seq_length))
     ends = np.cumsum(lengths[fitting], dtype=np.int64)
     positions: list[np.ndarray] = []
     counts: list[np.ndarray] = []
     begin = 0
     while begin < fitting.size:
-        limit = (int(ends[begin - 1]) if begin else 0) + open_bins * seq_length
+        limit = (int(ends[begin - 1]) if begin else 0) + sequences * seq_length
         end = int(np.searchsorted(ends, limit, side="right"))  # beyond `begin`: each document fits
-        window = fitting[begin:end]
-        bin_of = _best_fit_decreasing(lengths[window], seq_length)
-        positions.append(window[np.argsort(bin_of, kind="stable")])
-        counts.append(np.bincount(bin_of))
+        members, sizes = pack(fitting[begin:end])
+        positions.append(members)
+        counts.append(sizes)
         begin = end
     position = np.concatenate([np.zeros(0, np.int64), *positions]).astype(np.int64)
     seq_ptr = np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts]), dtype=np.int64)

@@ -81,6 +81,66 @@ class RowReader(Protocol):
         ...
 
 
+class Run(RowBatch, Protocol):
+    """A batch of which a part can be taken."""
+
+    def part(self, first: int, last: int) -> RowBatch:
+        """Its rows `first` to `last` (from 0)."""
+        ...
+
+
+class RunReader:
+    """A reader of one file that is cut into runs, in order."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.files: tuple[str, ...] = (path,)
+
+    def _runs(self) -> Iterator[Run]:
+        """All runs of the file."""
+        raise NotImplementedError
+
+    def batches(self, start: int, stop: int | None = None) -> Iterator[RowBatch]:
+        """Rows `start` to `stop` (from 0), in order."""
+        position = 0
+        for run in self._runs():
+            if stop is not None and position >= stop:
+                return
+            first = max(start - position, 0)
+            last = run.rows if stop is None else min(stop - position, run.rows)
+            position += run.rows
+            if first < last:
+                yield run.part(first, last)
+
+
+class StreamReader(RunReader):
+    """A compressed or remote file: read from its beginning whenever rows are asked for."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.known_rows: int | None = None
+
+    def _stream(self) -> Iterator[Run]:
+        """The runs, read from the file."""
+        raise NotImplementedError
+
+    def _runs(self) -> Iterator[Run]:
+        rows = 0
+        for run in self._stream():
+            rows += run.rows
+            yield run
+        self.known_rows = rows
+
+    @property
+    def rows(self) -> int:
+        """Number of rows; the file is read for it."""
+        if self.known_rows is None:
+            for _ in self._runs():
+                pass
+        assert self.known_rows is not None
+        return self.known_rows
+
+
 @dataclass(frozen=True)
 class ReadOptions:
     """What some formats need to know beside their files."""

@@ -12,7 +12,7 @@ import orjson
 
 from megatron_speech.errors import InputError
 from preprocess.readers import source
-from preprocess.readers.base import BATCH_BYTES, BATCH_ROWS, Row, RowBatch, RowRejected
+from preprocess.readers.base import BATCH_BYTES, BATCH_ROWS, Row, RowRejected, RunReader, StreamReader
 from preprocess.readers.compression import DamagedInput
 
 # A line longer than this is no row but a file without line ends; reading it would take the memory.
@@ -91,6 +91,10 @@ class JsonlBatch:
             raise InputError(f"input {self.path} became shorter while it was read; leave it alone and start again")
         return parse_lines(data.split(b"\n"), self.line, self.skip, self.rows)
 
+    def part(self, first: int, last: int) -> JsonlBatch:
+        """Rows `first` to `last` of the run."""
+        return replace(self, skip=self.skip + first, rows=last - first)
+
 
 @dataclass(frozen=True)
 class JsonlBytes:
@@ -106,17 +110,12 @@ class JsonlBytes:
         """Parse the lines."""
         return parse_lines(self.lines, self.line, self.skip, self.rows)
 
-
-@dataclass(frozen=True)
-class _Run:
-    """Consecutive lines with at most `BATCH_ROWS` rows."""
-
-    line: int  # number of the first one
-    rows: int
-    lines: list[bytes]
+    def part(self, first: int, last: int) -> JsonlBytes:
+        """Rows `first` to `last` of the run."""
+        return replace(self, skip=self.skip + first, rows=last - first)
 
 
-def _runs(handle: BinaryIO, path: str) -> Iterator[_Run]:
+def _runs(handle: BinaryIO, path: str) -> Iterator[JsonlBytes]:
     """The lines of a file in runs; a byte-order mark is left on the first one."""
     lines: list[bytes] = []
     number = first = 1
@@ -133,13 +132,13 @@ def _runs(handle: BinaryIO, path: str) -> Iterator[_Run]:
             size += len(line)
             rows += bool(text) and not text.isspace()
             if rows == BATCH_ROWS or size >= BATCH_BYTES:
-                yield _Run(first, rows, lines)
+                yield JsonlBytes(path, lines, first, 0, rows)
                 done += rows
                 first, rows, size, lines = number, 0, 0, []
     except DamagedInput as error:
         raise InputError(f"{error}; {done + rows:,} rows were read before that; restore the file") from error
     if lines:
-        yield _Run(first, rows, lines)
+        yield JsonlBytes(path, lines, first, 0, rows)
 
 
 def _without_mark(lines: list[bytes]) -> int:
@@ -151,12 +150,11 @@ def _refuse_empty(path: str) -> None:
     raise InputError(f"input {path} holds no rows; make it anew, or leave it out")
 
 
-class JsonlReader:
+class JsonlReader(RunReader):
     """A plain local file: the parent looks for line ends, once, and the workers read between them."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
-        self.files: tuple[str, ...] = (path,)
+        super().__init__(path)
         self._index: tuple[array, array, array] | None = None
 
     @property
@@ -202,50 +200,17 @@ class JsonlReader:
             _refuse_empty(self.path)
         self._index = offsets, numbers, rows
 
-    def batches(self, start: int, stop: int | None = None) -> Iterator[RowBatch]:
-        """Rows `start` to `stop` (from 0), in order."""
-        position = 0
-        for run in self._runs():
-            if stop is not None and position >= stop:
-                return
-            first = max(start - position, 0)
-            last = run.rows if stop is None else min(stop - position, run.rows)
-            position += run.rows
-            if first < last:
-                yield replace(run, skip=first, rows=last - first)
 
+class JsonlStream(StreamReader):
+    """A compressed or remote file: the lines are shipped to the workers."""
 
-class JsonlStream:
-    """A compressed or remote file: read once from its beginning, the lines are shipped to the workers."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.files: tuple[str, ...] = (path,)
-        self.known_rows: int | None = None
-
-    @property
-    def rows(self) -> int:
-        """Number of rows; the file is read for it."""
-        if self.known_rows is None:
-            for _ in self.batches(0):
-                pass
-        assert self.known_rows is not None
-        return self.known_rows
-
-    def batches(self, start: int, stop: int | None = None) -> Iterator[RowBatch]:
-        """Rows `start` to `stop` (from 0), in order."""
-        position = 0
+    def _stream(self) -> Iterator[JsonlBytes]:
+        empty = True
         with source.open_binary(self.path, sequential=True) as handle:
             for run in _runs(handle, self.path):
-                if stop is not None and position >= stop:
-                    return
                 if run.line == 1:
                     run.lines[0] = run.lines[0][_without_mark(run.lines) :]
-                first = max(start - position, 0)
-                last = run.rows if stop is None else min(stop - position, run.rows)
-                position += run.rows
-                if first < last:
-                    yield JsonlBytes(self.path, run.lines, run.line, first, last - first)
-        if not position:
+                empty = empty and not run.rows
+                yield run
+        if empty:
             _refuse_empty(self.path)
-        self.known_rows = position

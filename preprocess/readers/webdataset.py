@@ -29,7 +29,7 @@ import numpy as np
 
 from megatron_speech.errors import InputError
 from preprocess.readers import source
-from preprocess.readers.base import BATCH_BYTES, BATCH_ROWS, Row, RowBatch, RowRejected
+from preprocess.readers.base import BATCH_BYTES, BATCH_ROWS, Row, RowRejected, RunReader, StreamReader
 from preprocess.readers.compression import DamagedInput
 from preprocess.readers.flat import npy_from_bytes
 from preprocess.readers.jsonl import parse_row
@@ -223,6 +223,10 @@ class TarBatch:
         first = self.first + self.skip
         return [row_of(sample, first + i, again=first + i in self.again) for i, sample in enumerate(found)]
 
+    def part(self, first: int, last: int) -> TarBatch:
+        """Samples `first` to `last` of the run."""
+        return replace(self, skip=self.skip + first, rows=last - first)
+
 
 @dataclass(frozen=True)
 class SampleBatch:
@@ -242,24 +246,21 @@ class SampleBatch:
         """Read the members."""
         return [row_of(s, self.first + i, again=self.first + i in self.again) for i, s in enumerate(self.found)]
 
-
-@dataclass
-class _Run:
-    """Consecutive samples: at most `BATCH_ROWS`, of about `BATCH_BYTES`."""
-
-    first: int
-    found: list[TarSample]
-    again: frozenset[int]
+    def part(self, first: int, last: int) -> SampleBatch:
+        """Samples `first` to `last` of the run."""
+        return replace(self, first=self.first + first, found=self.found[first:last])
 
 
-def _runs(stream: TarStream, *, load: bool) -> Iterator[_Run]:
+def _runs(stream: TarStream, *, load: bool) -> Iterator[SampleBatch]:
+    """The samples of an archive in runs: at most `BATCH_ROWS`, of about `BATCH_BYTES`."""
     keys = SeenKeys()
     first = 1
     size = 0
     found: list[TarSample] = []
 
-    def run() -> _Run:
-        return _Run(first, found, frozenset(first + i for i in keys.add([sample.key for sample in found])))
+    def run() -> SampleBatch:
+        again = frozenset(first + i for i in keys.add([sample.key for sample in found]))
+        return SampleBatch(stream.path, first, found, again)
 
     try:
         for sample in samples(stream, load=load):
@@ -279,12 +280,11 @@ def _runs(stream: TarStream, *, load: bool) -> Iterator[_Run]:
         raise InputError(f"input {stream.path} holds no rows: {reason}")
 
 
-class TarReader:
+class TarReader(RunReader):
     """A plain local archive: the parent reads the headers, once, and the workers read between them."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
-        self.files: tuple[str, ...] = (path,)
+        super().__init__(path)
         self._index: tuple[array, array, frozenset[int]] | None = None
 
     @property
@@ -301,7 +301,7 @@ class TarReader:
         assert self._index is not None
         return self._index[1][-1]
 
-    def _batches(self) -> Iterator[TarBatch]:
+    def _runs(self) -> Iterator[TarBatch]:
         """All runs of samples: from the index, or from the archive while the index is made."""
         if self._index is None:
             yield from self._scan()
@@ -326,46 +326,10 @@ class TarReader:
                 again |= run.again
         self._index = begins, rows, frozenset(again)
 
-    def batches(self, start: int, stop: int | None = None) -> Iterator[RowBatch]:
-        """Samples `start` to `stop` (from 0), in order."""
-        position = 0
-        for run in self._batches():
-            if stop is not None and position >= stop:
-                return
-            first = max(start - position, 0)
-            last = run.rows if stop is None else min(stop - position, run.rows)
-            position += run.rows
-            if first < last:
-                yield replace(run, skip=first, rows=last - first)
 
+class TarStreamReader(StreamReader):
+    """A compressed or remote archive: what is read of each sample is shipped to the workers."""
 
-class TarStreamReader:
-    """A compressed or remote archive: read once from its beginning."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.files: tuple[str, ...] = (path,)
-        self.known_rows: int | None = None
-
-    @property
-    def rows(self) -> int:
-        """Number of samples; the archive is read for it."""
-        if self.known_rows is None:
-            for _ in self.batches(0):
-                pass
-        assert self.known_rows is not None
-        return self.known_rows
-
-    def batches(self, start: int, stop: int | None = None) -> Iterator[RowBatch]:
-        """Samples `start` to `stop` (from 0), in order."""
-        position = 0
+    def _stream(self) -> Iterator[SampleBatch]:
         with source.open_binary(self.path, sequential=True) as handle:
-            for run in _runs(TarStream(handle, self.path), load=True):
-                if stop is not None and position >= stop:
-                    return
-                first = max(start - position, 0)
-                last = len(run.found) if stop is None else min(stop - position, len(run.found))
-                position += len(run.found)
-                if first < last:
-                    yield SampleBatch(self.path, run.first + first, run.found[first:last], run.again)
-        self.known_rows = position
+            yield from _runs(TarStream(handle, self.path), load=True)

@@ -10,9 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toy_runs import make_dataset, make_token_space, read_metrics, toy_recipe, without_timing, write_recipe
+from toy_runs import (
+    copy_until,
+    make_dataset,
+    make_token_space,
+    read_metrics,
+    toy_recipe,
+    train,
+    without_timing,
+    write_recipe,
+)
 
-from megatron_speech import cli
 from megatron_speech.data.index_cache import open_table
 
 STEPS, BATCH = 24, 8
@@ -47,19 +55,6 @@ def reference(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     run = tmp_path_factory.mktemp("runs") / "reference"
     assert train(recipe_file, run) == 0
     return run
-
-
-def train(recipe: Path, run: Path, *overrides: str) -> int:
-    return cli.main(["train", str(recipe), f"run_dir={run}", *overrides])
-
-
-def copy_until(run: Path, copy: Path, step: int) -> Path:
-    """A copy of a run whose newest checkpoint is `step`, as if it had been killed later on."""
-    shutil.copytree(run, copy, symlinks=True)
-    for path in (copy / "checkpoints").glob("step_*"):
-        if int(path.name.removeprefix("step_")) > step:
-            shutil.rmtree(path)
-    return copy
 
 
 def history(run: Path, step: int) -> list[dict[str, Any]]:

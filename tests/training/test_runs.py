@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 from toy_runs import (
+    copy_until,
     launch_two,
     make_dataset,
     make_token_space,
     read_metrics,
     toy_recipe,
+    train,
     without_timing,
     write_recipe,
 )
@@ -41,20 +43,6 @@ def reference(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     run = tmp_path_factory.mktemp("runs") / "reference"
     assert train(recipe_file, run) == 0
     return run
-
-
-def train(recipe: Path, run: Path, *overrides: str) -> int:
-    """`megatron-speech train` in this process."""
-    return cli.main(["train", str(recipe), f"run_dir={run}", *overrides])
-
-
-def copy_until(run: Path, copy: Path, step: int) -> Path:
-    """A copy of a finished run whose newest checkpoint is `step`, as if it had been killed later on."""
-    shutil.copytree(run, copy, symlinks=True)
-    for path in (copy / "checkpoints").glob("step_*"):
-        if int(path.name.removeprefix("step_")) > step:
-            shutil.rmtree(path)
-    return copy
 
 
 # ---- what a run writes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
+from megatron_speech import cli
 from megatron_speech.data.dataset_writer import DatasetWriter
 from megatron_speech.data.documents_table import SCHEMA, derive_columns
 from megatron_speech.data.manifest import CodecEntry, FilterStatistics, Manifest, Totals
@@ -142,6 +144,20 @@ TIMING = {
 def without_timing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines with only the fields that a repetition reproduces."""
     return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+
+
+def train(recipe: Path, run: Path, *overrides: str) -> int:
+    """`megatron-speech train` in this process."""
+    return cli.main(["train", str(recipe), f"run_dir={run}", *overrides])
+
+
+def copy_until(run: Path, copy: Path, step: int) -> Path:
+    """A copy of a run whose newest checkpoint is `step`, as if it had been killed later on."""
+    shutil.copytree(run, copy, symlinks=True)
+    for path in (copy / "checkpoints").glob("step_*"):
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
+    return copy
 
 
 def launch_two(*commands: list[str]) -> subprocess.CompletedProcess[str]:
