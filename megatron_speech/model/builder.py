@@ -127,10 +127,10 @@ def build_model(
             share_embeddings_and_output_weights=config.tie_embeddings,
             position_embedding_type="rope",
             rotary_base=config.rope_base,
-            rope_scaling=config.rope_scaling_factor is not None,
-            rope_scaling_factor=config.rope_scaling_factor or 1.0,
             vp_stage=vp_stage,
         )
+        # Ours in every back-end: megatron-core's scaling knows only Llama 3.1's constants.
+        model.rotary_pos_emb.inv_freq = config.inverse_frequencies().to(model.rotary_pos_emb.inv_freq.device)
         model.model_config = config
         model.valid_vocab_size = valid
         init_weights(model, seed)

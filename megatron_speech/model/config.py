@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal
+import math
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Decoder shapes by name. Published ones carry the shape of the checkpoint they are named after.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -31,7 +35,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         num_query_groups=8,
         kv_channels=64,
         rope_base=5e5,
-        rope_scaling_factor=32.0,
+        rope_scaling=dict(factor=32.0),
+    ),
+    "llama-3.1-8b": dict(
+        num_layers=32,
+        hidden_size=4096,
+        ffn_hidden_size=14336,
+        num_attention_heads=32,
+        num_query_groups=8,
+        rope_base=5e5,
+        rope_scaling=dict(factor=8.0),
+        tie_embeddings=False,
     ),
     "qwen3-1.7b": dict(
         num_layers=28,
@@ -45,6 +59,31 @@ PRESETS: dict[str, dict[str, Any]] = {
         qk_norm=True,
     ),
 }
+
+
+class RopeScaling(BaseModel):
+    """Llama 3's stretch of the rotary frequencies to longer texts than those of its first training.
+
+    A frequency that turns fewer than `low_freq_factor` times within `original_max_position` tokens is divided by
+    `factor`, one that turns more than `high_freq_factor` times stays, those between are blended in proportion to
+    their turns ("The Llama 3 Herd of Models", arXiv:2407.21783; the defaults are those of Llama 3.1 and 3.2).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    factor: float = Field(ge=1.0, description="8 in Llama 3.1, 32 in Llama 3.2")
+    low_freq_factor: float = Field(1.0, gt=0)
+    high_freq_factor: float = Field(4.0, gt=0)
+    original_max_position: int = Field(8192, gt=0, description="tokens of a sequence of the first training")
+
+    @model_validator(mode="after")
+    def _check(self) -> RopeScaling:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"model.rope_scaling.high_freq_factor {self.high_freq_factor:g} must be above low_freq_factor "
+                f"{self.low_freq_factor:g}"
+            )
+        return self
 
 
 class ModelConfig(BaseModel):
@@ -64,13 +103,13 @@ class ModelConfig(BaseModel):
     num_query_groups: int = Field(gt=0, description="heads of keys and values; default num_attention_heads")
     kv_channels: int = Field(gt=0, description="width of a head; default hidden_size / num_attention_heads")
     rope_base: float = Field(10_000.0, gt=0)
-    rope_scaling_factor: float | None = Field(None, gt=0, description="Llama 3 frequency scaling, none by default")
+    rope_scaling: RopeScaling | None = Field(None, description="Llama 3's scaling of the frequencies; none by default")
     norm_epsilon: float = Field(1e-5, gt=0)
     qk_norm: bool = Field(False, description="RMSNorm of every query and key head (Qwen3)")
     qkv_bias: bool = Field(False, description="bias of the query, key and value projection (Qwen2)")
     tie_embeddings: bool = Field(True, description="the output head is the embedding table")
     init_std: float = Field(0.02, gt=0)
-    backend: Literal["auto", "torch"] = Field("auto", description="attention and layer implementation")
+    backend: Literal["auto", "torch", "te"] = Field("auto", description="attention and layer implementation")
 
     @model_validator(mode="before")
     @classmethod
@@ -110,6 +149,24 @@ class ModelConfig(BaseModel):
         if self.kv_channels % 2:
             raise ValueError(f"model.kv_channels is {self.kv_channels}: RoPE turns pairs, so it must be even")
         return self
+
+    def inverse_frequencies(self) -> Tensor:
+        """Angle per position of each rotary pair of a head: fp32 [kv_channels / 2] on the CPU.
+
+        rope_base^(-2i/kv_channels) (arXiv:2104.09864), under `rope_scaling` if there is one. Every back-end turns
+        by these.
+        """
+        import torch
+
+        exponents = torch.arange(0, self.kv_channels, 2, dtype=torch.float32) / self.kv_channels
+        frequencies = 1.0 / self.rope_base**exponents
+        scaling = self.rope_scaling
+        if scaling is None:
+            return frequencies
+        turns = scaling.original_max_position * frequencies / (2.0 * math.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        kept.clamp_(0.0, 1.0)
+        return frequencies * (kept + (1.0 - kept) / scaling.factor)
 
     def parameters(self, vocab: int) -> int:
         """Number of trained parameters with a table of `vocab` rows.
