@@ -1,4 +1,4 @@
-"""What a run says about itself: grouped losses summed on the device, one line per logging interval.
+"""What is measured while training: losses by group, summed on the device; memory; the peak that MFU is a share of.
 
 Losses are accumulated where they are computed and read once per interval, so that a step never waits for its
 own numbers. The sums are carried through checkpoints: a run that was killed and continued writes the same
@@ -7,19 +7,13 @@ losses, digit for digit, as one that was not.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import IO, Any
 
 import torch
 
-from megatron_speech.files import atomic_write, write_json
 from megatron_speech.token_space import MODALITIES
 
 Group = tuple[str, str, str]
@@ -142,121 +136,6 @@ def memory_gib() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
-
-
-class RunLog:
-    """metrics.jsonl, TensorBoard, the console and status.json of one run; silent on all ranks but one.
-
-    Args:
-        directory: the run directory.
-        active: whether this rank writes.
-        resume_step: lines of metrics.jsonl after this step were written by work that is lost; they are removed.
-        tensorboard: also write TensorBoard events, where tensorboard is installed.
-    """
-
-    STATUS_SECONDS = 5.0
-
-    def __init__(self, directory: Path, *, active: bool, resume_step: int, tensorboard: bool) -> None:
-        self.directory = directory
-        self.active = active
-        self._jsonl: IO[str] | None = None
-        self._tensorboard: Any = None
-        self._status: dict[str, Any] = {}
-        self._status_written = -math.inf
-        if not active:
-            return
-        path = directory / "metrics.jsonl"
-        truncate_metrics(path, resume_step)
-        self._jsonl = open(path, "a", encoding="utf-8")
-        if tensorboard:
-            with contextlib.suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1)
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one line. Floats are written so that they read back to the same bits; NaN becomes null."""
-        if self._jsonl is None:
-            return
-        clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-                 for key, value in record.items()}  # fmt: skip
-        self._jsonl.write(json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n")
-        self._jsonl.flush()
-        if self._tensorboard is not None:
-            prefix = f"{record['split']}/" if "split" in record else ""
-            for key, value in clean.items():
-                if key != "step" and isinstance(value, int | float):
-                    self._tensorboard.add_scalar(prefix + key, value, record["step"])
-
-    def say(self, text: str) -> None:
-        """One line for people."""
-        if self.active:
-            print(text, flush=True)
-
-    def status(self, state: str, position: dict[str, Any], message: str = "", *, force: bool = True) -> None:
-        """Write status.json; without `force` at most every few seconds, since each write is an fsync."""
-        if not self.active:
-            return
-        now = time.monotonic()
-        if not force and now - self._status_written < self.STATUS_SECONDS:
-            return
-        self._status_written = now
-        write_json(self.directory / "status.json", {"state": state, **position, "message": message})
-
-    def close(self) -> None:
-        """Flush and close the files."""
-        if self._jsonl is not None:
-            self._jsonl.close()
-            self._jsonl = None
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
-
-
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines of `path` whose step is above `step`, and a last line that was cut by a crash."""
-    if not path.exists():
-        return
-    kept, dropped = [], False
-    with open(path, encoding="utf-8") as handle:
-        for line in handle:
-            try:
-                keep = line.endswith("\n") and json.loads(line)["step"] <= step
-            except (ValueError, KeyError, TypeError):
-                keep = False
-            dropped |= not keep
-            if keep:
-                kept.append(line)
-    if dropped:
-        with atomic_write(path, "w") as out:
-            out.writelines(kept)
-
-
-def console_line(record: dict[str, Any], *, stage_step: int, stage_steps: int, eta_seconds: float) -> str:
-    """The one line that is printed per logging interval."""
-
-    def number(key: str, form: str) -> str:
-        value = record.get(key)
-        return "-" if value is None else format(value, form)
-
-    return (
-        f"{record['stage']} {stage_step:>{len(str(stage_steps))}}/{stage_steps}"
-        f"  loss {number('loss', '.4f')}"
-        f"  audio {number('loss/modality/audio', '.4f')}"
-        f"  text {number('loss/modality/text', '.4f')}"
-        f"  lr {number('lr', '.2e')}"
-        f"  grad {number('grad_norm', '.2f')}"
-        f"  {number('tokens_per_second', ',.0f')} tok/s"
-        f"  wait {record['data_wait_seconds'] * 1e3:.0f} ms"
-        f"  eta {duration(eta_seconds)}"
-    )
-
-
-def duration(seconds: float) -> str:
-    """`seconds` as 1:02:03 or 2:03."""
-    whole = round(seconds)
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def is_main_process() -> bool:

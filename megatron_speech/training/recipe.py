@@ -29,6 +29,8 @@ from megatron_speech.data.config import DataConfig, StageDataConfig, StrictConfi
 from megatron_speech.errors import InputError
 from megatron_speech.files import write_text
 from megatron_speech.model.config import ModelConfig
+from megatron_speech.training.optimizer_config import LearningRateConfig, OptimizerConfig, TableConfig
+from megatron_speech.training.run_config import LoggingConfig
 
 _HUMAN_NUMBER = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kKMGBT])")
 _HUMAN_FACTOR = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
@@ -47,42 +49,6 @@ TokenCount = Annotated[int, BeforeValidator(_human_integer), Field(gt=0)]
 """A positive count of tokens: 500000, 500_000, 5e5 or "0.5M"."""
 
 
-class LearningRateConfig(StrictConfig):
-    """Stage section `lr`: warm-up from 0 to `peak`, then down to `end` at the stage's last step.
-
-    Step k (1-based) of n, with w warm-up steps, trains with peak·k/w up to k = w and with
-    end + (peak - end)·½(1 + cos π(k - w)/(n - w)) after it (`cosine`; `linear` falls in a straight line,
-    `constant` stays at the peak).
-    """
-
-    peak: float = Field(gt=0.0, description="highest learning rate")
-    end: float | None = Field(default=None, ge=0.0, description="learning rate of the last step; null: peak / 10")
-    warmup: float = Field(
-        default=0.0, ge=0.0, description="warm-up: below 1 a share of the stage's steps, from 1 on a number of steps"
-    )
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-
-    @property
-    def floor(self) -> float:
-        """The learning rate of the stage's last step."""
-        if self.schedule == "constant":
-            return self.peak
-        return self.peak / 10 if self.end is None else self.end
-
-    def warmup_steps(self, steps: int) -> int:
-        """Warm-up steps of a stage of `steps` steps; always below `steps`, as mcore's scheduler asks."""
-        warmup = round(self.warmup * steps) if self.warmup < 1.0 else int(self.warmup)
-        return min(warmup, steps - 1)
-
-    @model_validator(mode="after")
-    def _falls(self) -> LearningRateConfig:
-        if self.end is not None and self.end > self.peak:
-            raise ValueError(f"end {self.end:g} is above peak {self.peak:g}; a learning rate falls within a stage")
-        if self.warmup >= 1.0 and not self.warmup.is_integer():
-            raise ValueError(f"warmup {self.warmup:g} is neither a share below 1 nor a whole number of steps")
-        return self
-
-
 class StageConfig(StageDataConfig):
     """One stage: what it trains on (see :class:`StageDataConfig`) and how."""
 
@@ -95,17 +61,6 @@ class StageConfig(StageDataConfig):
         default=True, description="true: keep the optimizer's moments from the stage before; false: start them at zero"
     )
     allow_lr_increase: bool = Field(default=False, description="let this stage peak above the end of the stage before")
-
-
-class OptimizerConfig(StrictConfig):
-    """Recipe section `optimizer`: AdamW, decoupled weight decay, gradient clipping by global norm."""
-
-    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
-    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
-    eps: float = Field(default=1e-8, gt=0.0)
-    weight_decay: float = Field(default=0.1, ge=0.0, description="never on norms and biases")
-    decay_embeddings: bool = Field(default=True, description="false: no weight decay on embeddings and output head")
-    clip_grad: float = Field(default=1.0, ge=0.0, description="largest global gradient norm; 0: do not clip")
 
 
 class ParallelConfig(StrictConfig):
@@ -154,13 +109,6 @@ class ValidationConfig(StrictConfig):
     )
 
 
-class LoggingConfig(StrictConfig):
-    """Recipe section `logging`."""
-
-    interval_steps: int = Field(default=10, ge=1, description="steps between lines of metrics.jsonl")
-    tensorboard: bool = Field(default=True, description="write RUN/tensorboard too, where tensorboard is installed")
-
-
 class Recipe(StrictConfig):
     """The whole of a run; see the module's docstring for how it is read."""
 
@@ -201,6 +149,15 @@ class Recipe(StrictConfig):
                     "allow_lr_increase: true in this stage"
                 )
         return stages
+
+    @model_validator(mode="after")
+    def _tied_head_is_the_table(self) -> Recipe:
+        if self.model.tie_embeddings and self.optimizer.head != TableConfig():
+            raise ValueError(
+                "optimizer.head is set, but model.tie_embeddings is true: the head is the token table; say it under "
+                "optimizer.embeddings, or set model.tie_embeddings: false"
+            )
+        return self
 
     @property
     def run_directory(self) -> Path:

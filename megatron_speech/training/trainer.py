@@ -39,16 +39,11 @@ from megatron_speech.token_space import MODALITIES, TokenSpace
 from megatron_speech.training import checkpoint, environment
 from megatron_speech.training.agreement import agreed
 from megatron_speech.training.changed_blend import stage_histories
-from megatron_speech.training.metrics import (
-    LossMeter,
-    RunLog,
-    console_line,
-    duration,
-    memory_gib,
-    peak_tflops,
-)
+from megatron_speech.training.exporters import open_exporters
+from megatron_speech.training.metrics import LossMeter, memory_gib, peak_tflops
 from megatron_speech.training.optimizer import Optimizer
 from megatron_speech.training.recipe import Recipe, StageConfig
+from megatron_speech.training.run_log import RunLog, console_line, duration
 from megatron_speech.training.stages import Position
 from megatron_speech.training.validation import Validator, validation_sequences
 
@@ -101,9 +96,9 @@ class Trainer:
         with agreed():
             self._build()
         self._resume(info, notes)
-        self._log = RunLog(
-            self.directory, active=self.is_main, resume_step=self.position.step, tensorboard=recipe.logging.tensorboard
-        )
+        with agreed():
+            exporters = open_exporters(recipe, self.directory, self.position.step) if self.is_main else []
+        self._log = RunLog(self.directory, active=self.is_main, exporters=exporters)
         if self.is_main:
             write_json(self.directory / "environment.json", found)
             recipe.save(self.directory / "recipe.yaml")
@@ -373,7 +368,8 @@ class Trainer:
         done = position.stage_step if position.stage_index == index else stage.steps
         eta = (self.recipe.total_steps - position.step) * seconds / steps
         if self.is_main:
-            self._log.say(console_line(record, stage_step=done, stage_steps=stage.steps, eta_seconds=eta))
+            steps_of = {"stage_steps": stage.steps, "total_steps": self.recipe.total_steps}
+            self._log.say(console_line(record, stage_step=done, **steps_of, eta_seconds=eta))
         self._write_status("running", force=False)
         if not math.isfinite(means["loss"]) or not math.isfinite(grad_norm):
             raise RuntimeError(

@@ -1,10 +1,8 @@
-"""Grouped losses are means over tokens, and metrics.jsonl holds exactly what was computed."""
+"""Grouped losses are means over tokens."""
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_speech.training.metrics import LossMeter, RunLog, console_line, duration, peak_tflops, truncate_metrics
+from megatron_speech.training.metrics import LossMeter, peak_tflops
 
 GROUPS = [("tts", "en", "studio"), ("tts", "hi", "street"), ("speech_lm", "en", "street")]
 
@@ -82,46 +80,6 @@ def test_a_rank_that_does_not_contribute_can_still_ask_to_stop() -> None:
     meter.request_stop()
     means = meter.read()
     assert means["stop_requests"] == 1 and math.isnan(means["loss"])
-
-
-def test_floats_are_written_to_the_last_bit(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, active=True, resume_step=0, tensorboard=False)
-    value = 0.1 + 0.2
-    log.write({"step": 1, "loss": value, "mfu": None, "worst": math.nan})
-    log.close()
-    line = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert line == {"step": 1, "loss": value, "mfu": None, "worst": None}
-
-
-def test_lines_after_the_checkpoint_and_torn_lines_are_dropped(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 2, 3, 4)]
-    path.write_text("".join(lines) + '{"step": 5, "lo')
-    truncate_metrics(path, 3)
-    assert path.read_text() == "".join(lines[:4])
-
-
-def test_the_same_record_goes_to_tensorboard(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = RunLog(tmp_path, active=True, resume_step=0, tensorboard=True)
-    log.write({"step": 3, "stage": "pt", "loss": 2.5, "mfu": None})
-    log.write({"step": 3, "stage": "pt", "split": "validation", "loss": 2.75})
-    log.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 2.5)]
-    assert [(event.step, event.value) for event in events.Scalars("validation/loss")] == [(3, 2.75)]
-
-
-def test_the_console_line_says_what_matters() -> None:
-    record = {"stage": "pt", "loss": 3.21, "loss/modality/audio": 4.0, "lr": 1.5e-4, "grad_norm": 0.5,
-              "tokens_per_second": 12345.6, "data_wait_seconds": 0.002}  # fmt: skip
-    line = console_line(record, stage_step=7, stage_steps=100, eta_seconds=3723)
-    assert line == (
-        "pt   7/100  loss 3.2100  audio 4.0000  text -  lr 1.50e-04  grad 0.50  12,346 tok/s  wait 2 ms  eta 1:02:03"
-    )
-    assert duration(59.6) == "1:00"
 
 
 def test_the_peak_of_a_gpu_is_looked_up_by_its_most_specific_name() -> None:

@@ -162,7 +162,7 @@ def test_resume_is_bit_identical_within_a_stage_and_between_stages(
 def test_a_run_that_is_asked_to_stop_saves_and_continues(
     recipe_file: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_speech.training.metrics import RunLog
+    from megatron_speech.training.run_log import RunLog
 
     write = RunLog.write
 

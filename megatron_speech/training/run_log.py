@@ -1,0 +1,109 @@
+"""What a run says: records to its exporters, lines to the console, its state to status.json."""
+
+from __future__ import annotations
+
+import errno
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_speech.files import write_json
+from megatron_speech.training.exporters import Exporter, Record, finite
+
+
+class RunLog:
+    """The exporters, the console and status.json of one run; silent on all ranks but one.
+
+    A full disk stops none of it: it raises an alarm, on stderr, once for as long as it lasts.
+
+    Args:
+        directory: the run directory.
+        active: whether this rank writes.
+        exporters: where records go.
+    """
+
+    STATUS_SECONDS = 5.0
+
+    def __init__(self, directory: Path, *, active: bool, exporters: Sequence[Exporter] = ()) -> None:
+        self.directory = directory
+        self.active = active
+        self._exporters = list(exporters) if active else []
+        self._status_written = -math.inf
+        self._alarms: set[str] = set()
+
+    def write(self, record: Record) -> None:
+        """Give `record` to every exporter; NaN becomes null."""
+        clean = finite(record)
+        for exporter in self._exporters:
+            self.alarm(type(exporter).__name__, exporter.write(clean))
+
+    def say(self, text: str) -> None:
+        """One line for people."""
+        if self.active:
+            print(text, flush=True)
+
+    def alarm(self, what: str, problem: str | None) -> None:
+        """Say `problem` of `what` when it begins; None ends it."""
+        if problem is None:
+            self._alarms.discard(what)
+        elif what not in self._alarms:
+            self._alarms.add(what)
+            print(f"ALARM: {problem}; training goes on", file=sys.stderr, flush=True)
+
+    def status(self, state: str, position: dict[str, Any], message: str = "", *, force: bool = True) -> None:
+        """Write status.json; without `force` at most every few seconds, since each write is an fsync."""
+        if not self.active:
+            return
+        now = time.monotonic()
+        if not force and now - self._status_written < self.STATUS_SECONDS:
+            return
+        self._status_written = now
+        path = self.directory / "status.json"
+        try:
+            write_json(path, {"state": state, **position, "message": message})
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self.alarm("status", f"{path}: {error.strerror}; it says what was so before")
+        else:
+            self.alarm("status", None)
+
+    def close(self) -> None:
+        """Flush and close the exporters."""
+        for exporter in self._exporters:
+            exporter.close()
+        self._exporters = []
+
+
+def console_line(record: Record, *, stage_step: int, stage_steps: int, total_steps: int, eta_seconds: float) -> str:
+    """The one line that is printed per logging interval; `-` for what is not known here (the MFU of a CPU)."""
+
+    def number(key: str, form: str) -> str:
+        value = record.get(key)
+        return "-" if value is None else format(value, form)
+
+    return (
+        f"{record['stage']} {stage_step:>{len(str(stage_steps))}}/{stage_steps}"
+        f"  step {record['step']}/{total_steps}"
+        f"  loss {number('loss', '.4f')}"
+        f"  audio {number('loss/modality/audio', '.4f')}"
+        f"  text {number('loss/modality/text', '.4f')}"
+        f"  lr {number('lr', '.2e')}"
+        f"  grad {number('grad_norm', '.2f')}"
+        f"  {number('tokens_per_second_per_gpu', ',.0f')} tok/s/GPU"
+        f"  {number('tflops_per_gpu', ',.1f')} TFLOP/s"
+        f"  MFU {number('mfu', '.1%')}"
+        f"  mem {number('memory_gib', '.1f')} GiB"
+        f"  wait {record['data_wait_seconds'] * 1e3:.0f} ms"
+        f"  eta {duration(eta_seconds)}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """`seconds` as 1:02:03 or 2:03."""
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
