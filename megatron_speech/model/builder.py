@@ -164,7 +164,7 @@ def init_weights(model: SpeechGPTModel, seed: int) -> None:
                 # gate | linear of the whole model; a rank holds its part of each.
                 halves = _draw(seed, name, rows * ranks, columns, std).chunk(2)
                 parameter.copy_(torch.cat([half.chunk(ranks)[rank] for half in halves]))
-            elif name in (_EMBEDDING, _HEAD):
+            elif name in (EMBEDDING, HEAD):
                 # Only ids that exist are drawn: the padding depends on the layout.
                 table = _draw(seed, name, model.valid_vocab_size, columns, std)
                 own = table[rank * rows : (rank + 1) * rows]
@@ -174,8 +174,8 @@ def init_weights(model: SpeechGPTModel, seed: int) -> None:
                 parameter.copy_(_draw(seed, name, rows * ranks, columns, std).chunk(ranks)[rank])
 
 
-_EMBEDDING = "embedding.word_embeddings.weight"
-_HEAD = "output_layer.weight"
+EMBEDDING = "embedding.word_embeddings.weight"
+HEAD = "output_layer.weight"
 
 
 def global_named_parameters(model: SpeechGPTModel) -> Iterator[tuple[str, Tensor]]:
@@ -184,8 +184,8 @@ def global_named_parameters(model: SpeechGPTModel) -> Iterator[tuple[str, Tensor
         model.config, model.vp_stage, parallel_state.get_pipeline_model_parallel_rank()
     )
     for name, parameter in model.named_parameters():
-        if name == _HEAD and model.share_embeddings_and_output_weights:
-            yield _EMBEDDING, parameter
+        if name == HEAD and model.share_embeddings_and_output_weights:
+            yield EMBEDDING, parameter
         else:
             yield re.sub(r"(?<=layers\.)\d+", lambda match: str(int(match[0]) + offset), name, count=1), parameter
 

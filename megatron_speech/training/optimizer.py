@@ -10,15 +10,14 @@ from megatron.core.optimizer import (
     AdamOptimizerConfig,
     ChainedOptimizer,
     MegatronOptimizer,
-    ParamKey,
-    ParamPredicate,
     get_megatron_optimizer,
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
+from megatron_speech.training.parameters import group_overrides, parameter_rules
 from megatron_speech.training.recipe import Recipe, StageConfig
 
 
@@ -36,7 +35,7 @@ class Optimizer:
         config = AdamOptimizerConfig(
             lr=recipe.stages[0].lr.peak,
             min_lr=recipe.stages[0].lr.floor,
-            weight_decay=section.weight_decay,
+            weight_decay=1.0,  # every group multiplies it by its own: see group_overrides
             adam_beta1=section.beta1,
             adam_beta2=section.beta2,
             adam_eps=section.eps,
@@ -45,14 +44,8 @@ class Optimizer:
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=recipe.parallel.distributed_optimizer,
         )
-        no_decay = {
-            ParamKey(predicate=ParamPredicate(name="norm_or_bias", fn=lambda p: p.dim() == 1)): ParamGroupOverride(
-                wd_mult=0.0
-            )
-        }
-        if not section.decay_embeddings:
-            no_decay[ParamKey(attr="is_embedding_or_output_parameter")] = ParamGroupOverride(wd_mult=0.0)
-        optimizer = get_megatron_optimizer(config, chunks, config_overrides=no_decay)
+        rules = parameter_rules([chunk.module for chunk in chunks], section)
+        optimizer = get_megatron_optimizer(config, chunks, config_overrides=group_overrides(rules))
         assert isinstance(optimizer, ChainedOptimizer)
         self.core: ChainedOptimizer = optimizer
         self.clip_grad = section.clip_grad
@@ -156,27 +149,30 @@ class Optimizer:
         lost to a learning rate of 0, and the last one has exactly `end`.
         """
         self._use_fused_kernel()  # a loaded checkpoint brings its own flags
+        peak, floor, steps = stage.lr.peak, stage.lr.floor, stage.steps
         for group in self.core.param_groups:
-            group["max_lr"], group["min_lr"] = stage.lr.peak, stage.lr.floor
-        weight_decay = self.core.config.weight_decay
-        return OptimizerParamScheduler(
+            group["max_lr"], group["min_lr"] = peak * group["lr_mult"], floor * group["lr_mult"]
+        self._scheduler = OptimizerParamScheduler(
             self.core,
             init_lr=0.0,
-            max_lr=stage.lr.peak,
-            min_lr=stage.lr.floor,
-            lr_warmup_steps=stage.lr.warmup_steps(stage.steps),
-            lr_decay_steps=stage.steps,
-            lr_decay_style=stage.lr.schedule,
-            start_wd=weight_decay,
-            end_wd=weight_decay,
+            max_lr=peak,
+            min_lr=floor,
+            lr_warmup_steps=stage.lr.warmup_steps(steps),
+            lr_decay_steps=steps,
+            lr_decay_style="WSD" if stage.lr.schedule == "wsd" else stage.lr.schedule,
+            wsd_decay_steps=stage.lr.decay_steps(steps),
+            lr_wsd_decay_style=stage.lr.decay_style,
+            start_wd=1.0,
+            end_wd=1.0,
             wd_incr_steps=0,
             wd_incr_style="constant",
             # The recipe decides, not the checkpoint: only the count of steps is taken from there.
             use_checkpoint_opt_param_scheduler=False,
             override_opt_param_scheduler=True,
         )
+        return self._scheduler
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of the last update."""
-        return float(self.core.param_groups[0]["lr"])
+        """The learning rate of the last update, before the multipliers of the groups."""
+        return float(self._scheduler.get_lr({}))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_runs import toy_recipe
 
@@ -43,53 +43,110 @@ def closed_form(lr: LearningRateConfig, step: int, steps: int) -> float:
     progress = (step - warmup) / (steps - warmup)
     if lr.schedule == "constant":
         return lr.peak
-    share = 0.5 * (1 + math.cos(math.pi * progress)) if lr.schedule == "cosine" else 1 - progress
+    style = lr.schedule
+    if style == "wsd":
+        decay = lr.decay_steps(steps)
+        style, progress = lr.decay_style, max(0.0, (step - (steps - decay)) / decay)
+    share = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "exponential": 2 * 0.5**progress - 1,
+        "minus_sqrt": 1 - math.sqrt(progress),
+    }[style]
     return lr.floor + (lr.peak - lr.floor) * share
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def schedule_only() -> Any:
+    """An optimizer that has a schedule and no model: groups that train with 1, 0.5 and 0 times the rate."""
+    from megatron_speech.training.optimizer import Optimizer
+
+    optimizer = object.__new__(Optimizer)
+    optimizer._parts = []
+    groups = [{"lr": 0.0, "lr_mult": multiplier, "wd_mult": 0.1} for multiplier in (0.5, 1.0, 0.0)]
+    optimizer.core = type("Core", (), {"param_groups": groups})()
+    return optimizer
+
+
+@settings(max_examples=80, deadline=None)
 @given(
-    schedule=st.sampled_from(["cosine", "linear", "constant"]),
+    schedule=st.sampled_from(["cosine", "linear", "constant", "wsd"]),
     warmup=st.sampled_from([0.0, 0.1, 0.5, 3.0]),
     end=st.sampled_from([None, 0.0, 1e-5]),
+    decay=st.sampled_from([0.1, 0.4, 0.9, 1.0, 7.0]),
+    style=st.sampled_from(["cosine", "linear", "exponential", "minus_sqrt"]),
     steps=st.integers(1, 40),
 )
 def test_the_learning_rate_has_its_closed_form_at_every_step(
-    schedule: Any, warmup: float, end: float | None, steps: int
+    schedule: Any, warmup: float, end: float | None, decay: float, style: Any, steps: int
 ) -> None:
-    from megatron_speech.training.optimizer import Optimizer
-
     values = toy_recipe(Path("/toy"))
     lr = {"peak": 1e-3, "end": end, "warmup": warmup, "schedule": schedule}
+    if schedule == "wsd":
+        lr |= {"decay": decay, "decay_style": style}
     values["stages"][0].update(lr=lr, tokens=512 * steps)
     stage = Recipe.model_validate(values).stages[0]
-    optimizer = object.__new__(Optimizer)  # the schedule alone: no model
-    optimizer._parts = []
-    optimizer.core = type("Core", (), {"param_groups": [{"lr": 0.0}], "config": type("C", (), {"weight_decay": 0.1})})()
+    optimizer = schedule_only()
     scheduler = optimizer.start_stage(stage)
     for step in range(1, steps + 1):
         scheduler.step(1)
-        assert optimizer.learning_rate == pytest.approx(closed_form(stage.lr, step, steps), rel=1e-9, abs=1e-18)
+        expected = closed_form(stage.lr, step, steps)
+        assert optimizer.learning_rate == pytest.approx(expected, rel=1e-9, abs=1e-18)
+        for group in optimizer.core.param_groups:
+            assert group["lr"] == pytest.approx(expected * group["lr_mult"], rel=1e-9, abs=1e-18)
+            assert group["weight_decay"] == 0.1
     if schedule != "constant" and steps > 1:
         assert optimizer.learning_rate == pytest.approx(stage.lr.floor, rel=1e-9)
 
 
-@pytest.mark.parametrize("decay_embeddings", [True, False])
-def test_norms_and_biases_never_decay(trainable: Any, decay_embeddings: bool) -> None:
-    values = toy_recipe(Path("/toy"), optimizer={"decay_embeddings": decay_embeddings})
-    values["model"]["qkv_bias"] = True
-    values["model"]["tie_embeddings"] = False
+def test_a_wsd_schedule_stays_at_its_peak_between_warm_up_and_decay() -> None:
+    values = toy_recipe(Path("/toy"))
+    lr = {"peak": 1e-3, "end": 0.0, "warmup": 5, "schedule": "wsd", "decay": 0.2}
+    values["stages"][0].update(lr=lr, tokens=512 * 50)
+    optimizer = schedule_only()
+    scheduler = optimizer.start_stage(Recipe.model_validate(values).stages[0])
+    rates = []
+    for _ in range(50):
+        scheduler.step(1)
+        rates.append(optimizer.learning_rate)
+    assert rates[4:40] == [1e-3] * 36 and rates[3] < 1e-3 and rates[40] == pytest.approx(0.9e-3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_trains_with_the_rate_and_the_decay_of_its_depth_and_kind(trainable: Any, tied: bool) -> None:
+    section: dict[str, Any] = {
+        "weight_decay": 0.1, "layer_lr_decay": 0.95, "embeddings": {"lr_multiplier": 0.5, "weight_decay": 0.01},
+    }  # fmt: skip
+    if not tied:
+        section["head"] = {"lr_multiplier": 2.0, "weight_decay": 0.0}
+    values = toy_recipe(Path("/toy"), optimizer=section)
+    values["model"] |= {"qkv_bias": True, "tie_embeddings": tied, "num_layers": 3}
     recipe = Recipe.model_validate(values)
     (model,), optimizer = trainable(recipe)
-    optimizer.start_stage(recipe.stages[0])
-    decay = {id(p): group["weight_decay"] for group in optimizer.core.param_groups for p in group["params"]}
-    seen = set()
-    for name, parameter in model.module.named_parameters():
-        table = "word_embeddings" in name or "output_layer" in name
-        expected = 0.0 if parameter.dim() == 1 or (table and not decay_embeddings) else 0.1
-        assert decay[id(parameter)] == expected, name
-        seen.add(name.rsplit(".", 1)[-1])
-    assert seen == {"weight", "bias"}
+    stage = recipe.stages[0]
+    scheduler = optimizer.start_stage(stage)
+
+    def expected(name: str) -> float:
+        if name == "embedding.word_embeddings.weight":
+            return 0.5 if tied else 0.5 * 0.95**3
+        if name == "output_layer.weight":
+            return 2.0
+        return 0.95 ** (2 - int(name.split(".")[2])) if name.startswith("decoder.layers.") else 1.0
+
+    names = {id(parameter): name for name, parameter in model.module.named_parameters()}
+    for step in range(1, stage.steps + 1):
+        scheduler.step(1)
+        seen = set()
+        for group in optimizer.core.param_groups:
+            for parameter in group["params"]:
+                name = names[id(parameter)]
+                rate = closed_form(stage.lr, step, stage.steps) * expected(name)
+                assert group["lr"] == pytest.approx(rate, rel=1e-9), name
+                table = {"embedding.word_embeddings.weight": 0.01, "output_layer.weight": 0.0}.get(name, 0.1)
+                assert group["weight_decay"] == (0.0 if parameter.dim() == 1 else table), name
+                seen.add(name)
+        assert seen == set(names.values())
+    assert {name.rsplit(".", 1)[-1] for name in seen} == {"weight", "bias"}
+    assert optimizer.learning_rate == pytest.approx(stage.lr.floor)
 
 
 def test_gradients_above_the_limit_are_scaled_to_it_and_others_left_alone(trainable: Any) -> None:
