@@ -19,7 +19,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_speech.model.attention import PackedSequences
-from megatron_speech.model.builder import build_model
+from megatron_speech.model.builder import build_model, global_named_parameters
 from megatron_speech.model.config import ModelConfig
 from megatron_speech.parallel import groups
 
@@ -71,7 +71,7 @@ def train(
     optimizer_options: dict[str, Any] | None = None,
     steps: int = STEPS,
 ) -> None:
-    """Write losses and gradient norms of `steps` steps to `directory`/losses.json, per-rank weights beside them."""
+    """Write losses and gradient norms of `steps` steps to `directory`/losses.json, each rank's weights beside them."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
     groups.initialize(**layout, init_method=f"file://{directory}/store", seed=11)
@@ -85,7 +85,7 @@ def train(
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
-            lr=3e-3,
+            lr=1e-3,
             weight_decay=0.1,
             clip_grad=1.0,
             bf16=core.bf16,
@@ -124,7 +124,37 @@ def train(
         history.append([loss.item() / parallel_state.get_tensor_model_parallel_world_size(), float(norm)])
     if rank == 0:
         Path(directory, "losses.json").write_text(json.dumps(history))
+    np.savez(
+        Path(directory, f"weights_{parallel_state.get_tensor_model_parallel_rank()}_{rank}.npz"),
+        **{name: value.detach().float().numpy() for model in models for name, value in global_named_parameters(model)},
+    )
     groups.destroy()
+
+
+def whole_weights(directory: Path) -> dict[str, np.ndarray]:
+    """Every tensor of the model under its global name, put together from what the ranks of :func:`train` hold.
+
+    Ranks that hold the same part must agree: data-parallel copies to the bit, norms that every tensor-parallel rank
+    has and a tied head on another stage than its table too.
+    """
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for path in sorted(directory.glob("weights_*.npz")):
+        tensor_rank = int(path.stem.split("_")[1])
+        for name, weight in np.load(path).items():
+            known = parts.setdefault(name, {}).setdefault(tensor_rank, weight)
+            assert np.array_equal(known, weight), f"{name} of {path.name} differs from another copy of it"
+    return {name: _join(name, [own[rank] for rank in sorted(own)]) for name, own in parts.items()}
+
+
+def _join(name: str, parts: list[np.ndarray]) -> np.ndarray:
+    if parts[0].ndim == 1 and not name.endswith(".bias"):
+        assert all(np.array_equal(parts[0], other) for other in parts), f"{name} differs between tensor ranks"
+        return parts[0]
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return np.concatenate(parts, axis=1)
+    if name.endswith("linear_fc1.weight"):  # gate | linear, each split
+        return np.concatenate([np.split(part, 2)[half] for half in (0, 1) for part in parts])
+    return np.concatenate(parts)
 
 
 def predict(rank: int, world_size: int, directory: str, layout: dict[str, Any], options: dict[str, Any]) -> None:
