@@ -86,7 +86,7 @@ def build_model(
     *,
     precision: Precision = "fp32",
     max_sequence_length: int = 2048,
-    seed: int = 1234,
+    seed: int | None = 1234,
     valid_vocab_size: int | None = None,
     sequence_parallel: bool = False,
     **overrides: Any,
@@ -99,7 +99,7 @@ def build_model(
             tensor-parallel rank.
         precision: of parameters and activations.
         max_sequence_length: longest document, a bound that megatron-core asks for.
-        seed: of the initial weights.
+        seed: of the initial weights; None leaves matrices at zero, for a load to fill.
         valid_vocab_size: ids that exist, `TokenSpace.size`; ids from there on are never predicted. Default: all.
         sequence_parallel: also split the sequence where tensor parallelism leaves activations whole (needs TP > 1
             and micro-batches whose B·S is a multiple of TP).
@@ -138,12 +138,13 @@ def build_model(
     return chunks
 
 
-def init_weights(model: SpeechGPTModel, seed: int) -> None:
+def init_weights(model: SpeechGPTModel, seed: int | None) -> None:
     """Draw every weight so that it depends on `seed` and its global name only, not on the layout.
 
     Each parameter is drawn whole, in fp32 on the CPU, from a generator seeded with a hash of (seed, name); the rank
     keeps its slice. Matrices are normal with `init_std`, the two that write to the residual stream with
-    init_std/√(2·layers) (GPT-2); norms are one, biases and the rows of padding ids zero.
+    init_std/√(2·layers) (GPT-2); norms are one, biases and the rows of padding ids zero. Without a seed all
+    matrices are zero: they are loaded next.
     """
     config = model.model_config
     rank = parallel_state.get_tensor_model_parallel_rank()
@@ -156,6 +157,9 @@ def init_weights(model: SpeechGPTModel, seed: int) -> None:
             residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
             # megatron-core marks only what it draws itself; norms of gradients need to know what is split.
             set_tensor_model_parallel_attributes(parameter, True, 1 if residual else 0, 1)
+            if seed is None:
+                parameter.zero_()
+                continue
             std = config.init_std / math.sqrt(2 * config.num_layers) if residual else config.init_std
             rows, columns = parameter.shape
             if residual:

@@ -179,7 +179,7 @@ def save_checkpoint(
     space: TokenSpace,
     fields: dict[str, Any],
     chunks: list[Any],
-    optimizer: Optimizer,
+    optimizer: Optimizer | None,
     state: dict[str, Any],
 ) -> Path:
     """Write RUN/checkpoints/step_N for N = fields["step"]. A collective.
@@ -189,25 +189,75 @@ def save_checkpoint(
         recipe, space: saved beside the weights.
         fields: JSON-able description: position, validation scores, dataset fingerprints.
         chunks: this rank's model chunks (unwrapped).
-        optimizer: its moments and master weights are saved.
+        optimizer: its moments and master weights are saved; None: weights only, which no run continues from.
         state: small state that is equal on all ranks (scheduler, loss sums).
     """
+    contents = _model_state(chunks)
+    if optimizer is not None:
+        contents["optimizer"] = optimizer.sharded_state(_merged(contents), _METADATA, is_loading=False)
+    contents["rng"] = ShardedObject("rng", _rng_state(), (dist.get_world_size(),), (dist.get_rank(),))
+    contents["state"] = state
+    described = {
+        **fields,
+        "recipe": recipe.model_dump(mode="json"),
+        "max_seq_length": max(stage.seq_length for stage in recipe.stages),
+        "model": recipe.model.model_dump(mode="json"),
+        "precision": recipe.precision,
+        "layout": {"world_size": dist.get_world_size(), **recipe.parallel.model_dump()},
+    }
+    return _write(directory / checkpoint_name(fields["step"]), contents, described, space, recipe)
+
+
+def save_weights(
+    path: Path,
+    *,
+    space: TokenSpace,
+    model: ModelConfig,
+    precision: str,
+    max_seq_length: int,
+    chunks: list[Any],
+    fields: dict[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint of weights alone at `path`, without a run: step 0, no recipe, no optimizer. A collective.
+
+    `generate` and `evaluate` read it as any other, and a recipe's `init.checkpoint` starts from it.
+
+    Args:
+        path: the checkpoint's directory; replaced if it is there.
+        space: the ids that the rows of its tables stand for.
+        model, precision, max_seq_length: what the model is; `max_seq_length` in tokens.
+        chunks: this rank's model chunks.
+        fields: more of a description, such as where the weights come from.
+    """
+    described = {
+        "step": 0,
+        "stage": "init",
+        **(fields or {}),
+        "max_seq_length": max_seq_length,
+        "model": model.model_dump(mode="json"),
+        "precision": precision,
+        "layout": {"world_size": dist.get_world_size()},
+    }
+    return _write(path, _model_state(chunks), described, space, None)
+
+
+def _write(
+    final: Path, contents: ShardedStateDict, described: dict[str, Any], space: TokenSpace, recipe: Recipe | None
+) -> Path:
+    """Build the directory `final` in a hidden one beside it, and rename that. A collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    final = directory / checkpoint_name(fields["step"])
+    directory = final.parent
     building = directory / f".{final.name}.tmp"
     if rank == 0:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
     dist.barrier()
-    contents = _model_state(chunks)
-    contents["optimizer"] = optimizer.sharded_state(_merged(contents), _METADATA, is_loading=False)
-    contents["rng"] = ShardedObject("rng", _rng_state(), (world,), (rank,))
-    contents["state"] = state
     with _quiet():
         dist_checkpointing.save(contents, str(building), sharded_strategy=_InProcessSave(), content_metadata=_METADATA)
     dist.barrier()
     if rank == 0:
-        recipe.save(building / "recipe.yaml")
+        if recipe is not None:
+            recipe.save(building / "recipe.yaml")
         space.save(building / "token_space.json")
     # Each rank syncs and hashes what it wrote; rank 0 also what belongs to no rank.
     mine = [path for path in building.iterdir() if _writer_of(path.name) == rank]
@@ -215,21 +265,14 @@ def save_checkpoint(
     gathered: list[dict[str, Any]] = [{} for _ in range(world)]
     dist.all_gather_object(gathered, hashes)
     if rank == 0:
-        files = {name: entry for part in gathered for name, entry in part.items()}
-        layout = {"world_size": world, **recipe.parallel.model_dump()}
         write_json(
             building / "checkpoint.json",
             {
-                **fields,
-                "recipe": recipe.model_dump(mode="json"),
-                "max_seq_length": max(stage.seq_length for stage in recipe.stages),
+                **described,
                 "format_version": FORMAT_VERSION,
                 "token_space_hash": space.hash,
                 "codec": {"name": space.codec.name, "hash": space.codec.hash},
-                "model": recipe.model.model_dump(mode="json"),
-                "precision": recipe.precision,
-                "layout": layout,
-                "files": files,
+                "files": {name: entry for part in gathered for name, entry in part.items()},
             },
         )
         fsync_path(building)
@@ -344,6 +387,34 @@ def load_for_inference(path: str | os.PathLike[str]) -> tuple[SpeechGPTModel, To
     Raises:
         InputError: there is no checkpoint there, or it is damaged.
     """
+    info, space = open_checkpoint(path)
+    if not dist.is_initialized():
+        groups.initialize()
+    chunks = build_model(
+        ModelConfig.model_validate(info.fields["model"]),
+        space.padded_size,
+        precision=info.fields["precision"],
+        max_sequence_length=int(info.fields["max_seq_length"]),
+        seed=None,
+        valid_vocab_size=space.size,
+    )
+    load_weights(info, chunks)
+    (model,) = chunks
+    model.eval()
+    return model, space, info
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> tuple[CheckpointInfo, TokenSpace]:
+    """Find the checkpoint that `path` names, check every byte of it, and open its token space.
+
+    A collective where torch.distributed is up: all ranks get the same answer.
+
+    Args:
+        path: a checkpoint directory, RUN/checkpoints/best, or a run directory (its newest checkpoint is taken).
+
+    Raises:
+        InputError: there is no checkpoint there, or it is damaged.
+    """
     path = Path(path)
     if (path / "checkpoint.json").is_file():
         info = read_info(path.resolve())
@@ -361,22 +432,14 @@ def load_for_inference(path: str | os.PathLike[str]) -> tuple[SpeechGPTModel, To
             f"checkpoint {info.path}: token_space.json has hash {space.hash}, checkpoint.json says "
             f"{info.fields['token_space_hash']}; the directory was put together from two runs"
         )
-    if not dist.is_initialized():
-        groups.initialize()
-    chunks = build_model(
-        ModelConfig.model_validate(info.fields["model"]),
-        space.padded_size,
-        precision=info.fields["precision"],
-        max_sequence_length=int(info.fields["max_seq_length"]),
-        seed=0,
-        valid_vocab_size=space.size,
-    )
+    return info, space
+
+
+def load_weights(info: CheckpointInfo, chunks: list[Any]) -> None:
+    """Load a checkpoint's weights into this rank's model chunks, whatever layout it was saved under. A collective."""
     with _quiet():
         loaded = dist_checkpointing.load(_model_state(chunks), str(info.path))
     _load_model_state(chunks, loaded)
-    (model,) = chunks
-    model.eval()
-    return model, space, info
 
 
 @contextlib.contextmanager
