@@ -1,6 +1,7 @@
 // Words are found by a hand-written scanner, looked up, and merged only when they are new: text repeats its words.
 #include "byte_bpe.h"
 
+#include <algorithm>
 #include <cstring>
 #include <queue>
 #include <stdexcept>
@@ -13,7 +14,8 @@ namespace {
 constexpr uint64_t kEmpty = ~uint64_t{0};
 constexpr size_t kLongestRemembered = 64;    // bytes of a word; longer ones hardly ever return
 constexpr size_t kMostWords = size_t{1} << 20;  // about 60 MB; what comes later is merged each time
-constexpr size_t kScanned = 32;              // symbols up to which looking at all pairs beats a heap
+constexpr size_t kScanned = 64;              // symbols up to which looking at all pairs beats a heap
+constexpr size_t kWindow = 32;               // words that are looked up side by side
 
 uint64_t mix(uint64_t value) {
     value ^= value >> 32;
@@ -21,17 +23,27 @@ uint64_t mix(uint64_t value) {
     return value ^ (value >> 29);
 }
 
-uint64_t hash_of(std::string_view word) {
-    uint64_t hash = word.size();
-    size_t at = 0;
-    for (; at + 8 <= word.size(); at += 8) {
-        uint64_t piece;
-        std::memcpy(&piece, word.data() + at, 8);
-        hash = mix(hash ^ piece) * 0xD6E8FEB86659FD93ull;
+template <typename T>
+T load(const char* data) {
+    T value;
+    std::memcpy(&value, data, sizeof(T));
+    return value;
+}
+
+uint32_t hash_of(std::string_view word) {
+    const char* data = word.data();
+    const size_t size = word.size();
+    uint64_t hash = size * 0x9E3779B97F4A7C15ull, last = 0;
+    if (size >= 8) {
+        for (size_t at = 0; at + 8 < size; at += 8) hash = mix(hash ^ load<uint64_t>(data + at));
+        last = load<uint64_t>(data + size - 8);
+    } else if (size >= 4) {
+        last = uint64_t{load<uint32_t>(data)} << 32 | load<uint32_t>(data + size - 4);
+    } else if (size > 0) {
+        const auto byte = [&](size_t at) { return uint64_t{static_cast<unsigned char>(data[at])}; };
+        last = byte(0) << 16 | byte(size / 2) << 8 | byte(size - 1);
     }
-    uint64_t rest = 0;
-    std::memcpy(&rest, word.data() + at, word.size() - at);
-    return mix(mix(hash ^ rest) * 0xD6E8FEB86659FD93ull);
+    return static_cast<uint32_t>(mix(mix(hash ^ last)));
 }
 
 uint64_t pair_of(int32_t a, int32_t b) {
@@ -63,7 +75,7 @@ ByteBpe::ByteBpe(SplitPattern pattern, const int32_t* byte_ids, const int32_t* l
         while (merges_[slot].pair != kEmpty && merges_[slot].pair != pair) slot = (slot + 1) & (slots - 1);
         merges_[slot] = {pair, static_cast<int32_t>(rank), merged[rank]};  // the last of equal pairs counts
     }
-    words_.assign(size_t{1} << 12, {0, 0, 0, 0, 0});
+    words_.assign(size_t{1} << 12, {0, 0, 0, 0});
 }
 
 void ByteBpe::add_piece(std::string_view bytes, int32_t id) {
@@ -78,30 +90,37 @@ const ByteBpe::Merge* ByteBpe::find_merge(int32_t a, int32_t b) const {
     }
 }
 
-ByteBpe::Word* ByteBpe::find_word(std::string_view word, uint64_t hash) {
+const ByteBpe::Word* ByteBpe::find_word(std::string_view word, uint32_t hash) const {
     for (size_t slot = hash & (words_.size() - 1);; slot = (slot + 1) & (words_.size() - 1)) {
-        Word& known = words_[slot];
+        const Word& known = words_[slot];
         if (known.bytes == 0) return nullptr;
         if (known.hash == hash && known.bytes == word.size() &&
-            std::memcmp(text_.data() + known.text, word.data(), word.size()) == 0) {
+            std::memcmp(store_.data() + known.at + known.count, word.data(), word.size()) == 0) {
             return &known;
         }
     }
 }
 
-void ByteBpe::remember(std::string_view word, uint64_t hash, const int32_t* ids, size_t count) {
+// Starts loading what find_word will read of a word whose slot is at hand.
+void ByteBpe::fetch_word(uint32_t hash) const {
+    const Word& known = words_[hash & (words_.size() - 1)];
+    if (known.bytes != 0) __builtin_prefetch(store_.data() + known.at);
+}
+
+void ByteBpe::remember(std::string_view word, uint32_t hash, const int32_t* ids, size_t count) {
     if (2 * (known_ + 1) > words_.size()) grow();
     size_t slot = hash & (words_.size() - 1);
     while (words_[slot].bytes != 0) slot = (slot + 1) & (words_.size() - 1);
-    words_[slot] = {hash, static_cast<uint32_t>(text_.size()), static_cast<uint32_t>(word.size()),
-                    static_cast<uint32_t>(ids_.size()), static_cast<uint32_t>(count)};
-    text_.insert(text_.end(), word.begin(), word.end());
-    ids_.insert(ids_.end(), ids, ids + count);
+    const size_t at = store_.size();
+    words_[slot] = {hash, static_cast<uint32_t>(at), static_cast<uint32_t>(word.size()), static_cast<uint32_t>(count)};
+    store_.resize(at + count + (word.size() + 3) / 4);
+    std::copy_n(ids, count, store_.begin() + at);
+    std::memcpy(store_.data() + at + count, word.data(), word.size());
     ++known_;
 }
 
 void ByteBpe::grow() {
-    std::vector<Word> old(words_.size() * 2, {0, 0, 0, 0, 0});
+    std::vector<Word> old(words_.size() * 2, {0, 0, 0, 0});
     old.swap(words_);
     for (const Word& word : old) {
         if (word.bytes == 0) continue;
@@ -240,32 +259,34 @@ void ByteBpe::merge_word(std::string_view word, std::vector<int32_t>& ids) {
     for (int32_t i = 0; i < n; i = next_[i]) ids.push_back(symbols_[i]);
 }
 
-void ByteBpe::append_word(std::string_view word, std::vector<int32_t>& ids) {
-    if (word.size() > kLongestRemembered) {
-        // A piece may be longer than what is remembered of text.
-        if (const Word* known = find_word(word, hash_of(word))) {
-            ids.insert(ids.end(), ids_.data() + known->ids, ids_.data() + known->ids + known->count);
-        } else {
-            merge_word(word, ids);
-        }
-        return;
-    }
-    const uint64_t hash = hash_of(word);
+void ByteBpe::append_word(std::string_view word, uint32_t hash, std::vector<int32_t>& ids) {
     if (const Word* known = find_word(word, hash)) {
-        const int32_t* first = ids_.data() + known->ids;
+        const int32_t* first = store_.data() + known->at;
         ids.insert(ids.end(), first, first + known->count);
         return;
     }
     const size_t before = ids.size();
     merge_word(word, ids);
-    if (known_ < kMostWords) remember(word, hash, ids.data() + before, ids.size() - before);
+    if (known_ < kMostWords && word.size() <= kLongestRemembered) {
+        remember(word, hash, ids.data() + before, ids.size() - before);
+    }
 }
 
 void ByteBpe::encode(std::string_view text, std::vector<int32_t>& ids) {
+    std::string_view words[kWindow];
+    uint32_t hashes[kWindow];
     for (size_t at = 0; at < text.size();) {
-        const size_t end = next_word(text, at);
-        append_word(text.substr(at, end - at), ids);
-        at = end;
+        // Each step over a whole window, so that its words wait for memory together and not one after the other.
+        size_t count = 0;
+        for (; count < kWindow && at < text.size(); ++count) {
+            const size_t end = next_word(text, at);
+            words[count] = text.substr(at, end - at);
+            hashes[count] = hash_of(words[count]);
+            __builtin_prefetch(&words_[hashes[count] & (words_.size() - 1)]);
+            at = end;
+        }
+        for (size_t i = 0; i < count; ++i) fetch_word(hashes[i]);
+        for (size_t i = 0; i < count; ++i) append_word(words[i], hashes[i], ids);
     }
 }
 

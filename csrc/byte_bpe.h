@@ -38,22 +38,22 @@ class ByteBpe {
         int32_t id;
     };
     struct Word {
-        uint64_t hash;
-        uint32_t text;   // offset in text_
+        uint32_t hash;
+        uint32_t at;     // of its ids in store_, its bytes behind them
         uint32_t bytes;  // 0: the slot is free
-        uint32_t ids;    // offset in ids_
-        uint32_t count;
+        uint32_t count;  // ids
     };
 
     size_t next_word(std::string_view text, size_t begin) const;
     size_t contraction(std::string_view text, size_t begin, bool any_case) const;
     size_t run_of(std::string_view text, size_t begin, uint8_t wanted, int most) const;
     size_t spaces(std::string_view text, size_t begin, bool line_ends) const;
-    void append_word(std::string_view word, std::vector<int32_t>& ids);
+    void append_word(std::string_view word, uint32_t hash, std::vector<int32_t>& ids);
     void merge_word(std::string_view word, std::vector<int32_t>& ids);
     const Merge* find_merge(int32_t a, int32_t b) const;
-    Word* find_word(std::string_view word, uint64_t hash);
-    void remember(std::string_view word, uint64_t hash, const int32_t* ids, size_t count);
+    const Word* find_word(std::string_view word, uint32_t hash) const;
+    void fetch_word(uint32_t hash) const;
+    void remember(std::string_view word, uint32_t hash, const int32_t* ids, size_t count);
     void grow();
 
     SplitPattern pattern_;
@@ -62,8 +62,7 @@ class ByteBpe {
     std::vector<Merge> merges_;
     std::vector<Word> words_;
     size_t known_ = 0;
-    std::vector<char> text_;
-    std::vector<int32_t> ids_;
+    std::vector<int32_t> store_;
     std::vector<int32_t> symbols_, next_;  // scratch of merge_word
 };
 

@@ -18,12 +18,6 @@ namespace {
 template <typename T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
-py::array_t<int32_t> owned(std::vector<int32_t>&& values) {
-    auto* owner = new std::vector<int32_t>(std::move(values));
-    py::capsule release(owner, [](void* p) { delete static_cast<std::vector<int32_t>*>(p); });
-    return py::array_t<int32_t>(static_cast<py::ssize_t>(owner->size()), owner->data(), release);
-}
-
 ms::ByteBpe make(int pattern, const Array<int32_t>& byte_ids, const Array<int32_t>& merges,
                  const Array<uint8_t>& classes, const py::list& pieces) {
     if (pattern < 0 || pattern > 2) throw std::invalid_argument("there is no such split pattern");
@@ -41,17 +35,19 @@ ms::ByteBpe make(int pattern, const Array<int32_t>& byte_ids, const Array<int32_
 }
 
 std::pair<py::array_t<int32_t>, py::array_t<int32_t>> encode(ms::ByteBpe& bpe, const py::list& texts) {
-    std::vector<int32_t> ids, ends;
-    ends.reserve(texts.size());
+    static thread_local std::vector<int32_t> ids;  // grows once, and not with every batch
+    ids.clear();
+    py::array_t<int32_t> ends(static_cast<py::ssize_t>(texts.size()));
+    int32_t* end = ends.mutable_data();
     for (const py::handle& item : texts) {
         Py_ssize_t size = 0;
         const char* data = PyUnicode_AsUTF8AndSize(item.ptr(), &size);
         if (data == nullptr) throw py::error_already_set();
         bpe.encode({data, static_cast<size_t>(size)}, ids);
         if (ids.size() > 0x7FFFFFFF) throw std::length_error("a batch of texts has more than 2^31 ids");
-        ends.push_back(static_cast<int32_t>(ids.size()));
+        *end++ = static_cast<int32_t>(ids.size());
     }
-    return {owned(std::move(ids)), owned(std::move(ends))};
+    return {py::array_t<int32_t>(static_cast<py::ssize_t>(ids.size()), ids.data()), ends};
 }
 
 }  // namespace
