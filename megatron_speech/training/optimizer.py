@@ -17,6 +17,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
+from megatron_speech.training.freezing import FrozenRows, without_table_decay
+from megatron_speech.training.masters import masters
 from megatron_speech.training.parameters import group_overrides, parameter_rules
 from megatron_speech.training.recipe import Recipe, StageConfig
 
@@ -27,9 +29,10 @@ class Optimizer:
     Args:
         recipe: its `optimizer`, `parallel` and `precision` sections are read here.
         chunks: this rank's model chunks, wrapped for data parallelism.
+        frozen_ids: ids from 0 on whose rows of the token tables stay as they are.
     """
 
-    def __init__(self, recipe: Recipe, chunks: list[DistributedDataParallel]) -> None:
+    def __init__(self, recipe: Recipe, chunks: list[DistributedDataParallel], *, frozen_ids: int = 0) -> None:
         section = recipe.optimizer
         bf16 = recipe.precision == "bf16"
         config = AdamOptimizerConfig(
@@ -44,13 +47,17 @@ class Optimizer:
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=recipe.parallel.distributed_optimizer,
         )
-        rules = parameter_rules([chunk.module for chunk in chunks], section)
-        optimizer = get_megatron_optimizer(config, chunks, config_overrides=group_overrides(rules))
+        models = [chunk.module for chunk in chunks]
+        rules = parameter_rules(models, section)
+        core_rules = without_table_decay(rules, models) if frozen_ids else rules
+        optimizer = get_megatron_optimizer(config, chunks, config_overrides=group_overrides(core_rules))
         assert isinstance(optimizer, ChainedOptimizer)
         self.core: ChainedOptimizer = optimizer
         self.clip_grad = section.clip_grad
         self._parts: list[MegatronOptimizer] = optimizer.chained_optimizers
         self._use_fused_kernel()
+        owned = [master for part in self._parts for master in masters(part, chunks)]
+        self._frozen_rows = FrozenRows(frozen_ids, owned, models, rules) if frozen_ids else None
         # Which parameters count in the norm never changes: not the copies that tensor-parallel ranks share,
         # nor the tied head that another pipeline stage holds too.
         self._normed = [
@@ -74,6 +81,8 @@ class Optimizer:
             float32 scalar on the device of the parameters; reading it is the caller's sync to choose.
         """
         self.core.prepare_grads()
+        if self._frozen_rows is not None:
+            self._frozen_rows.clear_gradients()
         norm = self._grad_norm()
         if self.clip_grad > 0.0:
             scale = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
@@ -82,6 +91,8 @@ class Optimizer:
                 for part in self._parts:
                     if grads := [p.grad for p in part.get_parameters() if p.grad is not None]:
                         torch._foreach_mul_(grads, scale)
+        if self._frozen_rows is not None:
+            self._frozen_rows.decay(self.learning_rate, None)
         self.core.step_with_ready_grads()
         return norm
 
@@ -149,6 +160,9 @@ class Optimizer:
         lost to a learning rate of 0, and the last one has exactly `end`.
         """
         self._use_fused_kernel()  # a loaded checkpoint brings its own flags
+        if self._frozen_rows is not None:
+            for part in self._parts:
+                self._frozen_rows.clear_moments(part.optimizer.state)
         peak, floor, steps = stage.lr.peak, stage.lr.floor, stage.steps
         for group in self.core.param_groups:
             group["max_lr"], group["min_lr"] = peak * group["lr_mult"], floor * group["lr_mult"]

@@ -5,7 +5,7 @@ Light to import: no torch.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -98,4 +98,14 @@ class OptimizerConfig(StrictConfig):
         le=1.0,
         description="d: of L layers, the one with l layers above it trains with d^l of the learning rate, an untied "
         "token table with d^L, final norm and head with all of it",
+    )
+    freeze: list[str] = Field(
+        default_factory=list,
+        description="shell patterns of names of parameters that are not trained; layers count from 0 through the whole "
+        "model: decoder.layers.[0-3].*, embedding.*, output_layer.*",
+    )
+    freeze_rows: Literal["text"] | Annotated[int, Field(gt=0)] | None = Field(
+        default=None,
+        description="rows of the token table and of the head that stay bit for bit: text: those of the text ids; a "
+        "number: those of the ids below it",
     )

@@ -39,6 +39,7 @@ from megatron_speech.token_space import MODALITIES, TokenSpace
 from megatron_speech.training import checkpoint, environment
 from megatron_speech.training.agreement import agreed
 from megatron_speech.training.changed_blend import stage_histories
+from megatron_speech.training.freezing import freeze_parameters, frozen_ids
 from megatron_speech.training.exporters import open_exporters
 from megatron_speech.training.metrics import LossMeter, memory_gib, peak_tflops
 from megatron_speech.training.optimizer import Optimizer
@@ -145,6 +146,7 @@ class Trainer:
             chunk.to(self.device)
             config = chunk.config
             # Gradients are already those of Σ w·ce / Σ w: they are summed over the ranks and nothing else.
+        freeze_parameters(self.chunks, recipe.optimizer.freeze)
             config.finalize_model_grads_func = _sum_gradients
             wrapped = DistributedDataParallel(config, wrapping, chunk, disable_bucketing=index > 0)
             if self.dp_size > 1:
@@ -154,7 +156,7 @@ class Trainer:
             syncs = [wrapped.no_sync for wrapped in self.model]
             for chunk in self.chunks:
                 chunk.config.no_sync_func = syncs[0] if len(syncs) == 1 else syncs
-        self.optimizer = Optimizer(recipe, self.model)
+        self.optimizer = Optimizer(recipe, self.model, frozen_ids=frozen_ids(recipe.optimizer, self.space))
         self._schedule = get_forward_backward_func()
         last_stage = parallel_state.is_pipeline_last_stage()
         first_copy = parallel_state.get_tensor_model_parallel_rank() == 0
