@@ -51,7 +51,8 @@ def freeze_parameters(chunks: list[SpeechGPTModel], patterns: list[str]) -> None
     for pattern in patterns:
         if pattern not in matched:
             raise InputError(
-                f"optimizer.freeze: {pattern!r} matches no parameter; their names are like {', '.join(_examples(names))}"
+                f"optimizer.freeze: {pattern!r} matches no parameter; their names are like "
+                f"{', '.join(_examples(names))}"
             )
     if not any(each[2] for each in found):
         raise InputError(f"optimizer.freeze: {', '.join(patterns)} leave no parameter to train; drop one of them")

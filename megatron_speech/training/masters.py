@@ -39,13 +39,13 @@ def masters(part: MegatronOptimizer, chunks: list[DistributedDataParallel]) -> l
     if isinstance(part, DistributedOptimizer):
         if part.is_stub_optimizer:
             return []
-        places = part.model_param_group_index_map
-        return [
-            Master(p, part.optimizer.param_groups[group]["params"][order], part._get_model_param_range_map(p)["param"].start)
-            for p in trained
-            if p in places
-            for group, order in [places[p]]
-        ]  # fmt: skip
+        owned = []
+        for p in trained:
+            if p in part.model_param_group_index_map:
+                group, order = part.model_param_group_index_map[p]
+                values = part.optimizer.param_groups[group]["params"][order]
+                owned.append(Master(p, values, part._get_model_param_range_map(p)["param"].start))
+        return owned
     own = {id(values) for values in part.get_parameters()}
     pairs = [(p, getattr(p, "main_param", p)) for p in trained]
     return [Master(p, values, 0) for p, values in pairs if id(values) in own]

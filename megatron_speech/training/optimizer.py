@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,10 +15,12 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
+from megatron_speech.training.ema import Ema
 from megatron_speech.training.freezing import FrozenRows, without_table_decay
 from megatron_speech.training.masters import masters
 from megatron_speech.training.parameters import group_overrides, parameter_rules
@@ -58,6 +62,11 @@ class Optimizer:
         self._use_fused_kernel()
         owned = [master for part in self._parts for master in masters(part, chunks)]
         self._frozen_rows = FrozenRows(frozen_ids, owned, models, rules) if frozen_ids else None
+        self.ema: Ema | None = None
+        if recipe.ema is not None:
+            trained = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
+            sharing = self._parts[0].data_parallel_group if recipe.parallel.distributed_optimizer else None
+            self.ema = Ema(recipe.ema.decay, owned, trained, sharing)
         # Which parameters count in the norm never changes: not the copies that tensor-parallel ranks share,
         # nor the tied head that another pipeline stage holds too.
         self._normed = [
@@ -94,6 +103,8 @@ class Optimizer:
         if self._frozen_rows is not None:
             self._frozen_rows.decay(self.learning_rate, None)
         self.core.step_with_ready_grads()
+        if self.ema is not None:
+            self.ema.update(None)
         return norm
 
     def _grad_norm(self) -> torch.Tensor:
@@ -115,8 +126,17 @@ class Optimizer:
         self.core.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def sharded_state(self, model_state: Any, metadata: dict[str, Any], *, is_loading: bool) -> Any:
-        """megatron-core's sharded state: to save, or with `is_loading` the places that a load will fill."""
+    def sharded_state(
+        self, model_state: Any, metadata: dict[str, Any], *, is_loading: bool, with_ema: bool = True
+    ) -> dict[str, Any]:
+        """megatron-core's sharded state and the moving average: to save, or the places that a load will fill.
+
+        Args:
+            model_state: sharded state of the model chunks.
+            metadata: megatron-core's, how a distributed optimizer is to be sharded.
+            is_loading: places instead of values.
+            with_ema: False: the checkpoint to be loaded has no moving average.
+        """
         if is_loading:
             for part in self._parts:
                 if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
@@ -127,11 +147,22 @@ class Optimizer:
                             "exp_avg": torch.zeros_like(p),
                             "exp_avg_sq": torch.zeros_like(p),
                         }
-        return self.core.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+        state = {"core": self.core.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)}
+        if self.ema is not None and with_ema:
+            state["ema"] = self.ema.sharded_state(model_state, is_loading=is_loading)
+        return state
 
     @torch.no_grad()
-    def load_state(self, state: Any) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Take over what a load filled in; :meth:`start_stage` follows. In-place writes on parameters: no grad."""
+        self._load_core_state(state["core"])
+        if self.ema is not None:
+            if "ema" in state:
+                self.ema.load_state(state["ema"])
+            else:  # of a checkpoint of a run that kept none
+                self.ema.restart()
+
+    def _load_core_state(self, state: Any) -> None:
         (part,) = self._parts
         if not (isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW)):
             self.core.load_state_dict(state)
@@ -152,6 +183,27 @@ class Optimizer:
                 part.optimizer.state.clear()
                 for group in part.optimizer.param_groups:
                     group.pop("step", None)  # Transformer Engine's FusedAdam counts here, not per parameter
+        if self.ema is not None:
+            self.ema.restart()
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """While inside, the model computes with the moving average of its weights. A collective."""
+        if self.ema is None:
+            yield
+            return
+        with self.ema.in_place_of_weights(self._publish):
+            yield
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Make the model's parameters those of the masters, on all ranks."""
+        for part in self._parts:
+            if isinstance(part, MixedPrecisionOptimizer) and not part.is_stub_optimizer:
+                part._copy_main_params_to_model_params()
+            if isinstance(part, DistributedOptimizer):
+                for chunk in part.model_chunks:
+                    chunk.start_param_sync(force_sync=True)
 
     def start_stage(self, stage: StageConfig) -> OptimizerParamScheduler:
         """The stage's LR schedule, at its step 0; `scheduler.step(1)` comes before each update.

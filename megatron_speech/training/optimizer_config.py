@@ -109,3 +109,12 @@ class OptimizerConfig(StrictConfig):
         description="rows of the token table and of the head that stay bit for bit: text: those of the text ids; a "
         "number: those of the ids below it",
     )
+
+
+class EmaConfig(StrictConfig):
+    """Recipe section `ema`: a moving average of the weights, saved with every checkpoint."""
+
+    decay: float = Field(default=0.9999, gt=0.0, lt=1.0, description="at most; update n (from 0) has (1+n)/(10+n)")
+    use_for_validation: bool = Field(
+        default=False, description="true: validation, early stop and the best checkpoint judge the average"
+    )

@@ -74,6 +74,7 @@ class ParallelConfig(StrictConfig):
     context: int = Field(default=1, ge=1)
     sequence_parallel: bool = Field(default=False, description="shard norms and residuals over the tensor ranks")
     distributed_optimizer: bool = Field(default=False, description="shard optimizer state over the data-parallel ranks")
+    ema: EmaConfig | None = Field(default=None, description="keep a moving average of the weights; null: none")
     overlap_grad_reduce: bool = Field(default=False, description="reduce gradients while the backward pass runs")
 
     @property
