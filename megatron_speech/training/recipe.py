@@ -29,7 +29,7 @@ from megatron_speech.data.config import DataConfig, StageDataConfig, StrictConfi
 from megatron_speech.errors import InputError
 from megatron_speech.files import write_text
 from megatron_speech.model.config import ModelConfig
-from megatron_speech.training.optimizer_config import LearningRateConfig, OptimizerConfig, TableConfig
+from megatron_speech.training.optimizer_config import EmaConfig, LearningRateConfig, OptimizerConfig, TableConfig
 from megatron_speech.training.run_config import LoggingConfig
 
 _HUMAN_NUMBER = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kKMGBT])")
