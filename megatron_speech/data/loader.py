@@ -71,12 +71,13 @@ class MicroBatch:
 class GlobalBatch:
     """What one data-parallel rank trains on in one optimizer step.
 
-    loss_weight_sum: Σ loss weight over this rank's micro-batches; tokens, pad_tokens: this rank's document tokens
-    and padding; consumed_sequences: the stage's position after this batch, over all ranks.
+    loss_weight_sums: float64 [1 or 3], Σ loss weight over this rank's micro-batches, of all labels or by modality
+    (see `RowSource.normalizers`); tokens, pad_tokens: this rank's document tokens and padding; consumed_sequences:
+    the stage's position after this batch, over all ranks.
     """
 
     micro_batches: list[MicroBatch]
-    loss_weight_sum: float
+    loss_weight_sums: np.ndarray
     tokens: int
     pad_tokens: int
     consumed_sequences: int
@@ -86,7 +87,7 @@ class Chunk(NamedTuple):
     """Micro-batches that were made together, with the sums that a global batch is made of."""
 
     micro_batches: list[MicroBatch]
-    loss_weight_sum: float
+    loss_weight_sums: np.ndarray
     tokens: int
     pad_tokens: int
 
@@ -119,9 +120,9 @@ class RowSource:
     """Everything that turns sequence numbers into micro-batches; shared by the threads, never changed.
 
     stratum_label: int32 [strata], the document group of each stratum; promptless: bool [strata], strata whose
-    documents have no prompt (text): all of their tokens are learned whatever `policy.prompt` says; rectangular: the
-    documents of a row lie at multiples of the longest of them (packing mode bucket); pin_memory: make tensors that
-    the GPU can fetch by itself.
+    documents have no prompt (text): all of their tokens are learned whatever `policy.prompt` says; normalizers: 1 for
+    the sum of all loss weights of a batch, 3 for the sums by modality; rectangular: the documents of a row lie at
+    multiples of the longest of them (packing mode bucket); pin_memory: make tensors that the GPU can fetch by itself.
     """
 
     table: SegmentTable
@@ -132,6 +133,7 @@ class RowSource:
     pad_id: int
     modality_table: torch.Tensor
     policy: LossPolicy
+    normalizers: int = 1
     rectangular: bool = False
     pin_memory: bool = False
 
@@ -217,7 +219,7 @@ class RowSource:
                 tensor.numpy()[pad] = nothing
         tokens = torch.empty(shape, dtype=torch.int64, pin_memory=self.pin_memory)
         tokens.numpy()[:] = ids[:, :-1]
-        return _split(masked, tokens, rows, found, documents)
+        return _split(masked, tokens, rows, found, documents, self.normalizers)
 
     def micro_batch(self, sequences: np.ndarray) -> MicroBatch:
         """The micro-batch of these sequences, int64 [B]."""
@@ -246,7 +248,22 @@ def _replace(prompted: MaskedBatch, whole: MaskedBatch, where: np.ndarray) -> No
         np.copyto(getattr(prompted, name).numpy(), getattr(whole, name).numpy(), where=where)
 
 
-def _split(masked: MaskedBatch, tokens: torch.Tensor, rows: np.ndarray, found: _Rows, documents: _Documents) -> Chunk:
+def _weight_sums(masked: MaskedBatch, normalizers: int) -> np.ndarray:
+    """Σ loss weight, float64 [normalizers]: of all positions, or by the modality of their labels."""
+    weights = masked.loss_weights.numpy()
+    if normalizers == 1:
+        # NumPy, not torch: its threads would be started anew by each of ours.
+        return weights.sum(dtype=np.float64, keepdims=True).reshape(1)
+    # Slot 0 takes the positions that are not learned: their group is -1.
+    by_group = np.bincount(masked.group_ids.numpy().ravel() + 1, weights=weights.ravel())[1:]
+    whole = np.zeros(-(-len(by_group) // _MODALITIES) * _MODALITIES)
+    whole[: len(by_group)] = by_group
+    return whole.reshape(-1, _MODALITIES).sum(axis=0)
+
+
+def _split(
+    masked: MaskedBatch, tokens: torch.Tensor, rows: np.ndarray, found: _Rows, documents: _Documents, normalizers: int
+) -> Chunk:
     """The micro-batches of a chunk."""
     count, size = rows.shape
     seq_length = tokens.shape[1]
@@ -282,9 +299,7 @@ def _split(masked: MaskedBatch, tokens: torch.Tensor, rows: np.ndarray, found: _
                 documents=names[segment_pointers[first] : segment_pointers[last]],
             )
         )
-    # NumPy, not torch: its threads would be started anew by each of ours.
-    weight = float(masked.loss_weights.numpy().sum(dtype=np.float64))
-    return Chunk(made, weight, int(counts[:, 0].sum()), int(counts[:, 1].sum()))
+    return Chunk(made, _weight_sums(masked, normalizers), int(counts[:, 0].sum()), int(counts[:, 1].sum()))
 
 
 def check_layout(where: str, micro_batch_size: int, global_batch_sequences: int, dp_rank: int, dp_size: int) -> None:
@@ -473,7 +488,7 @@ def global_batches(
                     parts.append(waiting.popleft().result())
                 yield GlobalBatch(
                     micro_batches=[batch for part in parts for batch in part.micro_batches],
-                    loss_weight_sum=sum(part.loss_weight_sum for part in parts),
+                    loss_weight_sums=np.sum([part.loss_weight_sums for part in parts], axis=0),
                     tokens=sum(part.tokens for part in parts),
                     pad_tokens=sum(part.pad_tokens for part in parts),
                     consumed_sequences=first + global_batch_sequences,

@@ -265,6 +265,7 @@ class StageData:
                 prompt=loss.prompt,
                 prompt_end_id=-1 if loss.prompt == 1.0 else self.space.special(PROMPT_END),
             ),
+            normalizers=loss.normalizers,
             rectangular=self.stage.packing_mode == "bucket",
             pin_memory=torch.cuda.is_available(),
         )

@@ -132,6 +132,9 @@ class PackedSequences(PackedSeqParams):
 
     position_ids: Tensor | None = None  # [T] int64: position of every token in its document
     loss_rows: Tensor | None = None  # [R] int64: tokens with a loss weight, None for all
+    row_weights: Tensor | None = None  # [R] fp32: what their losses count for in the total, None: 1
+    label_smoothing: float = 0.0  # of those losses; see `ops.cross_entropy`
+    z_loss: float = 0.0
     logit_rows: Tensor | None = None  # [R] int64: tokens whose logits are wanted, None for all
     layout: PaddedLayout | None = None
     kv_cache: KVCache | None = None
@@ -153,7 +156,8 @@ class PackedSequences(PackedSeqParams):
         Args:
             cu_seqlens: [n+1] int32 over the flattened B·S tokens, first 0, last T; empty segments are allowed.
             position_ids: int64 of T elements in any shape; by default positions in each segment.
-            loss_weights: float of T elements in any shape; the head works where it is not zero.
+            loss_weights: float32 of T elements in any shape: what a token's loss counts for in the total; the head
+                works where it is not zero.
             row_pointers: [B+1] int32 as given to `ops.loss_mask`: row b holds documents row_pointers[b] to
                 row_pointers[b+1], and one segment of padding after them. Attention spends nothing on padding whose
                 place is known; without it padding is attended to like a document.
@@ -170,9 +174,11 @@ class PackedSequences(PackedSeqParams):
             rows = row_pointers.cpu().numpy()
             padding = np.zeros(len(lengths), dtype=bool)
             padding[rows[1:] + np.arange(len(rows) - 1)] = True
-        loss_rows = None
+        loss_rows, row_weights = None, None
         if loss_weights is not None:
-            loss_rows = loss_weights.detach().cpu().reshape(-1).nonzero().squeeze(1)
+            weights = loss_weights.detach().cpu().reshape(-1)
+            loss_rows = weights.nonzero().squeeze(1)
+            row_weights = weights[loss_rows]
         cu_device = _send(cu, device)
         longest = int(lengths.max(initial=0))
         return cls(
@@ -183,6 +189,7 @@ class PackedSequences(PackedSeqParams):
             max_seqlen_kv=longest,
             position_ids=_send(position_ids.reshape(-1), device),
             loss_rows=None if loss_rows is None else _send(loss_rows, device),
+            row_weights=None if row_weights is None else _send(row_weights, device),
             layout=PaddedLayout.build(bounds, padding).to(device),
         )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_speech.model.attention import PackedSequences, rotary_tables
 from megatron_speech.model.config import ModelConfig
-from megatron_speech.ops.cross_entropy import linear_cross_entropy
+from megatron_speech.ops.cross_entropy import LinearLoss, linear_cross_entropy
 
 
 class SpeechGPTModel(GPTModel):
@@ -37,7 +37,7 @@ class SpeechGPTModel(GPTModel):
         labels: Tensor | None = None,
         packed_seq_params: PackedSequences | None = None,
         **unused: Any,
-    ) -> Tensor:
+    ) -> Tensor | LinearLoss:
         """Run this stage.
 
         Args:
@@ -45,17 +45,18 @@ class SpeechGPTModel(GPTModel):
             position_ids: ignored in favour of `packed_seq_params.position_ids`, which every stage has.
             attention_mask: none: documents and causality say it all.
             labels: [1, T] int64, any value where the loss weight is zero.
-            packed_seq_params: where the documents lie; required on every stage.
+            packed_seq_params: where the documents lie, and which tokens are learned with what weight; required on
+                every stage.
 
         Returns:
-            Before the last stage: hidden states [T, 1, H]. Last stage, with labels: loss of every token, [T] fp32,
-            zero where its weight is zero (the weight itself is not applied). Without labels: logits
-            [rows, padded vocabulary] fp32 for `packed_seq_params.logit_rows` (all tokens if None), −inf for padding
-            ids, whole on every tensor-parallel rank.
+            Before the last stage: hidden states [T, 1, H]. Last stage, with labels: a :class:`LinearLoss` of
+            `packed_seq_params.loss_rows` (all tokens if None) under `row_weights`, `label_smoothing` and `z_loss`.
+            Without labels: logits [rows, padded vocabulary] fp32 for `packed_seq_params.logit_rows` (all tokens if
+            None), −inf for padding ids, whole on every tensor-parallel rank.
         """
         if not isinstance(packed_seq_params, PackedSequences):
             raise TypeError("SpeechGPTModel needs packed_seq_params: a PackedSequences of the micro-batch")
-        result: Tensor = super().forward(
+        result: Tensor | LinearLoss = super().forward(
             input_ids, position_ids, attention_mask, labels=labels, packed_seq_params=packed_seq_params
         )
         return result
@@ -90,7 +91,7 @@ class SpeechGPTModel(GPTModel):
         *args: Any,
         packed_seq_params: PackedSequences | None = None,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> Tensor | LinearLoss:
         if not self.post_process:
             return hidden_states
         assert packed_seq_params is not None
@@ -108,12 +109,16 @@ class SpeechGPTModel(GPTModel):
         labels_T, rows = labels.reshape(-1), packed_seq_params.loss_rows
         if rows is not None:
             hidden_TH, labels_T = hidden_TH.index_select(0, rows), labels_T.index_select(0, rows)
-        loss = linear_cross_entropy(
-            hidden_TH, table_VH, labels_T, vocab_size=self.valid_vocab_size, group=group if group.size() > 1 else None
+        return linear_cross_entropy(
+            hidden_TH,
+            table_VH,
+            labels_T,
+            packed_seq_params.row_weights,
+            vocab_size=self.valid_vocab_size,
+            label_smoothing=packed_seq_params.label_smoothing,
+            z_loss=packed_seq_params.z_loss,
+            group=group if group.size() > 1 else None,
         )
-        if rows is None:
-            return loss
-        return loss.new_zeros(labels.numel()).index_copy(0, rows, loss)
 
     def _logits(self, hidden_TH: Tensor, table_VH: Tensor, rows: Tensor | None) -> Tensor:
         if rows is not None:
@@ -121,6 +126,8 @@ class SpeechGPTModel(GPTModel):
         logits = gather_from_tensor_model_parallel_region(hidden_TH @ table_VH.t(), group=self.pg_collection.tp)
         logits = logits.float()
         if self.valid_vocab_size < logits.shape[-1]:
+            if logits.requires_grad:  # autograd lets nobody write into what the gathering returned
+                logits = logits.clone()
             logits[:, self.valid_vocab_size :] = float("-inf")
         return logits
 

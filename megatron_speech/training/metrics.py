@@ -12,14 +12,16 @@ import os
 import sys
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
+from megatron_speech.data.config import LossConfig
 from megatron_speech.token_space import MODALITIES
 
 Group = tuple[str, str, str]
 """(task, language, source) of the documents of a group."""
 
-_SCALARS = ("weighted_loss", "weight", "tokens", "pad_tokens", "stop_requests")
+_COUNTS = ("tokens", "pad_tokens")
 
 
 class LossMeter:
@@ -32,73 +34,91 @@ class LossMeter:
     Args:
         groups: the document groups of the stage, in the order of the loader's group ids.
         device: where the losses are.
+        loss: the stage's `loss` section, which says what the loss is divided by.
         contributes: whether this rank's losses count: one tensor-parallel and context-parallel rank of the
             last pipeline stage, on every data-parallel rank.
     """
 
-    def __init__(self, groups: Sequence[Group], device: torch.device | str, *, contributes: bool = True) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        device: torch.device | str,
+        loss: LossConfig | None = None,
+        *,
+        contributes: bool = True,
+    ) -> None:
         self.groups = list(groups)
+        self.loss = loss or LossConfig()
         self.contributes = contributes
         self._slots = len(self.groups) * len(MODALITIES)
-        # Slot 0 takes the positions that carry no loss, so that no row has to be selected (a device sync).
-        self._sums = torch.zeros(self._slots + 1, 2, dtype=torch.float64, device=device)
-        self._weighted = torch.zeros((), dtype=torch.float64, device=device)
-        self._host = dict.fromkeys(_SCALARS, 0.0)
+        self._normalizers = self.loss.normalizers
+        # By slot (group · 3 + modality): Σ cross-entropy, positions. By normaliser: Σ weight · loss.
+        self._sums = torch.zeros(self._slots, 2, dtype=torch.float64, device=device)
+        self._weighted = torch.zeros(self._normalizers, dtype=torch.float64, device=device)
+        self._normalizer = torch.arange(self._normalizers, device=device).unsqueeze(1)
+        self._begin_interval()
         self.totals = torch.zeros(self.state_size, dtype=torch.float64)
+
+    def _begin_interval(self) -> None:
+        self._sums.zero_()
+        self._weighted.zero_()
+        self._weights = np.zeros(self._normalizers)
+        self._host = dict.fromkeys(_COUNTS, 0.0)
 
     @property
     def state_size(self) -> int:
-        """Length of `totals`."""
-        return 2 * self._slots + len(_SCALARS)
+        """Length of `totals`: the sums by slot, then by normaliser Σ weight · loss and Σ weight, then the counts."""
+        return 2 * self._slots + 2 * self._normalizers + len(_COUNTS)
 
-    def add_losses(self, losses: torch.Tensor, weighted: torch.Tensor, group_ids: torch.Tensor) -> None:
-        """Add one micro-batch. No device sync.
+    def add_losses(
+        self, losses: torch.Tensor, cross_entropy: torch.Tensor, weights: torch.Tensor, group_ids: torch.Tensor
+    ) -> None:
+        """Add the learned positions, R of them, of one micro-batch. No device sync.
 
         Args:
-            losses: float32 [T], cross-entropy per position, 0 where there is no loss.
-            weighted: float32 scalar, Σ weight·loss of the micro-batch.
-            group_ids: int32 [T], document_group·3 + modality of the label, -1 where there is no loss.
+            losses: float32 [R], what is minimised, smoothing and z-loss included.
+            cross_entropy: float32 [R], without them.
+            weights: float32 [R], loss weights.
+            group_ids: int32 [R], document_group·3 + modality of the label.
         """
-        slots = group_ids.long() + 1
-        values = torch.stack((losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)), dim=1)
-        self._sums.index_add_(0, slots, values)
-        self._weighted += weighted.detach()
+        slots = group_ids.long()
+        ones = torch.ones_like(cross_entropy, dtype=torch.float64)
+        self._sums.index_add_(0, slots, torch.stack((cross_entropy.double(), ones), dim=1))
+        weighted = losses.double() * weights
+        # Not index_add_: its order of summation on a GPU changes from run to run.
+        own = slots % self._normalizers == self._normalizer
+        self._weighted += torch.where(own, weighted, 0.0).sum(1)
 
-    def add_counts(self, *, weight: float, tokens: int, pad_tokens: int) -> None:
-        """Add a global batch's host-side counts of this data-parallel rank."""
-        self._host["weight"] += weight
+    def add_counts(self, *, weight_sums: np.ndarray, tokens: int, pad_tokens: int) -> None:
+        """Add a global batch's host-side counts of this data-parallel rank; `weight_sums` as the loader gives them."""
+        self._weights += weight_sums
         self._host["tokens"] += tokens
         self._host["pad_tokens"] += pad_tokens
-
-    def request_stop(self) -> None:
-        """Let all ranks know, at their next read, that this one was asked to stop."""
-        self._host["stop_requests"] += 1.0
 
     def reduce(self) -> None:
         """Move this interval's sums of all ranks into `totals`. The only device sync, and a collective."""
         local = torch.zeros(self.state_size, dtype=torch.float64, device=self._sums.device)
         if self.contributes:
-            local[: 2 * self._slots] = self._sums[1:].flatten()
-            local[2 * self._slots] = self._weighted
-            scalars = [self._host[name] for name in _SCALARS[1:]]
-            local[2 * self._slots + 1 :] = torch.tensor(scalars, dtype=torch.float64, device=local.device)
-        elif self._host["stop_requests"]:
-            local[-1] = self._host["stop_requests"]
+            scalars = [*self._weights.tolist(), *self._host.values()]
+            local[: -len(scalars)] = torch.cat((self._sums.flatten(), self._weighted))
+            local[-len(scalars) :] = torch.tensor(scalars, dtype=torch.float64, device=local.device)
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(local)
         self.totals += local.cpu()
-        self._sums.zero_()
-        self._weighted.zero_()
-        self._host = dict.fromkeys(_SCALARS, 0.0)
+        self._begin_interval()
 
     def read(self) -> dict[str, float]:
         """Means over the interval, by name; then start a new interval.
 
-        `loss` is Σ weight·ce / Σ weight, what the optimizer saw. The others are plain means of the
+        `loss` is what the optimizer saw: Σ weight·loss / Σ weight or, normalised by modality, the sum of the means of
+        the modalities times their weights; smoothing and z-loss are part of it. The others are plain means of the
         cross-entropy over the positions that carry loss, so they do not move when weights are changed.
         """
         self.reduce()
-        scalars = dict(zip(_SCALARS, self.totals[2 * self._slots :].tolist(), strict=True))
+        scalars = self.totals[2 * self._slots :].tolist()
+        weighted, weights = scalars[: self._normalizers], scalars[self._normalizers : 2 * self._normalizers]
+        counts = dict(zip(_COUNTS, scalars[2 * self._normalizers :], strict=True))
+        scales = self.loss.scales(weights)
         sums = self.totals[: 2 * self._slots].view(len(self.groups), len(MODALITIES), 2).tolist()
         self.totals.zero_()
         named: dict[str, list[float]] = {}
@@ -108,13 +128,12 @@ class LossMeter:
                     entry = named.setdefault(name, [0.0, 0.0])
                     entry[0] += loss
                     entry[1] += count
-        positions = scalars["tokens"] + scalars["pad_tokens"]
+        positions = counts["tokens"] + counts["pad_tokens"]
         return {
-            "loss": scalars["weighted_loss"] / scalars["weight"] if scalars["weight"] else math.nan,
+            "loss": sum(a * b for a, b in zip(scales, weighted, strict=True)) if any(weights) else math.nan,
             **{f"loss/{name}": loss / count for name, (loss, count) in sorted(named.items()) if count},
-            "pad_fraction": scalars["pad_tokens"] / positions if positions else 0.0,
-            "tokens": scalars["tokens"],
-            "stop_requests": scalars["stop_requests"],
+            "pad_fraction": counts["pad_tokens"] / positions if positions else 0.0,
+            "tokens": counts["tokens"],
         }
 
 

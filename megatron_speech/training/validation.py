@@ -24,7 +24,7 @@ class Validator:
     Args:
         stage, data: the stage and its held-out sequences.
         meter: a meter of `data.groups` on this rank's device.
-        run_batch: (micro-batches, meter, weight of the global batch, forward_only) of the trainer.
+        run_batch: (micro-batches, meter, loss section, weights of the global batch, forward_only) of the trainer.
         dp_rank, dp_size: of this rank.
         micro_batches: micro-batches per global batch that the schedule needs.
     """
@@ -56,8 +56,9 @@ class Validator:
             self.data.loader(0, stage.micro_batch_size, self._rows, self._dp_rank, self._dp_size) as batches,
         ):
             for batch in batches:
-                self._run_batch(batch, self.meter, weight=batch.loss_weight_sum or 1.0, forward_only=True)
-                self.meter.add_counts(weight=batch.loss_weight_sum, tokens=batch.tokens, pad_tokens=batch.pad_tokens)
+                sums = batch.loss_weight_sums
+                self._run_batch(batch, self.meter, stage.loss, sums, forward_only=True)
+                self.meter.add_counts(weight_sums=sums, tokens=batch.tokens, pad_tokens=batch.pad_tokens)
         means = self.meter.read()
         if math.isnan(means["loss"]):
             return {}

@@ -215,8 +215,8 @@ def test_threads_change_nothing(open_stage: Callable[..., StageData], fields: di
     one, four = load(open_stage(**fields), 1), load(open_stage(workers=4, **fields), 1)
     assert len(one) == len(four) == 6
     for a, b in zip(one, four, strict=True):
-        assert (a.loss_weight_sum, a.tokens, a.pad_tokens, a.consumed_sequences) == (
-            b.loss_weight_sum, b.tokens, b.pad_tokens, b.consumed_sequences,
+        assert (*a.loss_weight_sums, a.tokens, a.pad_tokens, a.consumed_sequences) == (
+            *b.loss_weight_sums, b.tokens, b.pad_tokens, b.consumed_sequences,
         )  # fmt: skip
         for x, y in zip(a.micro_batches, b.micro_batches, strict=True):
             assert x.sequences.tolist() == y.sequences.tolist()

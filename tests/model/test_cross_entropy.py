@@ -1,39 +1,93 @@
-"""The chunked head is the full-logit cross-entropy, in loss and gradients."""
+"""The chunked head is the full-logit cross-entropy: in loss, gradients and label smoothing, on one rank and on two."""
 
 import pytest
 import torch
 
-from megatron_speech.ops.cross_entropy import linear_cross_entropy, reference_cross_entropy
+from megatron_speech.ops.cross_entropy import linear_cross_entropy
+
+PLAIN = {"label_smoothing": 0.0, "z_loss": 0.0}
+BOTH = {"label_smoothing": 0.1, "z_loss": 1e-3}
 
 
-def inputs(rows, dtype=torch.float32, vocab=96, width=24):
+def full_logits(hidden, table, labels, vocab_size, label_smoothing=0.0, z_loss=0.0):
+    """Loss by row, every logit in memory: softmax, smoothed target and z-loss as they are written in papers."""
+    log_z = (hidden @ table[:vocab_size].t()).float().logsumexp(-1)
+    log_p = (hidden @ table[:vocab_size].t()).float() - log_z[:, None]
+    target = torch.nn.functional.one_hot(labels, vocab_size) * (1 - label_smoothing) + label_smoothing / vocab_size
+    return -(target * log_p).sum(-1) + z_loss * log_z**2
+
+
+def inputs(rows, dtype=torch.float32, vocab=96, width=24, real=80):
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
     table = (0.3 * torch.randn(vocab, width, generator=generator)).to(dtype).requires_grad_()
-    labels = torch.randint(0, 80, (rows,), generator=generator)
+    labels = torch.randint(0, real, (rows,), generator=generator)
     weights = torch.rand(rows, generator=generator)
     return hidden, table, labels, weights
 
 
-@pytest.mark.parametrize("keep_bytes", [0, 1 << 30])
-@pytest.mark.parametrize("rows", [1, 37])
-def test_loss_and_gradients_are_the_full_softmax_s(rows, keep_bytes):
-    hidden, table, labels, weights = inputs(rows)
-    expected = reference_cross_entropy(hidden, table, labels, 80)
+def apart(ours, theirs):
+    """Largest difference, relative to the largest element."""
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("options", [PLAIN, {"label_smoothing": 0.1}, {"z_loss": 1e-3}, BOTH], ids=str)
+@pytest.mark.parametrize("masked", [0.0, 0.5, 0.95, 1.0])
+def test_loss_and_gradients_are_the_full_softmax_s(masked, options):
+    """The rows that the model takes out by their weight, against the weighted sum over all of them."""
+    hidden, table, labels, weights = inputs(400, vocab=1000, width=64, real=970)
+    weights[: int(400 * masked)] = 0
+    rows = weights.nonzero().squeeze(1)
+    expected = full_logits(hidden, table, labels, 970, **options)
     wanted = torch.autograd.grad((expected * weights).sum(), (hidden, table))
-    loss = linear_cross_entropy(hidden, table, labels, vocab_size=80, chunk_rows=8, keep_bytes=keep_bytes)
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-    for ours, theirs in zip(torch.autograd.grad((loss * weights).sum(), (hidden, table)), wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert not wanted[1][80:].any()
+    ours = linear_cross_entropy(
+        hidden[rows], table, labels[rows], weights[rows], vocab_size=970, chunk_rows=64, **options
+    )
+    found = torch.autograd.grad(ours.total, (hidden, table))
+    if masked == 1.0:
+        assert ours.total == 0.0 and not found[0].any() and not found[1].any()
+        return
+    assert apart(ours.losses, expected[rows]) <= 1e-6
+    assert apart(ours.total, (expected * weights).sum()) <= 1e-6
+    assert apart(ours.cross_entropy, full_logits(hidden, table, labels, 970)[rows]) <= 1e-6
+    for mine, other in zip(found, wanted, strict=True):
+        assert apart(mine, other) <= 1e-6
+    assert not found[1][970:].any()
 
 
-def test_bf16_rows_have_an_fp32_loss_near_the_fp32_one():
-    hidden, table, labels, _ = inputs(37, torch.bfloat16)
-    loss = linear_cross_entropy(hidden, table, labels, vocab_size=80)
-    exact = reference_cross_entropy(hidden.float(), table.float(), labels, 80)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, exact, rtol=2e-2, atol=2e-2)
+def test_smoothing_is_pytorch_s():
+    hidden, table, labels, _ = inputs(37)
+    expected = torch.nn.functional.cross_entropy(hidden @ table[:80].t(), labels, label_smoothing=0.2, reduction="none")
+    ours = linear_cross_entropy(hidden, table, labels, vocab_size=80, label_smoothing=0.2)
+    torch.testing.assert_close(ours.losses, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 8, 37, 64])
+def test_the_chunk_changes_nothing(chunk_rows):
+    hidden, table, labels, weights = inputs(37)
+    ours = linear_cross_entropy(hidden, table, labels, weights, vocab_size=80, chunk_rows=chunk_rows, **BOTH)
+    (3.0 * ours.total).backward()
+    expected = (full_logits(hidden, table, labels, 80, **BOTH) * weights).sum()
+    for mine, other in zip(
+        (hidden.grad, table.grad), torch.autograd.grad(3.0 * expected, (hidden, table)), strict=True
+    ):
+        assert apart(mine, other) <= 1e-6
+
+
+@pytest.mark.parametrize("chunk_rows", [64, 1000])
+def test_bf16_differs_from_fp32_by_the_rounding_of_bf16(chunk_rows):
+    """bf16 rounds to 1/256 of the value: on a CPU the logits, everywhere the elements of the gradients."""
+    hidden, table, labels, weights = inputs(400, torch.bfloat16, vocab=1000, width=64, real=970)
+    ours = linear_cross_entropy(hidden, table, labels, weights, vocab_size=970, chunk_rows=chunk_rows, **BOTH)
+    found = torch.autograd.grad(ours.total, (hidden, table))
+    exact = (hidden.detach().float().requires_grad_(), table.detach().float().requires_grad_())
+    expected = full_logits(*exact, labels, 970, **BOTH)
+    assert ours.total.dtype == ours.losses.dtype == torch.float32
+    assert [gradient.dtype for gradient in found] == [torch.bfloat16] * 2
+    largest = (exact[0] @ exact[1].t()).abs().max()
+    assert (ours.losses - expected).abs().max() <= 2 * largest / 256
+    for mine, other in zip(found, torch.autograd.grad((expected * weights).sum(), exact), strict=True):
+        assert apart(mine.float(), other) <= 1e-2
 
 
 def test_extreme_logits_stay_finite():
@@ -41,17 +95,27 @@ def test_extreme_logits_stay_finite():
     with torch.no_grad():
         hidden.mul_(1e4)
     loss = linear_cross_entropy(hidden, table, labels, vocab_size=80)
-    loss.sum().backward()
-    assert torch.isfinite(loss).all()
+    loss.total.backward()
+    assert torch.isfinite(loss.losses).all()
     assert torch.isfinite(table.grad).all()
 
 
-def test_no_rows_give_no_loss_and_zero_gradients():
-    hidden, table, labels, _ = inputs(0)
-    loss = linear_cross_entropy(hidden, table, labels, vocab_size=80)
-    loss.sum().backward()
-    assert loss.shape == (0,)
-    assert not table.grad.any()
+def test_what_needs_no_gradient_gets_none():
+    hidden, table, labels, _ = inputs(9)
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, table, labels, vocab_size=80).total.requires_grad
+    frozen = linear_cross_entropy(hidden, table.detach(), labels, vocab_size=80)
+    frozen.total.backward()
+    assert hidden.grad is not None and table.grad is None
+    assert not frozen.losses.requires_grad and not frozen.cross_entropy.requires_grad
+
+
+def test_a_second_backward_pass_is_refused():
+    hidden, table, labels, _ = inputs(9)
+    total = linear_cross_entropy(hidden, table, labels, vocab_size=80).total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="can be taken once"):
+        total.backward()
 
 
 @pytest.mark.parametrize("label", [-100, 80])

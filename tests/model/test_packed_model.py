@@ -30,8 +30,12 @@ def batch(lengths, seed=0):
     return ids, labels, cu_seqlens
 
 
-def losses(model, ids, labels, cu_seqlens, **kwargs):
+def head(model, ids, labels, cu_seqlens, **kwargs):
     return model(ids, None, None, labels, PackedSequences.build(cu_seqlens, **kwargs))
+
+
+def losses(*args):
+    return head(*args).losses
 
 
 @pytest.mark.parametrize("shape", [{}, {"num_query_groups": 4}, {"qk_norm": True, "qkv_bias": True}])
@@ -82,10 +86,10 @@ def test_the_model_is_the_plain_formula():
     logits = norm(x, "decoder.final_layernorm.weight") @ weights["output_layer.weight"][:REAL].t()
     expected = torch.nn.functional.cross_entropy(logits, labels[0], reduction="none")
     parameters = list(weights.values())
-    actual = losses(model, ids, labels, cu_seqlens)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    actual = head(model, ids, labels, cu_seqlens)
+    torch.testing.assert_close(actual.losses, expected, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(
-        torch.autograd.grad(actual.mean(), parameters),
+        torch.autograd.grad(actual.total / 23, parameters),
         torch.autograd.grad(expected.mean(), parameters),
         strict=True,
     ):
@@ -111,7 +115,7 @@ def test_a_document_sends_no_gradient_to_its_neighbours():
     ids, labels, cu_seqlens = batch([20, 30])
     ids[:, :20] = ids[:, :20] % 100
     ids[:, 20:] = 100 + ids[:, 20:] % 100
-    losses(model, ids, labels, cu_seqlens)[:20].sum().backward()
+    head(model, ids, labels, cu_seqlens, loss_weights=(torch.arange(50) < 20).float()).total.backward()
     gradient = model.embedding.word_embeddings.weight.grad
     assert gradient[:100].abs().sum() > 0
     assert gradient[100:].abs().sum() == 0
@@ -124,16 +128,17 @@ def test_known_padding_and_zero_weights_change_no_other_loss():
     ids, labels, _ = batch([200])
     weights = (torch.rand(2, 100) > 0.4).float()
     weights[0, 80:], weights[1, 90:] = 0, 0
-    full = losses(model, ids, labels, cu_seqlens)
+    full = model(ids, packed_seq_params=PackedSequences.build(cu_seqlens))[:, :REAL]
+    full = torch.nn.functional.cross_entropy(full, labels[0], reduction="none")
     packed = PackedSequences.build(cu_seqlens, loss_weights=weights, row_pointers=torch.tensor([0, 2, 3]))
     assert packed.layout is not None
     assert packed.layout.area <= 2 * (30**2 + 50**2 + 90**2)
     selected = model(ids, None, None, labels, packed)
-    torch.testing.assert_close(selected, full * (weights.view(-1) != 0), rtol=0, atol=1e-5)
-    (selected * weights.view(-1)).sum().backward()
+    torch.testing.assert_close(selected.losses, full[weights.view(-1) != 0], rtol=0, atol=1e-5)
+    selected.total.backward()
     ours = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    (losses(model, ids, labels, cu_seqlens) * weights.view(-1)).sum().backward()
+    (full * weights.view(-1)).sum().backward()
     for mine, other in zip(ours, (p.grad for p in model.parameters()), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
@@ -141,9 +146,9 @@ def test_known_padding_and_zero_weights_change_no_other_loss():
 def test_a_batch_without_any_loss_has_a_zero_loss_and_zero_gradients():
     model = model_of()
     ids, labels, cu_seqlens = batch([10])
-    loss = losses(model, ids, labels, cu_seqlens, loss_weights=torch.zeros(10))
-    loss.sum().backward()
-    assert loss.tolist() == [0.0] * 10
+    loss = head(model, ids, labels, cu_seqlens, loss_weights=torch.zeros(10))
+    loss.total.backward()
+    assert loss.total.item() == 0.0 and loss.losses.tolist() == []
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
@@ -272,9 +277,9 @@ def test_recomputation_changes_no_loss_and_no_gradient():
     results = []
     for overrides in ({}, dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)):
         (model,) = build_model(ModelConfig(preset="tiny"), VOCAB, seed=3, **overrides)
-        loss = losses(model, ids, labels, cu_seqlens)
-        loss.sum().backward()
-        results.append((loss.detach(), [p.grad for p in model.parameters()]))
+        loss = head(model, ids, labels, cu_seqlens)
+        loss.total.backward()
+        results.append((loss.losses, [p.grad for p in model.parameters()]))
     assert torch.equal(results[0][0], results[1][0])
     for plain, recomputed in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(plain, recomputed)

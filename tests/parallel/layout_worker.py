@@ -21,6 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_speech.model.attention import PackedSequences
 from megatron_speech.model.builder import build_model, global_named_parameters
 from megatron_speech.model.config import ModelConfig
+from megatron_speech.ops.cross_entropy import LinearLoss
 from megatron_speech.parallel import groups
 
 VOCAB, REAL = 256, 130
@@ -50,13 +51,12 @@ def micro_batch(step: int, number: int) -> dict[str, torch.Tensor]:
 def forward_step(data: Any, model: Any, total: float) -> tuple[torch.Tensor, Any]:
     batch = next(data)
     packed = PackedSequences.build(
-        batch["cu_seqlens"], loss_weights=batch["weights"], row_pointers=batch["row_pointers"]
+        batch["cu_seqlens"], loss_weights=batch["weights"] / total, row_pointers=batch["row_pointers"]
     )
     output = model(batch["tokens"][None], None, None, batch["labels"][None], packed_seq_params=packed)
 
-    def loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        weighted = (losses.float() * batch["weights"]).sum() / total
-        return weighted, torch.ones((), dtype=torch.int), {"loss": weighted.detach()}
+    def loss(head: LinearLoss) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        return head.total, torch.ones((), dtype=torch.int), {"loss": head.total.detach()}
 
     return output, loss
 
