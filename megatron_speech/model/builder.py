@@ -5,40 +5,52 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_speech.errors import InputError
-from megatron_speech.model.attention import PackedSdpaAttention
+from megatron_speech.model import specs
 from megatron_speech.model.config import ModelConfig
+from megatron_speech.model.execution import Fp8Config, Precision, RecomputeConfig
 from megatron_speech.model.gpt import SpeechGPTModel
-from megatron_speech.model.norm import RMSNorm, SwiGLU
-
-Precision = Literal["fp32", "bf16"]
+from megatron_speech.parallel import pipeline_split
 
 
 def transformer_config(
-    config: ModelConfig, *, precision: Precision = "fp32", sequence_parallel: bool = False, **overrides: Any
+    config: ModelConfig,
+    *,
+    precision: Precision = "fp32",
+    backend: specs.BackendName = "torch",
+    split: Sequence[int] = (),
+    sequence_parallel: bool = False,
+    fp8: Fp8Config | None = None,
+    recompute: RecomputeConfig | None = None,
+    **overrides: Any,
 ) -> TransformerConfig:
     """megatron-core's configuration of `config` under the parallel state that is up.
 
-    `overrides` are fields of megatron-core's TransformerConfig (recomputation, for instance) and win.
+    Args:
+        config: shape.
+        precision: of parameters and activations; the parameters of `fp8` are bf16.
+        backend: what the layers run on.
+        split: layers of every piece of the model, in its order, where there are several.
+        sequence_parallel: see :func:`build_model`.
+        fp8: scaling of `precision` fp8, its defaults if None.
+        recompute: what the backward pass computes again, nothing if None.
+        overrides: fields of megatron-core's TransformerConfig; they win.
     """
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
-    _check(config, tensor, pipeline, sequence_parallel)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    _check(config, tensor, sequence_parallel)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     fields: dict[str, Any] = dict(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -69,14 +81,18 @@ def transformer_config(
         context_parallel_size=parallel_state.get_context_parallel_world_size(),
         sequence_parallel=sequence_parallel and tensor > 1,
         params_dtype=dtype,
-        bf16=precision == "bf16",
+        bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
         # The trainer divides by the weight of the whole global batch: nothing else may scale the loss.
         calculate_per_token_loss=True,
         batch_p2p_comm=torch.cuda.is_available(),
         cuda_graph_scope=[],  # megatron-core warns about its own default
     )
-    fields.update(overrides)
+    if len(split) > 1:
+        fields["pipeline_model_parallel_layout"] = pipeline_split.core_layout(split)
+    if precision == "fp8":
+        fields |= (fp8 or Fp8Config()).core_fields()
+    fields |= (recompute or RecomputeConfig()).core_fields() | specs.core_fields(backend) | overrides
     return TransformerConfig(**fields)
 
 
@@ -89,6 +105,10 @@ def build_model(
     seed: int | None = 1234,
     valid_vocab_size: int | None = None,
     sequence_parallel: bool = False,
+    pipeline_layout: Sequence[int] | None = None,
+    fp8: Fp8Config | None = None,
+    recompute: RecomputeConfig | None = None,
+    backend: specs.BackendName | None = None,
     **overrides: Any,
 ) -> list[SpeechGPTModel]:
     """The model chunks of this rank: one, or several under a virtual pipeline.
@@ -97,12 +117,16 @@ def build_model(
         config: shape.
         vocab_size: rows of the token table, `TokenSpace.padded_size`; padded further to a multiple of 128 per
             tensor-parallel rank.
-        precision: of parameters and activations.
+        precision: of parameters and activations; `fp8` runs the layers' products in FP8 and keeps the rest in bf16.
         max_sequence_length: longest document, a bound that megatron-core asks for.
         seed: of the initial weights; None leaves matrices at zero, for a load to fill.
         valid_vocab_size: ids that exist, `TokenSpace.size`; ids from there on are never predicted. Default: all.
         sequence_parallel: also split the sequence where tensor parallelism leaves activations whole (needs TP > 1
             and micro-batches whose B·S is a multiple of TP).
+        pipeline_layout: layers of every piece of a pipeline, in the order of the model; None balances them.
+        fp8: how tensors are scaled to 8 bits.
+        recompute: activations that the backward pass computes again.
+        backend: what the layers run on; None lets `config.backend` decide.
         overrides: fields of megatron-core's TransformerConfig.
 
     Needs the parallel state (:func:`megatron_speech.parallel.groups.initialize`).
@@ -110,7 +134,19 @@ def build_model(
     valid = vocab_size if valid_vocab_size is None else valid_vocab_size
     if not 0 < valid <= vocab_size:
         raise InputError(f"the vocabulary has {valid} ids but a table of {vocab_size} rows")
-    core = transformer_config(config, precision=precision, sequence_parallel=sequence_parallel, **overrides)
+    if backend is None:
+        context = parallel_state.get_context_parallel_world_size()
+        backend = specs.choose_backend(config.backend, precision, context).name
+    core = transformer_config(
+        config,
+        precision=precision,
+        backend=backend,
+        split=layer_split(config, vocab_size, max_sequence_length, pipeline_layout),
+        sequence_parallel=sequence_parallel,
+        fp8=fp8,
+        recompute=recompute,
+        **overrides,
+    )
     multiple = 128 * core.tensor_model_parallel_size
     padded = math.ceil(vocab_size / multiple) * multiple
     chunks = []
@@ -119,7 +155,7 @@ def build_model(
         ends = {"ignore_virtual": False, "vp_stage": vp_stage}
         model = SpeechGPTModel(
             config=core,
-            transformer_layer_spec=_block_spec(core, vp_stage),
+            transformer_layer_spec=specs.block_spec(core, backend, vp_stage),
             vocab_size=padded,
             max_sequence_length=max_sequence_length,
             pre_process=parallel_state.is_pipeline_first_stage(**ends),
@@ -136,6 +172,17 @@ def build_model(
         init_weights(model, seed)
         chunks.append(model)
     return chunks
+
+
+def layer_split(
+    config: ModelConfig, vocab_size: int, max_sequence_length: int, pipeline_layout: Sequence[int] | None
+) -> tuple[int, ...]:
+    """Layers of every piece of the model under the parallel state that is up, in the order of the model."""
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    if pipeline_layout is not None:
+        return pipeline_split.check_split(pipeline_layout, config.num_layers, stages, chunks)
+    return pipeline_split.split_layers(config, vocab_size, stages, chunks, max_sequence_length)
 
 
 def init_weights(model: SpeechGPTModel, seed: int | None) -> None:
@@ -156,7 +203,8 @@ def init_weights(model: SpeechGPTModel, seed: int | None) -> None:
                 continue
             residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
             # megatron-core marks only what it draws itself; norms of gradients need to know what is split.
-            set_tensor_model_parallel_attributes(parameter, True, 1 if residual else 0, 1)
+            if not hasattr(parameter, "tensor_model_parallel"):  # Transformer Engine marks its own
+                set_tensor_model_parallel_attributes(parameter, True, 1 if residual else 0, 1)
             if seed is None:
                 parameter.zero_()
                 continue
@@ -190,8 +238,17 @@ def global_named_parameters(model: SpeechGPTModel) -> Iterator[tuple[str, Tensor
     for name, parameter in model.named_parameters():
         if name == HEAD and model.share_embeddings_and_output_weights:
             yield EMBEDDING, parameter
-        else:
-            yield re.sub(r"(?<=layers\.)\d+", lambda match: str(int(match[0]) + offset), name, count=1), parameter
+            continue
+        for fused, apart in _FUSED_NORMS.items():
+            name = name.replace(fused, apart)
+        yield re.sub(r"(?<=layers\.)\d+", lambda match: str(int(match[0]) + offset), name, count=1), parameter
+
+
+# Transformer Engine's name of a norm that it fuses into the linear layer after it, and the name it has by itself.
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
 
 
 def _draw(seed: int, name: str, rows: int, columns: int, std: float) -> Tensor:
@@ -200,33 +257,10 @@ def _draw(seed: int, name: str, rows: int, columns: int, std: float) -> Tensor:
     return torch.randn(rows, columns, generator=generator).mul_(std)
 
 
-def _block_spec(core: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """megatron-core's local spec with our attention core, norms and activation."""
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=core.qk_layernorm)
-    parts = layer.submodules
-    parts.input_layernorm = RMSNorm
-    parts.pre_mlp_layernorm = RMSNorm
-    parts.self_attention.submodules.core_attention = PackedSdpaAttention
-    if core.qk_layernorm:
-        parts.self_attention.submodules.q_layernorm = RMSNorm
-        parts.self_attention.submodules.k_layernorm = RMSNorm
-    parts.mlp.submodules.activation_func = SwiGLU
-    specs: list[ModuleSpec] = [layer] * get_num_layers_to_build(core, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
-
-
-def _check(config: ModelConfig, tensor: int, pipeline: int, sequence_parallel: bool) -> None:
+def _check(config: ModelConfig, tensor: int, sequence_parallel: bool) -> None:
     for field in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         size = getattr(config, field)
         if size % tensor:
             raise InputError(f"model.{field} is {size}: it must be a multiple of parallel.tensor {tensor}")
-    stages = pipeline * (parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1)
-    if config.num_layers % stages:
-        raise InputError(
-            f"model.num_layers is {config.num_layers}: it must be a multiple of the {stages} pipeline chunks "
-            "(parallel.pipeline × parallel.virtual_pipeline)"
-        )
     if sequence_parallel and tensor == 1:
         raise InputError("parallel.sequence_parallel needs parallel.tensor of 2 or more")
-    if parallel_state.get_context_parallel_world_size() > 1:
-        raise InputError("parallel.context above 1 needs the Transformer Engine back-end, which is not in use")

@@ -28,6 +28,10 @@ SEQUENCE = {"sequence_parallel": True}
 SHARDED = {"use_distributed": True}
 
 
+def split(*layers):
+    return {"pipeline_layout": layers}
+
+
 def check_same(one, other):
     (history, weights), (other_history, other_weights) = one, other
     assert len(history) == len(other_history) == layout_worker.STEPS
@@ -56,8 +60,11 @@ def test_the_model_learns(train):
         pytest.param(2, {"tensor": 2}, SEQUENCE, None, id="tensor-and-sequence-parallel"),
         pytest.param(2, {"pipeline": 2}, None, None, id="pipeline-parallel"),
         pytest.param(2, {"pipeline": 2, "virtual_pipeline": 2}, None, None, id="interleaved-pipeline"),
+        pytest.param(2, {"pipeline": 2}, split(3, 1), None, id="uneven-pipeline"),
+        pytest.param(2, {"pipeline": 2, "virtual_pipeline": 2}, split(1, 2, 1, 0), None, id="uneven-interleaved"),
         pytest.param(4, {}, None, SHARDED, id="distributed-optimizer-of-four"),
         pytest.param(4, {"pipeline": 4}, None, None, id="pipeline-of-four"),
+        pytest.param(4, {"pipeline": 4}, split(0, 2, 2, 0), None, id="ends-without-layers"),
         pytest.param(4, {"tensor": 2}, None, None, id="tensor-times-data"),
         pytest.param(4, {"tensor": 2}, SEQUENCE, SHARDED, id="sequence-times-distributed-optimizer"),
         pytest.param(4, {"tensor": 2, "pipeline": 2}, None, None, id="tensor-times-pipeline"),

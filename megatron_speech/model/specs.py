@@ -1,0 +1,118 @@
+"""Which implementation the layers run on, and megatron-core's specs of it.
+
+- `torch`: megatron-core's own linear layers with our packed attention, norms and SwiGLU. Runs everywhere, CPU included.
+- `te`: Transformer Engine's linear layers (norms fused into them), fused attention and RoPE. bf16, FP8 and context
+  parallelism; needs CUDA.
+
+Weights have the same names and initial values in both, and a checkpoint of one loads into the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_speech.errors import InputError
+from megatron_speech.model.attention import PackedSdpaAttention
+from megatron_speech.model.execution import Precision
+from megatron_speech.model.norm import RMSNorm, SwiGLU
+
+BackendName = Literal["torch", "te"]
+
+
+class Backend(NamedTuple):
+    """An implementation of the layers, and why it was taken."""
+
+    name: BackendName
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+def choose_backend(pinned: str, precision: Precision, context: int) -> Backend:
+    """The back-end for a model.
+
+    Args:
+        pinned: recipe `model.backend`: "auto", "torch" or "te".
+        precision: recipe `precision`.
+        context: ranks of context parallelism.
+
+    `auto` takes Transformer Engine where only it can do what is asked, FP8 and context parallelism, and torch
+    everywhere else.
+
+    Raises:
+        InputError: Transformer Engine is needed and is not there or pinned away, or cannot do what is asked.
+    """
+    needs = "precision fp8" if precision == "fp8" else f"parallel.context {context}" if context > 1 else None
+    missing = transformer_engine_missing()
+    if pinned == "torch":
+        if needs:
+            raise InputError(f"{needs} needs Transformer Engine, but model.backend is torch; set it to auto or te")
+        return Backend("torch", "model.backend: torch")
+    if pinned == "te" or needs:
+        asked = needs or "model.backend te"
+        if missing:
+            raise InputError(
+                f"{asked} needs Transformer Engine, but {missing}; run where it is, or set "
+                + ("precision to bf16" if precision == "fp8" else "parallel.context to 1" if needs else "it to torch")
+            )
+        if precision == "fp32":
+            raise InputError(f"{asked} needs precision bf16 or fp8: Transformer Engine's attention has no fp32")
+        return Backend("te", "model.backend: te" if pinned == "te" else f"{needs} needs it")
+    return Backend("torch", missing or "nothing here needs Transformer Engine; model.backend: te takes it")
+
+
+def transformer_engine_missing() -> str | None:
+    """Why Transformer Engine cannot be used here, as part of a sentence; None where it can."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if not HAVE_TE:
+        return "it is not installed"
+    if not torch.cuda.is_available():
+        return "this machine has no CUDA device"
+    return None
+
+
+def core_fields(backend: BackendName) -> dict[str, Any]:
+    """Fields of megatron-core's TransformerConfig that differ between the back-ends."""
+    # Under Transformer Engine RoPE is megatron-core's, by TE's kernel for packed documents: the loop over documents
+    # that is its other implementation reads their lengths back from the device in every layer.
+    return {"apply_rope_fusion": True, "cp_comm_type": "p2p"} if backend == "te" else {}
+
+
+def block_spec(core: TransformerConfig, backend: BackendName, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of this rank's chunk `vp_stage` of the model, and its last norm."""
+    layer, norm = (_te_layer if backend == "te" else _torch_layer)(core)
+    layer.submodules.mlp.submodules.activation_func = SwiGLU
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(core, vp_stage=vp_stage), layer_norm=norm
+    )
+
+
+def _torch_layer(core: TransformerConfig) -> tuple[ModuleSpec, Any]:
+    """megatron-core's local spec with our attention core and norms."""
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=core.qk_layernorm)
+    parts = layer.submodules
+    parts.input_layernorm = RMSNorm
+    parts.pre_mlp_layernorm = RMSNorm
+    parts.self_attention.submodules.core_attention = PackedSdpaAttention
+    if core.qk_layernorm:
+        parts.self_attention.submodules.q_layernorm = RMSNorm
+        parts.self_attention.submodules.k_layernorm = RMSNorm
+    return layer, RMSNorm
+
+
+def _te_layer(core: TransformerConfig) -> tuple[ModuleSpec, Any]:
+    """megatron-core's Transformer Engine spec as it is."""
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=core.qk_layernorm), TENorm
