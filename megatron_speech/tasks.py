@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_speech.errors import InputError
 from megatron_speech.files import canonical_json, sha256_hex
+from megatron_speech.token_layouts import OWN
 from megatron_speech.token_space import TokenSpace
 
 TASKS = ("speech_lm", "tts", "text_lm")
@@ -56,6 +57,9 @@ TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
+# Other projects' models know no marks of a reference: a voice is cloned by beginning its speech (`compile_prompt`).
+_KNOWN_LAYOUTS_TTS = {"plain": TEMPLATES["tts"]["plain"]}
+
 # SFT learns what follows this special; everything up to and including it is the prompt.
 PROMPT_END = "<speech_start>"
 
@@ -66,16 +70,25 @@ TEMPLATE_HASH = sha256_hex(canonical_json({"templates": TEMPLATES, "prompt_end":
 Ids = np.ndarray
 
 
-def _variant(task: str, given: set[str]) -> tuple[str, tuple[str, ...]]:
-    """The one template of `task` whose fields are exactly those given."""
+def templates(space: TokenSpace, task: str) -> dict[str, tuple[str, ...]]:
+    """The forms of a task's documents in this id space: name → template.
+
+    Raises:
+        InputError: unknown task.
+    """
     if task not in TEMPLATES:
         raise InputError(f"task {task!r} is unknown; needed: one of {', '.join(TASKS)}")
-    for name, template in TEMPLATES[task].items():
+    return _KNOWN_LAYOUTS_TTS if task == "tts" and space.layout != OWN else TEMPLATES[task]
+
+
+def _variant(space: TokenSpace, task: str, given: set[str]) -> tuple[str, tuple[str, ...]]:
+    """The one template of `task` whose fields are exactly those given."""
+    forms = templates(space, task)
+    for name, template in forms.items():
         if {part for part in template if part.startswith("{")} == given:
             return name, template
     wanted = "; or ".join(
-        f"{name}: {' '.join(part for part in template if part.startswith('{'))}"
-        for name, template in TEMPLATES[task].items()
+        f"{name}: {' '.join(part for part in template if part.startswith('{'))}" for name, template in forms.items()
     )
     raise InputError(f"task {task} was given {' '.join(sorted(given)) or 'nothing'}; needed: {wanted}")
 
@@ -90,7 +103,7 @@ def turn_ids(space: TokenSpace, turns: Sequence[tuple[str, Ids]]) -> Ids:
     for role, ids in turns:
         if role not in ROLES:
             raise InputError(f"role {role!r} of a turn is unknown; needed: {' or '.join(ROLES)}")
-        parts += [[space.special(f"<{role}>")], ids, [space.special(f"</{role}>")]]
+        parts += [list(space.sequence(f"<{role}>")), ids, list(space.sequence(f"</{role}>"))]
     return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
 
@@ -144,10 +157,10 @@ def compile_document(
         InputError: unknown task or role, or a set of fields that no form of the task has.
     """
     fields = _fields(space, text_ids, code_ids, prompt_code_ids, ref_text_ids, ref_code_ids, turns)
-    _, template = _variant(task, set(fields))
-    parts = [fields[part] if part.startswith("{") else [space.special(part)] for part in template]
+    _, template = _variant(space, task, set(fields))
+    parts = [fields[part] if part.startswith("{") else space.sequence(part) for part in template]
     if append_eod and template[-1] != "<eos>":
-        parts.append([space.special("<eos>")])
+        parts.append(space.sequence("<eos>"))
     return np.concatenate(parts).astype(np.int32, copy=False)
 
 
@@ -169,11 +182,28 @@ def compile_prompt(
         InputError: a task that has no target codes, or a set of fields that no form of the task has.
     """
     fields = _fields(space, text_ids, None, prompt_code_ids, ref_text_ids, ref_code_ids, None)
-    _, template = _variant(task, {*fields, CODES})
+    _, template = _variant(space, task, {*fields, CODES})
     head = template[: template.index(CODES)]
-    return np.concatenate([fields[part] if part.startswith("{") else [space.special(part)] for part in head]).astype(
-        np.int32, copy=False
-    )
+    parts = [fields[part] if part.startswith("{") else space.sequence(part) for part in head]
+    return np.concatenate(parts).astype(np.int32, copy=False)
+
+
+def compile_cloning_prompt(space: TokenSpace, text: str, ref_text: str, ref_code_ids: Ids) -> Ids:
+    """The prompt of `tts` with a reference voice, int32 [n].
+
+    In the project's own id space it is :func:`compile_prompt`'s. The models of other layouts are given both texts as
+    one and the reference's codes as the beginning of the speech.
+
+    Args:
+        space: the id space.
+        text, ref_text: what is to be said, and what is said in the reference.
+        ref_code_ids: the reference, `space.encode_codes` output.
+    """
+    if space.layout == OWN:
+        text_ids, ref_text_ids = space.encode_text_batch([text, ref_text])
+        return compile_prompt(space, "tts", text_ids=text_ids, ref_text_ids=ref_text_ids, ref_code_ids=ref_code_ids)
+    head = compile_prompt(space, "tts", text_ids=space.encode_text(f"{ref_text} {text}"))
+    return np.concatenate([head, np.asarray(ref_code_ids, dtype=np.int32)])
 
 
 def count_target_tokens(space: TokenSpace, document: Ids) -> int:
@@ -187,7 +217,8 @@ def render(space: TokenSpace, ids: Ids, *, max_frames: int = 4) -> str:
     ids = np.asarray(ids).astype(np.int64)
     names = {value: name for name, value in space.special_ids.items()}
     special = np.isin(ids, list(names))
-    audio = (ids >= space.audio_start) & (ids < space.size)
+    known = (ids >= 0) & (ids < space.padded_size)
+    audio = known & (space.codebook_table()[np.where(known, ids, 0)] >= 0)
     kind = np.where(special, -1 - np.arange(len(ids)), np.where(audio, 1, 0))  # every special is a run of its own
     edges = np.flatnonzero(np.diff(kind, prepend=np.nan, append=np.nan) != 0) if len(ids) else np.zeros(1, np.int64)
     words = []
@@ -206,9 +237,7 @@ def render(space: TokenSpace, ids: Ids, *, max_frames: int = 4) -> str:
 
 def _render_codes(space: TokenSpace, ids: Ids, max_frames: int) -> str:
     count = space.codebook_count
-    table = space.codebook_table()
-    offsets = np.array([book.offset for book in space.codebooks])
-    codes = [f"{int(i - offsets[table[i]])}" for i in ids[: max_frames * count]]
+    codes = [str(code) for code in space.code_table()[ids[: max_frames * count]].tolist()]
     frames = " | ".join(",".join(codes[i : i + count]) for i in range(0, len(codes), count))
     more = " …" if len(ids) > max_frames * count else ""
     unit = "frame" if len(ids) == count else "frames"

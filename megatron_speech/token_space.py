@@ -4,7 +4,8 @@
     text pieces    named specials        audio codes, one id range per codebook            inert padding
 
 A codec with several codebooks is flattened frame by frame, so that one document stays one run of ids (S = 1) and
-the id alone tells which codebook a code belongs to. The saved JSON holds the tokenizer itself: a checkpoint with
+the id alone tells which codebook a code belongs to. The layouts of other projects (`token_layouts`) have the same
+parts in another order. The saved JSON holds the tokenizer itself: a checkpoint with
 its `token_space.json` needs nothing else to turn text into ids.
 """
 
@@ -14,18 +15,19 @@ import base64
 import functools
 import json
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from megatron_speech.errors import InputError
 from megatron_speech.files import canonical_json, read_json, sha256_hex, write_json
-from megatron_speech.text_tokenizers import byte_level
+from megatron_speech.text_tokenizers.encoders import HuggingFaceEncoder, TextEncoder, encoder_of, open_text_tokenizer
+from megatron_speech.token_layouts import OWN, known_layout, resolve
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 MODALITY_TEXT, MODALITY_AUDIO, MODALITY_SPECIAL = 0, 1, 2
 MODALITIES = ("text", "audio", "special")
@@ -77,143 +79,42 @@ class CodecDescription:
 
 @dataclass(frozen=True)
 class Codebook:
-    """One codebook's range of ids: codes 0..size-1 are ids offset..offset+size-1."""
+    """One codebook's ids: codes 0..size-1 are ids offset..offset+size-1, or those of `table`.
+
+    Attributes:
+        name, size: as the codec says.
+        offset: the lowest id.
+        table: id of each code, little-endian int32, where they are not in order; else None.
+    """
 
     name: str
     size: int
     offset: int
+    table: bytes | None = None
 
+    @property
+    def ids(self) -> np.ndarray:
+        """Id of each code, int32 [size]."""
+        if self.table is None:
+            return np.arange(self.offset, self.offset + self.size, dtype=np.int32)
+        return np.frombuffer(self.table, dtype="<i4").astype(np.int32)
 
-class TextEncoder(Protocol):
-    """Text to ids of the text range and back.
+    @classmethod
+    def of_ids(cls, name: str, ids: Sequence[int]) -> Codebook:
+        """The codebook whose code i is `ids[i]`."""
+        array = np.asarray(ids, dtype="<i4")
+        offset = int(array.min())
+        in_order = np.array_equal(array, np.arange(offset, offset + len(array)))
+        return cls(name, len(array), offset, None if in_order else array.tobytes())
 
-    `unknown_id` stands for text that the vocabulary cannot spell; None where every text can be spelled.
-    """
-
-    size: int
-    unknown_id: int | None
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int32 [n]."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids."""
-        ...
-
-
-class _BytesEncoder:
-    """UTF-8 bytes as ids: any script, no vocabulary file."""
-
-    size = 256
-    unknown_id: int | None = None
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8).astype(np.int32) for text in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(ids).decode("utf-8", "replace")
-
-
-class _SentencePieceEncoder:
-    """A sentencepiece `.model`."""
-
-    def __init__(self, payload: bytes) -> None:
-        import sentencepiece
-
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=payload)
-        self.size = self._processor.vocab_size()
-        self.unknown_id: int | None = self._processor.unk_id()
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.asarray(ids, dtype=np.int32) for ids in self._processor.encode(list(texts), out_type=int)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._processor.decode([int(i) for i in ids]))
-
-
-class _HuggingFaceEncoder:
-    """A Hugging Face `tokenizer.json`."""
-
-    def __init__(self, payload: bytes) -> None:
-        import tokenizers
-
-        self._tokenizer = tokenizers.Tokenizer.from_str(payload.decode("utf-8"))
-        # A transcript that happens to hold "<|eot_id|>" is text, not a control token.
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        model = json.loads(payload)["model"]
-        unknown = model.get("unk_token")
-        # A Unigram model names its unknown token by id, the others by the token; byte-level ones name none.
-        self.unknown_id: int | None = model.get("unk_id") if unknown is None else self.token_id(unknown)
-        # The compiled kernel where it takes the tokenizer: the same ids, ten times as fast.
-        self._kernel = byte_level.make(payload)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if self._kernel is not None:
-            return self._kernel.encode_batch(texts)
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
-
-    def token_id(self, token: str) -> int | None:
-        return self._tokenizer.token_to_id(token)
-
-
-_ENCODERS: dict[str, Callable[[bytes], TextEncoder]] = {
-    "sentencepiece": _SentencePieceEncoder,
-    "huggingface": _HuggingFaceEncoder,
-}
-
-
-def encoder_of(kind: str, payload: bytes, where: str = "the text tokenizer") -> TextEncoder:
-    """The encoder of a tokenizer's kind and file content; `where` names it in errors."""
-    if kind == "bytes":
-        return _BytesEncoder()
-    if kind not in _ENCODERS:
-        raise InputError(
-            f"{where}: text tokenizer kind {kind!r} is unknown; needed: bytes, sentencepiece or huggingface"
-        )
-    try:
-        return _ENCODERS[kind](payload)
-    # sentencepiece raises RuntimeError, tokenizers a bare Exception subclass of its own: both mean a bad file.
-    except Exception as error:
-        raise InputError(f"{where} is not a usable {kind} tokenizer: {error}") from error
-
-
-def _read_text_tokenizer(source: str | Path) -> tuple[str, bytes]:
-    """Find the tokenizer that `source` names: ("bytes" | folder | file) → (kind, file content)."""
-    if str(source) == "bytes":
-        return "bytes", b""
-    path = Path(source)
-    if path.is_dir():
-        for name, kind in (("tokenizer.json", "huggingface"), ("tokenizer.model", "sentencepiece")):
-            if (path / name).is_file():
-                return kind, (path / name).read_bytes()
-        raise InputError(
-            f"text tokenizer folder {path} holds neither tokenizer.json nor tokenizer.model; "
-            "name a Hugging Face folder, a sentencepiece .model file, or bytes"
-        )
-    if not path.is_file():
-        raise InputError(
-            f"text tokenizer {path} does not exist; name a Hugging Face folder, a sentencepiece .model file, or bytes"
-        )
-    kind = "sentencepiece" if path.suffix == ".model" else "huggingface"
-    return kind, path.read_bytes()
-
-
-def open_text_tokenizer(source: str | Path) -> tuple[str, bytes, TextEncoder]:
-    """Open what `--text-tokenizer` names: its kind ("bytes", "sentencepiece", "huggingface"), its file, its encoder.
-
-    Raises:
-        InputError: it does not exist or is no tokenizer.
-    """
-    kind, payload = _read_text_tokenizer(source)
-    return kind, payload, encoder_of(kind, payload, f"text tokenizer {source}")
+    def described(self, *, whole: bool) -> dict[str, Any]:
+        """JSON-able; the table itself if `whole`, else its hash."""
+        value: dict[str, Any] = {"name": self.name, "size": self.size, "offset": self.offset}
+        if self.table is not None:
+            value["ids_sha256"] = sha256_hex(self.table)
+            if whole:
+                value["ids"] = _packed(self.table)
+        return value
 
 
 @dataclass(frozen=True)
@@ -225,6 +126,8 @@ class TokenSpace:
         text_payload: the tokenizer file's content (empty for bytes).
         text_size: number of ids reserved for text, from id 0.
         special_ids: name → id. Usually right after the text; `<bos>` and `<eos>` of a base model keep its ids.
+        layout: "own", or whose order of ids and prompt it is (`token_layouts.LAYOUTS`).
+        sequences: special → ids that stand in its place in a document, where that is not its id alone.
         codec: the frozen codec whose codes the audio ids stand for.
         codebooks: the audio id ranges, in the order in which a frame is flattened.
         size: number of ids in use; ids from `size` to `padded_size` never occur.
@@ -239,6 +142,8 @@ class TokenSpace:
     codebooks: tuple[Codebook, ...]
     size: int
     padded_size: int
+    layout: str = OWN
+    sequences: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     # ---- making, saving, opening
 
@@ -249,6 +154,7 @@ class TokenSpace:
         codec: CodecDescription,
         base: str | Path | None = None,
         pad_multiple: int = 128,
+        layout: str = OWN,
     ) -> TokenSpace:
         """Lay out a new id space.
 
@@ -258,9 +164,11 @@ class TokenSpace:
             base: a Hugging Face model folder whose embedding rows are to be kept: its `config.json` decides how
                 many ids belong to text and which of them are `<bos>` and `<eos>`.
             pad_multiple: `padded_size` is rounded up to a multiple of this.
+            layout: "own", or the name of another project's.
 
         Raises:
-            InputError: a file is missing or unusable, or the tokenizer yields nothing for plain text.
+            InputError: a file is missing or unusable, the tokenizer yields nothing for plain text, or it does not have
+                the tokens of the layout.
         """
         kind, payload, encoder = open_text_tokenizer(text_tokenizer)
         if all(len(ids) == 0 for ids in encoder.encode_batch(["hello", "one two three", "नमस्ते"])):
@@ -268,6 +176,8 @@ class TokenSpace:
                 f"text tokenizer {text_tokenizer} yields no token for plain text (vocabulary of {encoder.size}); "
                 "name a trained tokenizer, or bytes"
             )
+        if layout != OWN:
+            return cls._build_known(layout, kind, payload, encoder, codec, base, pad_multiple, text_tokenizer)
         text_size = encoder.size
         kept: dict[str, int] = {}
         if base is not None:
@@ -289,10 +199,56 @@ class TokenSpace:
         padded_size = -(-next_id // pad_multiple) * pad_multiple
         return cls(kind, payload, text_size, special_ids, codec, tuple(codebooks), next_id, padded_size)
 
-    def _layout(self) -> dict[str, Any]:
-        """Everything but the tokenizer's bytes, as JSON-able values; the hash is taken over this."""
+    @classmethod
+    def _build_known(
+        cls,
+        layout: str,
+        kind: str,
+        payload: bytes,
+        encoder: TextEncoder,
+        codec: CodecDescription,
+        base: str | Path | None,
+        pad_multiple: int,
+        source: str | Path,
+    ) -> TokenSpace:
+        known = known_layout(layout)
+        if not isinstance(encoder, HuggingFaceEncoder):
+            raise InputError(f"text tokenizer {source} is of kind {kind}; the layout {layout} needs a tokenizer.json")
+        if codec.codebook_count != 1:
+            raise InputError(
+                f"codec {codec.name} has {codec.codebook_count} codebooks; the layout {layout} has one code per frame"
+            )
+        plain = HuggingFaceEncoder(payload, lambda token: not token.get("special"))
+        found = resolve(
+            known,
+            SPECIALS,
+            codec.codebook_sizes[0],
+            token_id=encoder.token_id,
+            vocabulary_size=encoder.size,
+            encode=lambda text: plain.encode_batch([text])[0].tolist(),
+            where=f"text tokenizer {source}",
+        )
+        size = found.size
+        if base is not None:
+            size = max(size, _base_vocab_size(Path(base))[1])
+        return cls(
+            kind,
+            payload,
+            found.text_size,
+            found.special_ids,
+            codec,
+            (Codebook.of_ids(codec.codebook_names[0], found.code_ids),),
+            size,
+            -(-size // pad_multiple) * pad_multiple,
+            layout,
+            found.sequences,
+        )
+
+    def _layout(self, *, whole: bool = False) -> dict[str, Any]:
+        """Everything but the tokenizer's bytes and (unless `whole`) tables, as JSON-able values: what is hashed."""
         return {
             "format_version": FORMAT_VERSION,
+            "layout": self.layout,
             "text": {
                 "kind": self.text_kind,
                 "sha256": sha256_hex(self.text_payload),
@@ -300,7 +256,8 @@ class TokenSpace:
             },
             "specials": self.special_ids,
             "codec": asdict(self.codec),
-            "codebooks": [asdict(codebook) for codebook in self.codebooks],
+            "sequences": self.sequences,
+            "codebooks": [codebook.described(whole=whole) for codebook in self.codebooks],
             "size": self.size,
             "padded_size": self.padded_size,
         }
@@ -313,8 +270,8 @@ class TokenSpace:
 
     def save(self, path: str | Path) -> None:
         """Write the id space, tokenizer included, as one JSON file, whole or not at all."""
-        value = self._layout()
-        value["text"]["payload"] = base64.b64encode(zlib.compress(self.text_payload, 9)).decode("ascii")
+        value = self._layout(whole=True)
+        value["text"]["payload"] = _packed(self.text_payload)
         value["hash"] = self.hash
         write_json(path, value)
 
@@ -338,13 +295,20 @@ class TokenSpace:
             codec["codebook_sizes"] = tuple(codec["codebook_sizes"])
             space = cls(
                 text_kind=value["text"]["kind"],
-                text_payload=zlib.decompress(base64.b64decode(value["text"]["payload"])),
+                text_payload=_unpacked(value["text"]["payload"]),
                 text_size=value["text"]["size"],
                 special_ids=dict(value["specials"]),
                 codec=CodecDescription(**codec),
-                codebooks=tuple(Codebook(**codebook) for codebook in value["codebooks"]),
+                codebooks=tuple(
+                    Codebook(
+                        book["name"], book["size"], book["offset"], _unpacked(book["ids"]) if "ids" in book else None
+                    )
+                    for book in value["codebooks"]
+                ),
                 size=value["size"],
                 padded_size=value["padded_size"],
+                layout=value["layout"],
+                sequences={name: tuple(ids) for name, ids in value["sequences"].items()},
             )
             needed = value["hash"]
         except (KeyError, TypeError, ValueError, zlib.error) as error:
@@ -365,7 +329,14 @@ class TokenSpace:
 
     @functools.cached_property
     def _encoder(self) -> TextEncoder:
-        return encoder_of(self.text_kind, self.text_payload, "the token space's text tokenizer")
+        if self.layout == OWN:
+            return encoder_of(self.text_kind, self.text_payload, "the token space's text tokenizer")
+        # A transcript that holds "<|s_7|>" is text, not a code; tokens that are not special ones would be found in it.
+        specials = set(self.special_ids.values())
+        return HuggingFaceEncoder(
+            self.text_payload,
+            lambda token: token["id"] >= self.text_size or (token["id"] in specials and not token.get("special")),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Worker processes build their own encoder: a sentencepiece or tokenizers object need not travel.
@@ -399,11 +370,6 @@ class TokenSpace:
     def tokens_per_second(self) -> float:
         """Audio tokens per second of sound."""
         return self.codec.tokens_per_second
-
-    @property
-    def audio_start(self) -> int:
-        """First audio id; audio ids are audio_start..size-1."""
-        return self.codebooks[0].offset
 
     @functools.cached_property
     def _code_offsets(self) -> np.ndarray:
@@ -443,7 +409,18 @@ class TokenSpace:
                     f"code {int(column[frame])} at frame {frame} is outside codebook {self.codebooks[k].name!r} "
                     f"(0 to {self.codebooks[k].size - 1}) of codec {self.codec.name}; encode the audio with that codec"
                 )
-        return (codes.astype(np.int32) + self._code_offsets).reshape(-1)
+        return self.place_codes(codes.astype(np.int32))
+
+    def place_codes(self, codes: np.ndarray) -> np.ndarray:
+        """Ids of codes that were checked before: int32 [frames, codebooks] to int32 [frames * codebooks]."""
+        if self._in_order:
+            return (codes + self._code_offsets).reshape(-1)
+        columns = [book.ids[codes[:, k]] for k, book in enumerate(self.codebooks)]
+        return np.stack(columns, axis=1).reshape(-1)
+
+    @functools.cached_property
+    def _in_order(self) -> bool:
+        return all(book.table is None for book in self.codebooks)
 
     def decode_codes(self, ids: np.ndarray) -> np.ndarray:
         """Ids of whole frames back to codes, int32 [frames, codebooks].
@@ -456,14 +433,17 @@ class TokenSpace:
             raise InputError(
                 f"{ids.size} audio ids are not whole frames of {self.codebook_count} codebooks; cut at a frame edge"
             )
-        codes = ids.reshape(-1, self.codebook_count).astype(np.int64) - self._code_offsets
-        if codes.size and ((codes < 0) | (codes >= self._code_sizes)).any():
-            frame, k = np.argwhere((codes < 0) | (codes >= self._code_sizes))[0]
+        grid = ids.reshape(-1, self.codebook_count).astype(np.int64)
+        inside = (grid >= 0) & (grid < self.padded_size)
+        known = np.where(inside, grid, 0)
+        good = inside & (self._codebook_of_id[known] == np.arange(self.codebook_count))
+        if not good.all():
+            frame, k = np.argwhere(~good)[0]
             raise InputError(
-                f"id {int(ids.reshape(-1, self.codebook_count)[frame, k])} at frame {int(frame)} is not a code of "
+                f"id {int(grid[frame, k])} at frame {int(frame)} is not a code of "
                 f"codebook {self.codebooks[int(k)].name!r}; audio ids come in codebook order, frame by frame"
             )
-        return codes.astype(np.int32)
+        return self._code_of_id[grid]
 
     # ---- tables for masks and sampling
 
@@ -471,19 +451,39 @@ class TokenSpace:
         """Id of a named special, such as `<speech_start>`."""
         return self.special_ids[name]
 
+    def sequence(self, name: str) -> tuple[int, ...]:
+        """What stands for a special in a document: its id, or where the layout is another project's, more."""
+        return self.sequences.get(name, (self.special_ids[name],))
+
     def modality_table(self) -> np.ndarray:
         """uint8 [padded_size]: MODALITY_TEXT, MODALITY_AUDIO or MODALITY_SPECIAL of every id."""
         table = np.full(self.padded_size, MODALITY_SPECIAL, dtype=np.uint8)
         table[: self.text_size] = MODALITY_TEXT
-        table[self.audio_start : self.size] = MODALITY_AUDIO
+        for codebook in self.codebooks:
+            table[codebook.ids] = MODALITY_AUDIO
         table[list(self.special_ids.values())] = MODALITY_SPECIAL
         return table
 
     def codebook_table(self) -> np.ndarray:
         """int16 [padded_size]: index of the codebook of every id, -1 for ids that are no code."""
+        return self._codebook_of_id.copy()
+
+    def code_table(self) -> np.ndarray:
+        """int32 [padded_size]: code of every id, -1 for ids that are no code."""
+        return self._code_of_id.copy()
+
+    @functools.cached_property
+    def _codebook_of_id(self) -> np.ndarray:
         table = np.full(self.padded_size, -1, dtype=np.int16)
         for index, codebook in enumerate(self.codebooks):
-            table[codebook.offset : codebook.offset + codebook.size] = index
+            table[codebook.ids] = index
+        return table
+
+    @functools.cached_property
+    def _code_of_id(self) -> np.ndarray:
+        table = np.full(self.padded_size, -1, dtype=np.int32)
+        for codebook in self.codebooks:
+            table[codebook.ids] = np.arange(codebook.size, dtype=np.int32)
         return table
 
     @property
@@ -493,24 +493,39 @@ class TokenSpace:
 
     def describe(self) -> str:
         """One line for logs."""
+        whose = "" if self.layout == OWN else f" in the layout of {self.layout}"
         books = " ".join(f"{book.name}:{book.size}" for book in self.codebooks)
         return (
-            f"token space {self.hash[:12]}: {self.size:,} ids ({self.padded_size:,} padded) = text {self.text_size:,} "
-            f"({self.text_kind}) + {len(SPECIALS)} specials + {self.codec.name} [{books}]"
+            f"token space {self.hash[:12]}{whose}: {self.size:,} ids ({self.padded_size:,} padded) = "
+            f"text {self.text_size:,} ({self.text_kind}) + {len(SPECIALS)} specials + {self.codec.name} [{books}]"
         )
 
 
-def _base_layout(base: Path, encoder: TextEncoder) -> tuple[int, dict[str, int]]:
-    """Text size and kept special ids of a Hugging Face model folder whose embedding rows are to be kept."""
+def _packed(data: bytes) -> str:
+    return base64.b64encode(zlib.compress(data, 9)).decode("ascii")
+
+
+def _unpacked(text: str) -> bytes:
+    return zlib.decompress(base64.b64decode(text))
+
+
+def _base_vocab_size(base: Path) -> tuple[dict[str, Any], int]:
+    """config.json of a Hugging Face model folder, and the rows of its embedding table."""
     config = read_json(base / "config.json", "base model config")
     vocab_size = config.get("vocab_size") if isinstance(config, dict) else None
     if not isinstance(vocab_size, int):
         raise InputError(
             f"base model config {base / 'config.json'}: field vocab_size is {vocab_size!r}, needed: an integer"
         )
+    return config, vocab_size
+
+
+def _base_layout(base: Path, encoder: TextEncoder) -> tuple[int, dict[str, int]]:
+    """Text size and kept special ids of a Hugging Face model folder whose embedding rows are to be kept."""
+    config, vocab_size = _base_vocab_size(base)
     kept = {}
-    for name, field in (("<bos>", "bos_token_id"), ("<eos>", "eos_token_id")):
-        found = config.get(field)
+    for name, key in (("<bos>", "bos_token_id"), ("<eos>", "eos_token_id")):
+        found = config.get(key)
         if isinstance(found, list):  # LLaMA-3 Instruct lists several ends of turn; the first is the end of text
             found = found[0] if found else None
         if isinstance(found, int) and 0 <= found < vocab_size:

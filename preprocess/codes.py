@@ -56,7 +56,6 @@ class CodesLoader:
         self.space = space
         self._count = space.codebook_count
         self._sizes = np.array([book.size for book in space.codebooks], dtype=np.int64)
-        self._offsets = np.array([book.offset for book in space.codebooks], dtype=np.int32)
         self._mapped: OrderedDict[str, np.ndarray] = OrderedDict()
         self._headers: dict[bytes, _Header | None] = {}
 
@@ -86,7 +85,7 @@ class CodesLoader:
         for i in self._outside(flat, edges):
             result.rejected[good[i]] = self._why_outside(arrays[i])
         plain = np.ascontiguousarray(flat, dtype="<i4")
-        ids = (plain + self._offsets).reshape(-1)
+        ids = self.space.place_codes(plain)
         view, width = plain.data.cast("B"), 4 * self._count
         for i, (begin, end) in zip(good, itertools.pairwise(edges), strict=True):
             if i in result.rejected:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_speech.tasks import CODES, PROMPT_CODES, PROMPT_END, REF_CODES, REF_TEXT, TEMPLATES, TEXT
+from megatron_speech.tasks import CODES, PROMPT_CODES, PROMPT_END, REF_CODES, REF_TEXT, TEXT, templates
 from megatron_speech.token_space import TokenSpace
 
 AUDIO_FIELDS = (CODES, PROMPT_CODES, REF_CODES)
@@ -51,22 +51,23 @@ class _Template:
 
 
 @functools.lru_cache(maxsize=64)
-def _template(specials: tuple[tuple[str, int], ...], task: str, form: str, append_eod: bool) -> _Template:
-    ids = dict(specials)
-    names = list(TEMPLATES[task][form])
+def _template(
+    sequences: tuple[tuple[str, tuple[int, ...]], ...], names: tuple[str, ...], append_eod: bool
+) -> _Template:
+    ids = dict(sequences)
     if append_eod and names[-1] != "<eos>":
-        names.append("<eos>")
+        names = (*names, "<eos>")
     after = names[names.index(PROMPT_END) + 1 :] if PROMPT_END in names else []
     parts: list[np.ndarray | str] = []
     for is_field, group in itertools.groupby(names, lambda name: name.startswith("{")):
         if is_field:
             parts += list(group)
         else:
-            parts.append(np.array([ids[name] for name in group], dtype=np.int32))
+            parts.append(np.array([i for name in group for i in ids[name]], dtype=np.int32))
     return _Template(
         parts=tuple(parts),
-        constant=sum(not name.startswith("{") for name in names),
-        constant_target=sum(not name.startswith("{") for name in after),
+        constant=sum(len(ids[name]) for name in names if not name.startswith("{")),
+        constant_target=sum(len(ids[name]) for name in after if not name.startswith("{")),
         target_fields=frozenset(name for name in after if name.startswith("{")),
     )
 
@@ -84,12 +85,13 @@ def compile_batch(
     Args:
         space: the id space that the ids belong to.
         task: "speech_lm", "tts" or "text_lm".
-        forms: of each document, the name of its form in `TEMPLATES`.
+        forms: of each document, the name of its form in `templates`.
         fields: field of a template → int32 ids for each document; None for a document whose form has no such field.
         append_eod: end every document with `<eos>` where its template does not.
     """
     count = len(forms)
-    specials = tuple(space.special_ids.items())
+    sequences = tuple((name, space.sequence(name)) for name in space.special_ids)
+    known = templates(space, task)
     lengths = {name: np.fromiter((0 if v is None else len(v) for v in column), np.int64, count)
                for name, column in fields.items()}  # fmt: skip
     zero = np.zeros(count, dtype=np.int64)
@@ -97,7 +99,7 @@ def compile_batch(
     pieces: list[tuple[np.ndarray, ...]] = [()] * count
     kinds = sorted(set(forms))
     for form in kinds:
-        template = _template(specials, task, form, append_eod)
+        template = _template(sequences, known[form], append_eod)
         chosen: Sequence[int] | range = range(count)
         at: slice | list[int] = slice(None)
         if len(kinds) > 1:

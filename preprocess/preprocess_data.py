@@ -39,7 +39,7 @@ from megatron_speech.data.manifest import (
 from megatron_speech.data.report import make_console, print_report
 from megatron_speech.errors import InputError, command
 from megatron_speech.files import sha256_hex
-from megatron_speech.tasks import TASKS, TEMPLATE_HASH, render
+from megatron_speech.tasks import TASKS, TEMPLATE_HASH, render, templates
 from megatron_speech.text import NORMALIZATION_VERSION
 from megatron_speech.token_space import TokenSpace
 from preprocess.documents import (
@@ -377,6 +377,11 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, convert, report."""
     arguments = parse_arguments(argv)
     space = TokenSpace.load(arguments.token_space)
+    if arguments.cloning != "none" and "cloning" not in templates(space, "tts"):
+        raise InputError(
+            f"--cloning {arguments.cloning}: token space {arguments.token_space} has the layout of {space.layout}, "
+            "whose models know no marks of a reference; leave it out (they clone by beginning the speech, in generate)"
+        )
     eod = space.special("<eos>") if arguments.input_eod is None else arguments.input_eod
     inputs = Inputs(arguments.input, ReadOptions(tokenizer=arguments.input_tokenizer, eod=eod))
     _check_paths(arguments, inputs)

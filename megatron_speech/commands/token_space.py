@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
-from megatron_speech.token_space import TokenSpace
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from megatron_speech.errors import InputError
+from megatron_speech.files import read_json
+from megatron_speech.token_layouts import LAYOUTS, OWN
+from megatron_speech.token_space import CodecDescription, TokenSpace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="a folder with a Hugging Face tokenizer.json, a sentencepiece .model file, or the word `bytes`",
     )
-    parser.add_argument("--codec", required=True, metavar="C", help="name of the frozen audio codec, such as codec2")
+    parser.add_argument(
+        "--codec",
+        required=True,
+        metavar="C",
+        help="name of the frozen audio codec, such as codec2; or a .json file that describes one which is not "
+        "installed: name, hash, sample_rate_hz, frame_rate_hz, codebook_names, codebook_sizes",
+    )
     parser.add_argument(
         "--base",
         type=Path,
@@ -26,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pad-multiple", type=int, default=128, metavar="N", help="round the table up to a multiple of N ids (128)"
     )
+    parser.add_argument(
+        "--layout",
+        choices=(OWN, *LAYOUTS),
+        default=OWN,
+        help="own (default), or the ids of another project, whose checkpoints are to be trained on or served; "
+        "--text-tokenizer names its tokenizer, or the one it extended",
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="TS.json", help="the file to write")
 
 
@@ -33,7 +52,27 @@ def run(args: argparse.Namespace) -> int:
     """Build the id space and save it."""
     from megatron_speech.codecs import describe_codec
 
-    space = TokenSpace.build(args.text_tokenizer, describe_codec(args.codec), args.base, args.pad_multiple)
+    codec = read_codec_description(args.codec) if args.codec.endswith(".json") else describe_codec(args.codec)
+    space = TokenSpace.build(args.text_tokenizer, codec, args.base, args.pad_multiple, args.layout)
     space.save(args.output)
     print(f"{args.output}: {space.describe()}")
     return 0
+
+
+def read_codec_description(path: str) -> CodecDescription:
+    """A codec that is known by its description alone: enough to train on its codes, not to hear them.
+
+    Raises:
+        InputError: the file is missing, or a field is missing, unknown or of the wrong type.
+    """
+    try:
+        return TypeAdapter(CodecDescription, config=ConfigDict(extra="forbid")).validate_python(
+            read_json(path, "codec description")
+        )
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        field = ".".join(map(str, problem["loc"])) or "the whole"
+        needed = ", ".join(one.name for one in dataclasses.fields(CodecDescription))
+        raise InputError(
+            f"codec description {path}: {field}: {problem['msg'][0].lower()}{problem['msg'][1:]}; needed: {needed}"
+        ) from error

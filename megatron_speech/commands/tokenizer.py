@@ -202,8 +202,8 @@ def _extend(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from megatron_speech.text_tokenizers.encoders import open_text_tokenizer
     from megatron_speech.text_tokenizers.report import by_language, measure, refuse_unknown, total
-    from megatron_speech.token_space import open_text_tokenizer
 
     if args.max_unknown is not None and not 0 <= args.max_unknown <= 1:
         raise InputError(f"--max-unknown is {args.max_unknown}; needed a share from 0 to 1")

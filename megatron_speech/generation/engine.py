@@ -37,7 +37,7 @@ from megatron_speech.generation.sampling import (
 )
 from megatron_speech.model.attention import KVCache, PackedSequences
 from megatron_speech.model.gpt import SpeechGPTModel
-from megatron_speech.tasks import compile_prompt
+from megatron_speech.tasks import compile_cloning_prompt, compile_prompt
 from megatron_speech.text import normalize_transcript
 from megatron_speech.token_space import TokenSpace
 
@@ -334,12 +334,8 @@ class SpeechGenerator:
         reference_text = normalize_transcript(request.reference_text)
         if not reference_text:
             raise InputError("the reference text is empty; give what is said in the reference audio")
-        return compile_prompt(
-            self.space,
-            "tts",
-            text_ids=self.space.encode_text(text),
-            ref_text_ids=self.space.encode_text(reference_text),
-            ref_code_ids=self.space.encode_codes(request.reference_codes),
+        return compile_cloning_prompt(
+            self.space, text, reference_text, self.space.encode_codes(request.reference_codes)
         )
 
     def _frame_limit(self, prompt: np.ndarray, config: SamplingConfig) -> tuple[int, str]:

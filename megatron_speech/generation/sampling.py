@@ -73,7 +73,7 @@ class LegalIds:
     def __init__(self, space: TokenSpace, device: torch.device) -> None:
         self.end_id = space.special("<speech_end>")
         self.codebook_count = space.codebook_count
-        codebooks = [torch.arange(c.offset, c.offset + c.size, device=device) for c in space.codebooks]
+        codebooks = [torch.from_numpy(c.ids.astype("int64")).to(device) for c in space.codebooks]
         self._first = codebooks[0]
         self._cycle = list(codebooks)
         self._cycle[0] = torch.cat([codebooks[0], torch.tensor([self.end_id], device=device)])

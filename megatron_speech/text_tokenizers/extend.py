@@ -17,9 +17,9 @@ from megatron_speech.errors import InputError
 from megatron_speech.files import atomic_write, prepare_output_directory, read_json, sha256_hex, write_json
 from megatron_speech.text import NORMALIZATION_VERSION
 from megatron_speech.text_tokenizers.corpus import Corpus, draw_sample
+from megatron_speech.text_tokenizers.encoders import TextEncoder, encoder_of, open_text_tokenizer
 from megatron_speech.text_tokenizers.scripts import main_script
 from megatron_speech.text_tokenizers.targets import Targets, coverage, new_scripts
-from megatron_speech.token_space import TextEncoder, encoder_of, open_text_tokenizer
 
 RECORD_VERSION = 1
 ENCODE_AT_ONCE = 1_000

@@ -21,10 +21,11 @@ from megatron_speech.errors import InputError
 from megatron_speech.files import sha256_file
 from megatron_speech.text import normalize_document
 from megatron_speech.text_tokenizers.corpus import Corpus
+from megatron_speech.text_tokenizers.encoders import TextEncoder, open_text_tokenizer
 from megatron_speech.text_tokenizers.extend import ExtendOptions, extend
 from megatron_speech.text_tokenizers.merges import Merge, learn_merges
 from megatron_speech.text_tokenizers.scripts import main_script, parse_scripts, script_of, shared_with
-from megatron_speech.token_space import CodecDescription, TextEncoder, TokenSpace, open_text_tokenizer
+from megatron_speech.token_space import CodecDescription, TokenSpace
 
 CODEC = CodecDescription("toy", "c0ffee", 8000, 25.0, ("a",), (5,))
 NEW = ("hi", "am", "ta")  # the base knows en and zh
