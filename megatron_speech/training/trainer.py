@@ -28,12 +28,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_speech.data.config import LossConfig
 from megatron_speech.data.indexed import TokenDataset
 from megatron_speech.data.loader import GlobalBatch, MicroBatch
 from megatron_speech.data.stage_data import StageData, open_datasets, save_blend
 from megatron_speech.files import prepare_output_directory, sha256_file, write_json
 from megatron_speech.model.attention import PackedSequences
 from megatron_speech.model.builder import build_model
+from megatron_speech.ops.cross_entropy import LinearLoss
 from megatron_speech.parallel import groups
 from megatron_speech.token_space import MODALITIES, TokenSpace
 from megatron_speech.training import checkpoint, environment
@@ -243,7 +245,7 @@ class Trainer:
         if self.position.stage_step == 0 and index > 0 and not stage.carry_optimizer:
             self.optimizer.reset_state()
         scheduler = self.optimizer.start_stage(stage)
-        meter = LossMeter(data.groups, self.device, contributes=self._contributes)
+        meter = LossMeter(data.groups, self.device, stage.loss, contributes=self._contributes)
         if self.position.stage_step and self._loaded:
             scheduler.load_state_dict(self._loaded["scheduler"])
             _restore_meter(meter, self._loaded["meter"], self._loaded["groups"])
@@ -258,7 +260,7 @@ class Trainer:
                 before_wait = time.perf_counter()
                 batch = next(batches)
                 self._clock.waited += time.perf_counter() - before_wait
-                norm = self._train_step(batch, meter, scheduler)
+                norm = self._train_step(batch, meter, stage.loss, scheduler)
                 self._clock.steps += 1
                 self.position = Position.at_step(recipe, self.position.step + 1)
                 step, ended = self.position.step, self.position.stage_index != index
@@ -278,27 +280,34 @@ class Trainer:
                     return False
         return True
 
-    def _train_step(self, batch: GlobalBatch, meter: LossMeter, scheduler: OptimizerParamScheduler) -> torch.Tensor:
+    def _train_step(
+        self, batch: GlobalBatch, meter: LossMeter, loss: LossConfig, scheduler: OptimizerParamScheduler
+    ) -> torch.Tensor:
         """One optimizer step; returns the gradient norm, on the device."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self._run_batch(batch, meter, weight=self._sum_over_ranks(batch.loss_weight_sum), forward_only=False)
-        meter.add_counts(weight=batch.loss_weight_sum, tokens=batch.tokens, pad_tokens=batch.pad_tokens)
+        sums = batch.loss_weight_sums
+        self._run_batch(batch, meter, loss, self._sum_over_ranks(sums), forward_only=False)
+        meter.add_counts(weight_sums=sums, tokens=batch.tokens, pad_tokens=batch.pad_tokens)
         scheduler.step(1)
         return self.optimizer.step()
 
-    def _run_batch(self, batch: GlobalBatch, meter: LossMeter, *, weight: float, forward_only: bool) -> None:
+    def _run_batch(
+        self, batch: GlobalBatch, meter: LossMeter, loss: LossConfig, weight_sums: np.ndarray, *, forward_only: bool
+    ) -> None:
         """Forward (and backward) over this rank's micro-batches with megatron-core's schedule.
 
         Args:
             batch: this rank's share of the global batch.
             meter: takes the losses.
-            weight: Σ loss weight over the whole global batch, all ranks: what Σ w·ce is divided by.
-            forward_only: no gradients.
+            loss: the stage's `loss` section.
+            weight_sums: Σ loss weight over the whole global batch, all ranks: what Σ weight·ce is divided by.
+            forward_only: no gradients, and the plain cross-entropy.
         """
-        inputs = [_Inputs(micro_batch, self.device) for micro_batch in batch.micro_batches]
-        scale = 1.0 / weight if weight > 0.0 else 0.0
+        scales = loss.scales(weight_sums.tolist())
+        plain = loss.model_copy(update={"label_smoothing": 0.0, "z_loss": 0.0}) if forward_only else loss
+        inputs = [_Inputs(micro_batch, self.device, plain, scales) for micro_batch in batch.micro_batches]
 
         def forward_step(iterator: Iterator[_Inputs], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             micro_batch = next(iterator)
@@ -310,12 +319,11 @@ class Trainer:
                 packed_seq_params=micro_batch.packed,
             )
 
-            def loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-                weighted = torch.dot(losses, micro_batch.weights)
-                meter.add_losses(losses, weighted, micro_batch.group_ids)
-                return weighted * scale, self._no_tokens, {}
+            def total(head: LinearLoss) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+                meter.add_losses(head.losses, head.cross_entropy, *micro_batch.learned())
+                return head.total, self._no_tokens, {}
 
-            return output, loss
+            return output, total
 
         iterators = [iter(inputs) for _ in self.model]
         self._schedule(
@@ -328,13 +336,13 @@ class Trainer:
             forward_only=forward_only,
         )
 
-    def _sum_over_ranks(self, value: float) -> float:
-        """Sum of a host number over the data-parallel ranks, on the host: no device waits for it."""
+    def _sum_over_ranks(self, values: np.ndarray) -> np.ndarray:
+        """Sum of host numbers (float64) over the data-parallel ranks, on the host: no device waits for it."""
         if self.dp_size == 1:
-            return value
-        total = torch.tensor([value], dtype=torch.float64)
+            return values
+        total = torch.from_numpy(values.copy())
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group_gloo())
-        return float(total.item())
+        return total.numpy()
 
     # ---- what happens between steps
 
@@ -384,7 +392,7 @@ class Trainer:
         data = self._held_out[index]
         if self.recipe.validation.interval_steps == 0 or data.n_sequences == 0:
             return None
-        meter = LossMeter(data.groups, self.device, contributes=self._contributes)
+        meter = LossMeter(data.groups, self.device, self.recipe.stages[index].loss, contributes=self._contributes)
         return Validator(
             self.recipe.stages[index],
             data,
@@ -471,9 +479,12 @@ class Trainer:
 
 
 class _Inputs:
-    """A micro-batch on the model's device, flattened to one packed row of T = B·S positions."""
+    """A micro-batch on the model's device, flattened to one packed row of T = B·S positions.
 
-    def __init__(self, batch: MicroBatch, device: torch.device) -> None:
+    `scales`: what weight 1 counts for in the loss of the global batch, of all labels or by modality.
+    """
+
+    def __init__(self, batch: MicroBatch, device: torch.device, loss: LossConfig, scales: list[float]) -> None:
         self.tokens = batch.tokens.view(1, -1).to(device, non_blocking=True)
         self.labels = batch.labels.view(1, -1).to(device, non_blocking=True)
         self.weights = batch.loss_weights.view(-1).to(device, non_blocking=True)
@@ -481,10 +492,22 @@ class _Inputs:
         self.packed = PackedSequences.build(
             batch.cu_seqlens,
             position_ids=batch.position_ids,
-            loss_weights=batch.loss_weights,
+            loss_weights=batch.loss_weights * _by_position(scales, batch.group_ids),
             row_pointers=batch.row_pointers,
             device=device,
         )
+        self.packed.label_smoothing, self.packed.z_loss = loss.label_smoothing, loss.z_loss
+
+    def learned(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss weights, group ids) of the tokens that the head returns losses of."""
+        rows = self.packed.loss_rows
+        assert rows is not None
+        return self.weights.index_select(0, rows), self.group_ids.index_select(0, rows)
+
+
+def _by_position(scales: list[float], group_ids: torch.Tensor) -> float | torch.Tensor:
+    """The factor of each position: the only one, or that of its label's modality (any where nothing is learned)."""
+    return scales[0] if len(scales) == 1 else torch.tensor(scales)[group_ids.long() % len(scales)]
 
 
 def _sum_gradients(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
