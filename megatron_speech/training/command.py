@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 from megatron_speech.errors import InputError
-from megatron_speech.files import read_json, write_json
 from megatron_speech.training.agreement import AgreedError
 from megatron_speech.training.recipe import Recipe, load_recipe
+from megatron_speech.training.run_log import record_failure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,29 +69,14 @@ def train(recipe: Recipe) -> str:
 
     prepare_imports()  # before megatron-core is imported
     from megatron_speech.parallel import groups
+    from megatron_speech.training.control import StopRequest
     from megatron_speech.training.trainer import Trainer
 
-    try:
-        return Trainer(recipe).run()
-    finally:
-        groups.destroy()
-
-
-def record_failure(recipe: Recipe, message: str) -> None:
-    """Note in the run directory, if there is one, why the run did not start or go on.
-
-    The position stays as it was, and a finished run stays finished: a later command that was refused, for a
-    changed recipe say, took nothing from it.
-    """
-    path = recipe.run_directory / "status.json"
-    if not recipe.run_directory.is_dir():
-        return
-    status = {"stage": recipe.stages[0].name, "step": 0, "consumed_sequences": 0, "consumed_tokens": 0}
-    if path.exists():
-        status = read_json(path, "run status")
-        if status.get("state") == "finished":
-            return
-    write_json(path, {**status, "state": "failed", "message": message})
+    with StopRequest() as stop:
+        try:
+            return Trainer(recipe, stop=stop).run()
+        finally:
+            groups.destroy()
 
 
 def adopt_slurm_environment() -> None:

@@ -30,7 +30,7 @@ from megatron_speech.errors import InputError
 from megatron_speech.files import write_text
 from megatron_speech.model.config import ModelConfig
 from megatron_speech.training.optimizer_config import EmaConfig, LearningRateConfig, OptimizerConfig, TableConfig
-from megatron_speech.training.run_config import LoggingConfig
+from megatron_speech.training.run_config import LoggingConfig, WatchdogConfig
 
 _HUMAN_NUMBER = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kKMGBT])")
 _HUMAN_FACTOR = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
@@ -128,6 +128,7 @@ class Recipe(StrictConfig):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
 
     @field_validator("stages")
     @classmethod

@@ -1,4 +1,4 @@
-"""Recipe sections about watching a run: where its numbers go."""
+"""Recipe sections about watching a run: where its numbers go, and when it is given up."""
 
 from __future__ import annotations
 
@@ -31,3 +31,23 @@ class LoggingConfig(StrictConfig):
         default=None, ge=0, le=65535, description="rank 0 serves http://HOST:PORT/metrics; 0: a free port; null: none"
     )
     wandb: WandbConfig | None = Field(default=None, description="also log to Weights & Biases; null: no")
+    straggler_factor: float = Field(
+        default=1.5, gt=1.0, description="a rank whose own time per step is above this × the median is named"
+    )
+
+
+class WatchdogConfig(StrictConfig):
+    """Recipe section `watchdog`: when a process that hangs ends itself. Limits are in seconds."""
+
+    enabled: bool = True
+    timeout_seconds: float | None = Field(
+        default=None, gt=0.0, description="of a step; null: median_factor × the median step, at least floor_seconds"
+    )
+    median_factor: float = Field(default=20.0, gt=1.0)
+    floor_seconds: float = Field(default=300.0, gt=0.0)
+    pause_seconds: float = Field(
+        default=3600.0, gt=0.0, description="of the first step of a process, a validation, a save"
+    )
+    peer_seconds: float = Field(
+        default=60.0, ge=0.0, description="a rank that was not heard of for so long is given up; 0: never"
+    )

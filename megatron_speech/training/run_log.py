@@ -8,10 +8,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_speech.files import write_json
+from megatron_speech.files import read_json, write_json
 from megatron_speech.training.exporters import Exporter, Record, finite
+
+if TYPE_CHECKING:
+    from megatron_speech.training.recipe import Recipe
 
 
 class RunLog:
@@ -23,13 +26,17 @@ class RunLog:
         directory: the run directory.
         active: whether this rank writes.
         exporters: where records go.
+        writes: False: status.json is left as it is.
     """
 
     STATUS_SECONDS = 5.0
 
-    def __init__(self, directory: Path, *, active: bool, exporters: Sequence[Exporter] = ()) -> None:
+    def __init__(
+        self, directory: Path, *, active: bool, exporters: Sequence[Exporter] = (), writes: bool = True
+    ) -> None:
         self.directory = directory
         self.active = active
+        self._writes = active and writes
         self._exporters = list(exporters) if active else []
         self._status_written = -math.inf
         self._alarms: set[str] = set()
@@ -55,7 +62,7 @@ class RunLog:
 
     def status(self, state: str, position: dict[str, Any], message: str = "", *, force: bool = True) -> None:
         """Write status.json; without `force` at most every few seconds, since each write is an fsync."""
-        if not self.active:
+        if not self._writes:
             return
         now = time.monotonic()
         if not force and now - self._status_written < self.STATUS_SECONDS:
@@ -76,6 +83,23 @@ class RunLog:
         for exporter in self._exporters:
             exporter.close()
         self._exporters = []
+
+
+def record_failure(recipe: Recipe, message: str) -> None:
+    """Note in the run directory, if there is one, why the run did not start or go on.
+
+    The position stays as it was, and a finished run stays finished: a later command that was refused, for a
+    changed recipe say, took nothing from it.
+    """
+    path = recipe.run_directory / "status.json"
+    if not recipe.run_directory.is_dir():
+        return
+    status = {"stage": recipe.stages[0].name, "step": 0, "consumed_sequences": 0, "consumed_tokens": 0}
+    if path.exists():
+        status = read_json(path, "run status")
+        if status.get("state") == "finished":
+            return
+    write_json(path, {**status, "state": "failed", "message": message})
 
 
 def console_line(record: Record, *, stage_step: int, stage_steps: int, total_steps: int, eta_seconds: float) -> str:

@@ -10,11 +10,9 @@ T = B·S positions, which travels through the model as one packed row.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
 import random
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,13 +39,16 @@ from megatron_speech.token_space import MODALITIES, TokenSpace
 from megatron_speech.training import checkpoint, environment
 from megatron_speech.training.agreement import agreed
 from megatron_speech.training.changed_blend import stage_histories
-from megatron_speech.training.freezing import freeze_parameters, frozen_ids
+from megatron_speech.training.control import StopRequest
 from megatron_speech.training.exporters import open_exporters
+from megatron_speech.training.freezing import freeze_parameters, frozen_ids
 from megatron_speech.training.metrics import LossMeter, memory_gib, peak_tflops
 from megatron_speech.training.optimizer import Optimizer
 from megatron_speech.training.recipe import Recipe, StageConfig
-from megatron_speech.training.run_log import RunLog, console_line, duration
+from megatron_speech.training.run_log import RunLog, console_line, duration, record_failure
+from megatron_speech.training.safety import Safety
 from megatron_speech.training.stages import Position
+from megatron_speech.training.timing import Clock
 from megatron_speech.training.validation import Validator, validation_sequences
 
 
@@ -57,12 +58,13 @@ class Trainer:
     Args:
         recipe: what to do.
         say_environment: print what the process runs on (once per command).
+        stop: signals that ask the run to save and end; None: nothing asks.
 
     Raises:
         InputError: anything about the recipe, its data or its run directory that keeps it from starting.
     """
 
-    def __init__(self, recipe: Recipe, *, say_environment: bool = True) -> None:
+    def __init__(self, recipe: Recipe, *, say_environment: bool = True, stop: StopRequest | None = None) -> None:
         self.recipe = recipe
         self.directory = recipe.run_directory
         parallel = recipe.parallel
@@ -79,6 +81,14 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.is_main = self.rank == 0
+        self._safety = Safety(recipe.watchdog, self.directory, stop, functools.partial(record_failure, recipe))
+        with self._safety.guard():
+            self._set_up(say_environment)
+
+    # ---- setting up
+
+    def _set_up(self, say_environment: bool) -> None:
+        recipe = self.recipe
         found = environment.detect() if self.is_main else {}
         if self.is_main and say_environment:
             print(environment.describe(found), flush=True)
@@ -109,9 +119,6 @@ class Trainer:
             self._say_plan()
             if change is not None:
                 self._log.say(f"{change}; {self._documents_due():,} documents are still due and come first")
-        self._stop_requested = False
-
-    # ---- setting up
 
     def _stage_data(self, stage: StageConfig, *, validation: bool = False) -> StageData:
         cache = self.recipe.data.index_directory(self.directory)
@@ -138,6 +145,7 @@ class Trainer:
             valid_vocab_size=self.space.size,
             sequence_parallel=parallel.sequence_parallel,
         )
+        freeze_parameters(self.chunks, recipe.optimizer.freeze)
         wrapping = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
@@ -148,8 +156,7 @@ class Trainer:
             chunk.to(self.device)
             config = chunk.config
             # Gradients are already those of Σ w·ce / Σ w: they are summed over the ranks and nothing else.
-        freeze_parameters(self.chunks, recipe.optimizer.freeze)
-            config.finalize_model_grads_func = _sum_gradients
+            config.finalize_model_grads_func = self._sum_gradients
             wrapped = DistributedDataParallel(config, wrapping, chunk, disable_bucketing=index > 0)
             if self.dp_size > 1:
                 wrapped.broadcast_params()
@@ -221,17 +228,22 @@ class Trainer:
             self._log.say(f"{self.recipe.name} is finished: nothing left to do in {self.directory}")
             self._write_status("finished")
             self._log.close()
+            self._safety.finish()
             return "finished"
         limit = self.recipe.total_steps if max_steps is None else self.position.step + max_steps
         self._write_status("running")
+        self._safety.stop.take_interrupts()
+        state, message = "preempted", "stopped on request; start the same command to continue"
         try:
-            with self._stop_on_sigterm():
+            with self._safety.guard():
                 while self.position.stage_index < len(self.recipe.stages) and self.position.step < limit:
                     if not self._run_stage(self.position.stage_index, limit):
-                        self._write_status("preempted", "stopped on request; start the same command to continue")
-                        return "preempted"
-            state = "finished" if self.position.step == self.recipe.total_steps else "preempted"
-            self._write_status(state)
+                        break
+                else:
+                    state = "finished" if self.position.step == self.recipe.total_steps else "preempted"
+                    message = ""
+                self._write_status(state, message)
+                self._safety.finish()
             return state
         except BaseException as error:
             self._write_status("failed", str(error) or type(error).__name__)
@@ -252,7 +264,8 @@ class Trainer:
         self._loaded = {}
         validator = self._make_validator(index)
         first = self.position.stage_step * stage.global_batch_sequences
-        self._clock = _Clock()
+        self._clock = Clock()
+        self._safety.progress.begin_steps()
         with data.loader(
             first, stage.micro_batch_size, stage.global_batch_sequences, self.dp_rank, self.dp_size
         ) as batches:
@@ -264,18 +277,20 @@ class Trainer:
                 self._clock.steps += 1
                 self.position = Position.at_step(recipe, self.position.step + 1)
                 step, ended = self.position.step, self.position.stage_index != index
-                stop = False
                 if step % recipe.logging.interval_steps == 0 or ended or step == limit:
-                    stop = self._log_interval(index, meter, norm)
-                elif self.world_size == 1:
-                    stop = self._stop_requested
+                    self._log_interval(index, meter, norm)
+                stop = self._safety.stop_agreed(step)
                 validate = validator is not None and (_every(step, recipe.validation.interval_steps) or ended)
                 save = _every(step, recipe.checkpoint.interval_steps) or ended or stop
                 if validate or save:
                     with self._clock.paused():
-                        scores = self._validate(validator) if validator is not None else {}
+                        scores: dict[str, Any] = {}
+                        if validator is not None and (validate or not stop):
+                            with self._safety.progress.doing("validating"):
+                                scores = self._validate(validator)
                         if save:
-                            self._save(index, meter, scheduler, scores)
+                            with self._safety.progress.doing("saving"):
+                                self._save(index, meter, scheduler, scores)
                 if stop:
                     return False
         return True
@@ -326,6 +341,8 @@ class Trainer:
             return output, total
 
         iterators = [iter(inputs) for _ in self.model]
+        if not forward_only:
+            self._safety.timer.begin()
         self._schedule(
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -335,6 +352,11 @@ class Trainer:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+    def _sum_gradients(self, model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
+        """megatron-core's gradient reduction without its division: the loss is already divided by its weight."""
+        self._safety.timer.end()
+        finalize_model_grads(model, None, **kwargs)
 
     def _sum_over_ranks(self, values: np.ndarray) -> np.ndarray:
         """Sum of host numbers (float64) over the data-parallel ranks, on the host: no device waits for it."""
@@ -346,20 +368,20 @@ class Trainer:
 
     # ---- what happens between steps
 
-    def _log_interval(self, index: int, meter: LossMeter, norm: torch.Tensor) -> bool:
-        """Read the interval's sums and write them; True when any rank was asked to stop. A collective."""
-        if self._stop_requested:
-            meter.request_stop()
+    def _log_interval(self, index: int, meter: LossMeter, norm: torch.Tensor) -> None:
+        """Read the interval's sums and write them. A collective."""
         means = meter.read()
         seconds, steps, waited = self._clock.lap()
         stage, position = self.recipe.stages[index], self.position
         tokens = means.pop("tokens")
-        stop = means.pop("stop_requests") > 0
         pad_fraction = means.pop("pad_fraction")
         per_second = tokens / seconds
         flops = self._flops_per_token(index) * per_second / self.world_size / 1e12
         peak = peak_tflops(torch.cuda.get_device_name() if torch.cuda.is_available() else None)
         grad_norm = norm.item()
+        slowest, host = self._safety.stragglers(waited / steps)
+        if self.is_main:
+            self._log.alarm("straggler", slowest.sentence(self.recipe.logging.straggler_factor, host))
         record = {
             **position.as_record(self.recipe),
             **means,
@@ -373,6 +395,9 @@ class Trainer:
             "data_wait_seconds": waited / steps,
             "step_seconds": seconds / steps,
             "memory_gib": memory_gib(),
+            "slowest_rank": slowest.rank,
+            "slowest_rank_seconds": slowest.seconds,
+            "median_rank_seconds": slowest.median,
         }
         self._log.write(record)
         done = position.stage_step if position.stage_index == index else stage.steps
@@ -386,7 +411,6 @@ class Trainer:
                 f"step {position.step}: loss {means['loss']} and gradient norm {grad_norm} are not both "
                 "finite; lower lr.peak of the stage or lengthen its warm-up, and continue from the last checkpoint"
             )
-        return stop
 
     def _make_validator(self, index: int) -> Validator | None:
         data = self._held_out[index]
@@ -461,22 +485,6 @@ class Trainer:
     def _write_status(self, state: str, message: str = "", *, force: bool = True) -> None:
         self._log.status(state, self.position.as_record(self.recipe), message, force=force)
 
-    @contextlib.contextmanager
-    def _stop_on_sigterm(self) -> Iterator[None]:
-        """While inside, SIGTERM asks for a checkpoint and a clean end instead of ending the process."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(*_: object) -> None:
-            self._stop_requested = True
-
-        before = signal.signal(signal.SIGTERM, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
 
 class _Inputs:
     """A micro-batch on the model's device, flattened to one packed row of T = B·S positions.
@@ -508,36 +516,6 @@ class _Inputs:
 def _by_position(scales: list[float], group_ids: torch.Tensor) -> float | torch.Tensor:
     """The factor of each position: the only one, or that of its label's modality (any where nothing is learned)."""
     return scales[0] if len(scales) == 1 else torch.tensor(scales)[group_ids.long() % len(scales)]
-
-
-def _sum_gradients(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
-    """megatron-core's gradient reduction without its division: the loss is already divided by its weight."""
-    finalize_model_grads(model, None, **kwargs)
-
-
-class _Clock:
-    """Time of the training steps since the last lap: validation and saving do not count."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self.waited = 0.0
-        self.steps = 0
-
-    def lap(self) -> tuple[float, int, float]:
-        """(seconds, steps, seconds waited for data) since the last lap."""
-        now = time.perf_counter()
-        result = now - self._started, self.steps, self.waited
-        self._started, self.steps, self.waited = now, 0, 0.0
-        return result
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What runs inside takes no time."""
-        paused_at = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._started += time.perf_counter() - paused_at
 
 
 def _restore_meter(meter: LossMeter, totals: torch.Tensor, groups: list[Any]) -> None:

@@ -137,7 +137,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 TIMING = {
     "tokens_per_second", "tokens_per_second_per_gpu", "tflops_per_gpu", "mfu", "data_wait_seconds", "step_seconds",
-    "memory_gib", "validation_seconds",
+    "memory_gib", "validation_seconds", "slowest_rank", "slowest_rank_seconds", "median_rank_seconds",
 }  # fmt: skip
 
 
