@@ -240,9 +240,8 @@ def _reduce(logits_nR: Tensor, own_n: Tensor, index_n1: Tensor, *, smoothed: boo
 
 def _combine(stats: Tensor, ranks: int, group: dist.ProcessGroup | None) -> Tensor:
     """The same statistics of the whole vocabulary, the same to the bit on every rank."""
-    every = stats.new_empty(ranks * stats.shape[0], stats.shape[1])
-    dist.all_gather_into_tensor(every, stats, group=group)
-    every = every.view(ranks, *stats.shape)
+    every = stats.new_empty(ranks, *stats.shape)
+    dist.all_gather(list(every.unbind(0)), stats, group=group)
     maximum = every[:, 0].amax(0)
     total = (every[:, 1] * (every[:, 0] - maximum).exp()).sum(0)
     return torch.cat((torch.stack((maximum, total)), every[:, 2:].sum(0)))
