@@ -2,8 +2,8 @@
 
 A micro-batch [B, S] runs as one row of T = B·S tokens with the documents end to end. `PackedSequences` says where
 they begin; it is made on the host, once per micro-batch, and reaches every layer of every pipeline stage as
-megatron-core's `packed_seq_params`. Its `qkv_format` is not "thd": megatron-core would then turn RoPE in a Python
-loop over documents, while here the angles are looked up once per micro-batch.
+megatron-core's `packed_seq_params`. Its `qkv_format` is "thd" for Transformer Engine's attention only: megatron-core
+then turns RoPE itself, with TE's kernel, while for ours the angles are looked up once per micro-batch.
 
 Shapes: T tokens, H query heads and G key heads of this rank, D head width, n documents of a bucket, L their padded
 length, P padded slots of all buckets.
@@ -149,18 +149,24 @@ class PackedSequences(PackedSeqParams):
         position_ids: Tensor | None = None,
         loss_weights: Tensor | None = None,
         row_pointers: Tensor | None = None,
+        fused: bool = False,
+        context: int = 1,
         device: torch.device | str | None = None,
     ) -> PackedSequences:
         """From a micro-batch on the host; nothing is read back from the device.
 
         Args:
-            cu_seqlens: [n+1] int32 over the flattened B·S tokens, first 0, last T; empty segments are allowed.
+            cu_seqlens: [n+1] int32 over the flattened B·S tokens, first 0, last T; empty segments are allowed. Under
+                context parallelism over the tokens of all ranks, last T·context, and every length is a multiple of
+                2·context (:mod:`megatron_speech.parallel.context_parallel`).
             position_ids: int64 of T elements in any shape; by default positions in each segment.
             loss_weights: float32 of T elements in any shape: what a token's loss counts for in the total; the head
                 works where it is not zero.
             row_pointers: [B+1] int32 as given to `ops.loss_mask`: row b holds documents row_pointers[b] to
                 row_pointers[b+1], and one segment of padding after them. Attention spends nothing on padding whose
                 place is known; without it padding is attended to like a document.
+            fused: for Transformer Engine's attention instead of ours (`SpeechGPTModel.fused_attention`).
+            context: ranks that share every document's tokens; more than 1 needs `fused`.
             device: where the model runs; by default this process's.
         """
         device = torch.device(device) if device is not None else _device()
@@ -179,19 +185,32 @@ class PackedSequences(PackedSeqParams):
             weights = loss_weights.detach().cpu().reshape(-1)
             loss_rows = weights.nonzero().squeeze(1)
             row_weights = weights[loss_rows]
-        cu_device = _send(cu, device)
         longest = int(lengths.max(initial=0))
-        return cls(
+        packed = cls(
             qkv_format="sbhd",
-            cu_seqlens_q=cu_device,
-            cu_seqlens_kv=cu_device,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
             position_ids=_send(position_ids.reshape(-1), device),
             loss_rows=None if loss_rows is None else _send(loss_rows, device),
             row_weights=None if row_weights is None else _send(row_weights, device),
-            layout=PaddedLayout.build(bounds, padding).to(device),
         )
+        if fused:
+            packed.qkv_format = "thd"
+            cu = torch.from_numpy(np.unique(bounds))  # without the empty segments
+            longest = _fused_length(longest, 2 * context)
+        else:
+            packed.layout = PaddedLayout.build(bounds, padding).to(device)
+        packed.cu_seqlens_q = packed.cu_seqlens_kv = _send(cu, device)
+        packed.max_seqlen_q = packed.max_seqlen_kv = longest
+        if context > 1:
+            # Required there. Padding belongs to its document, which causality keeps from seeing it; being the same
+            # tensor, it also spares TE a comparison on the device, for which the host would wait.
+            packed.cu_seqlens_q_padded = packed.cu_seqlens_kv_padded = packed.cu_seqlens_q
+        return packed
+
+
+def _fused_length(longest: int, multiple: int) -> int:
+    """A bound on `longest` of which there are few: cuDNN plans its kernels for each anew."""
+    bound = 1 << max(6, (longest - 1).bit_length())
+    return -(-bound // multiple) * multiple
 
 
 def _device() -> torch.device:

@@ -169,6 +169,7 @@ def build_model(
         model.rotary_pos_emb.inv_freq = config.inverse_frequencies().to(model.rotary_pos_emb.inv_freq.device)
         model.model_config = config
         model.valid_vocab_size = valid
+        model.fused_attention = backend == "te"
         init_weights(model, seed)
         chunks.append(model)
     return chunks

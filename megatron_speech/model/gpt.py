@@ -28,6 +28,7 @@ class SpeechGPTModel(GPTModel):
 
     model_config: ModelConfig
     valid_vocab_size: int
+    fused_attention: bool  # attention is Transformer Engine's, and so is what it wants of PackedSequences
 
     def forward(  # type: ignore[override]
         self,
@@ -73,9 +74,15 @@ class SpeechGPTModel(GPTModel):
         if decoder_input is None and self.pre_process:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
         assert packed_seq_params is not None
+        rope = self.rotary_pos_emb
+        if self.fused_attention != (packed_seq_params.qkv_format == "thd"):
+            raise TypeError(f"PackedSequences.build needs fused={self.fused_attention} for this model")
+        if self.fused_attention:
+            # Angles of positions 0, 1 …; megatron-core's attention turns every document by them from its start.
+            angles = rope(packed_seq_params.max_seqlen_q, packed_seq=True)
+            return decoder_input, angles, None, None, None, padding_mask
         if packed_seq_params.rotary is None:
             assert packed_seq_params.position_ids is not None
-            rope = self.rotary_pos_emb
             if rope.inv_freq.device != packed_seq_params.position_ids.device:
                 rope.inv_freq = rope.inv_freq.to(packed_seq_params.position_ids.device)
             packed_seq_params.rotary = rotary_tables(rope.inv_freq, packed_seq_params.position_ids)

@@ -1,7 +1,8 @@
 """RMSNorm and SwiGLU: what stands between the matrix products.
 
-On CPU both are autograd functions that pass over memory as seldom as they can: at the size of a laptop model
-these passes, not arithmetic, are what the layers around the matrix products cost.
+Both are autograd functions that pass over memory as seldom as they can (at the size of a laptop model these passes, not
+arithmetic, are what the layers around the matrix products cost) and keep their input only. On CUDA the norm is torch's
+fused kernel.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.epsilon)
 
 
-class _SwiGLUCPU(torch.autograd.Function):
+class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
@@ -85,11 +86,8 @@ class SwiGLU(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., 2·ffn] → [..., ffn]."""
-        if x.device.type == "cpu":
-            result: Tensor = _SwiGLUCPU.apply(x)
-            return result
-        gate, linear = x.chunk(2, dim=-1)
-        return F.silu(gate) * linear
+        result: Tensor = _SwiGLU.apply(x)
+        return result
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Nothing to save; megatron-core's MLP asks every child for its shards."""
