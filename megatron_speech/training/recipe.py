@@ -74,7 +74,6 @@ class ParallelConfig(StrictConfig):
     context: int = Field(default=1, ge=1)
     sequence_parallel: bool = Field(default=False, description="shard norms and residuals over the tensor ranks")
     distributed_optimizer: bool = Field(default=False, description="shard optimizer state over the data-parallel ranks")
-    ema: EmaConfig | None = Field(default=None, description="keep a moving average of the weights; null: none")
     overlap_grad_reduce: bool = Field(default=False, description="reduce gradients while the backward pass runs")
 
     @property
@@ -125,6 +124,7 @@ class Recipe(StrictConfig):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of activations and weights; masters are fp32"
     )
+    ema: EmaConfig | None = Field(default=None, description="keep a moving average of the weights; null: none")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
