@@ -26,6 +26,10 @@ class OutputError(RuntimeError):
     """
 
 
+class PeerError(RuntimeError):
+    """Another process of the run has ended, so this one cannot go on. Names it, and why it ended where that is known."""
+
+
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a command's `main` so that bad input prints one sentence and exits 2.
 

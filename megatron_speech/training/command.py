@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
 
-from megatron_speech.errors import InputError
+from megatron_speech.errors import InputError, PeerError
 from megatron_speech.training.agreement import AgreedError
 from megatron_speech.training.recipe import Recipe, load_recipe
 from megatron_speech.training.run_log import record_failure
@@ -43,6 +44,11 @@ def run(args: argparse.Namespace) -> int:
     except InputError as error:  # of this process alone: the launcher ends the others
         record_failure(recipe, str(error))
         raise
+    except PeerError as error:  # the rank that it is about has the traceback
+        if _is_main():
+            record_failure(recipe, str(error))
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
     except Exception as error:
         if _is_main():
             record_failure(recipe, str(error) or type(error).__name__)

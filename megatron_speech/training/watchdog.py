@@ -25,6 +25,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_speech.errors import PeerError
 from megatron_speech.training.run_config import WatchdogConfig
 
 EXIT_CODE = 1
@@ -329,10 +330,6 @@ def store_of_run(nonce: str) -> Any:
 
     store: Any = _get_default_store()
     return dist.PrefixStore(nonce, store.clone())
-
-
-class PeerError(RuntimeError):
-    """Another rank has ended, so this one cannot go on."""
 
 
 def peer_error(error: RuntimeError, watchdog: Watchdog) -> PeerError | None:
