@@ -14,7 +14,6 @@ from __future__ import annotations
 import difflib
 import itertools
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
@@ -29,24 +28,10 @@ from megatron_speech.data.config import DataConfig, StageDataConfig, StrictConfi
 from megatron_speech.errors import InputError
 from megatron_speech.files import write_text
 from megatron_speech.model.config import ModelConfig
+from megatron_speech.training.checkpoint_config import Cadence, CheckpointConfig
+from megatron_speech.training.human_numbers import TokenCount, human_integer
 from megatron_speech.training.optimizer_config import EmaConfig, LearningRateConfig, OptimizerConfig, TableConfig
 from megatron_speech.training.run_config import LoggingConfig, WatchdogConfig
-
-_HUMAN_NUMBER = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kKMGBT])")
-_HUMAN_FACTOR = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
-
-
-def _human_integer(value: Any) -> Any:
-    """Turn "0.5M", "2k" or 2e6 into an integer; anything else is left to pydantic."""
-    if isinstance(value, str) and (match := _HUMAN_NUMBER.fullmatch(value.strip())):
-        value = float(match[1].replace("_", "")) * _HUMAN_FACTOR[match[2]]
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
-
-
-TokenCount = Annotated[int, BeforeValidator(_human_integer), Field(gt=0)]
-"""A positive count of tokens: 500000, 500_000, 5e5 or "0.5M"."""
 
 
 class StageConfig(StageDataConfig):
@@ -61,6 +46,9 @@ class StageConfig(StageDataConfig):
         default=True, description="true: keep the optimizer's moments from the stage before; false: start them at zero"
     )
     allow_lr_increase: bool = Field(default=False, description="let this stage peak above the end of the stage before")
+    checkpoint: Cadence | None = Field(
+        default=None, description="steps of this stage between checkpoints; null: checkpoint.interval_steps"
+    )
 
 
 class ParallelConfig(StrictConfig):
@@ -93,18 +81,11 @@ class ParallelConfig(StrictConfig):
         return self
 
 
-class CheckpointConfig(StrictConfig):
-    """Recipe section `checkpoint`. One is always written at the end of a stage."""
-
-    interval_steps: int = Field(default=1000, ge=0, description="steps between checkpoints; 0: only at stage ends")
-    keep_last: int = Field(default=2, ge=1, description="newest checkpoints kept; the best one is kept besides")
-
-
 class ValidationConfig(StrictConfig):
     """Recipe section `validation`: loss on held-out sources, also run at every checkpoint and stage end."""
 
     interval_steps: int = Field(default=1000, ge=0, description="steps between validations; 0: never validate")
-    tokens: Annotated[int, BeforeValidator(_human_integer)] = Field(
+    tokens: Annotated[int, BeforeValidator(human_integer)] = Field(
         default=1_000_000, gt=0, description="at most this many held-out positions per validation"
     )
 
@@ -120,6 +101,7 @@ class Recipe(StrictConfig):
     data: DataConfig
     stages: list[StageConfig] = Field(min_length=1)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    ema: EmaConfig | None = Field(default=None, description="keep a moving average of the weights; null: none")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of activations and weights; masters are fp32"

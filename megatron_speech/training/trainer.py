@@ -10,6 +10,7 @@ T = B·S positions, which travels through the model as one packed row.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import random
@@ -92,7 +93,7 @@ class Trainer:
         found = environment.detect() if self.is_main else {}
         if self.is_main and say_environment:
             print(environment.describe(found), flush=True)
-        info = self._newest_checkpoint()
+        info = checkpoint.newest_checkpoint(self.directory / "checkpoints")
         notes: list[str] = []
         with agreed():
             self.dp_size = recipe.data_parallel_size(self.world_size)
@@ -112,6 +113,9 @@ class Trainer:
         with agreed():
             exporters = open_exporters(recipe, self.directory, self.position.step) if self.is_main else []
         self._log = RunLog(self.directory, active=self.is_main, exporters=exporters)
+        self._checkpoints = checkpoint.RunCheckpoints(
+            self.directory / "checkpoints", recipe, self.space, info=info, log=self._log
+        )
         if self.is_main:
             write_json(self.directory / "environment.json", found)
             recipe.save(self.directory / "recipe.yaml")
@@ -172,14 +176,6 @@ class Trainer:
         self._contributes = last_stage and first_copy and parallel_state.get_context_parallel_rank() == 0
         self._no_tokens = torch.zeros((), dtype=torch.int, device=self.device)
 
-    def _newest_checkpoint(self) -> checkpoint.CheckpointInfo | None:
-        """The newest sound checkpoint of the run directory. A collective."""
-        directory = self.directory / "checkpoints"
-        if self.is_main:
-            checkpoint.clean_leftovers(directory)
-        dist.barrier()
-        return checkpoint.find_latest(directory)
-
     def _resume(self, info: checkpoint.CheckpointInfo | None, notes: list[str]) -> None:
         """Load the checkpoint that the run goes on from, if there is one."""
         self.position = Position.at_step(self.recipe, 0)
@@ -189,8 +185,6 @@ class Trainer:
         self._loaded = checkpoint.load_checkpoint(info, chunks=self.chunks, optimizer=self.optimizer)
         self.position = Position.at_step(self.recipe, info.step)
         checkpoint.say_resume(info, notes)
-        if self.is_main:
-            checkpoint.promote_best(self.directory / "checkpoints", info.fields["stage"])
 
     def _documents_due(self) -> int:
         """Documents that the running stage, after a change of its blend, takes before it begins epochs of all."""
@@ -242,10 +236,12 @@ class Trainer:
                 else:
                     state = "finished" if self.position.step == self.recipe.total_steps else "preempted"
                     message = ""
+                self._checkpoints.finish()
                 self._write_status(state, message)
                 self._safety.finish()
             return state
         except BaseException as error:
+            self._checkpoints.close(failed=True)
             self._write_status("failed", str(error) or type(error).__name__)
             raise
         finally:
@@ -254,6 +250,7 @@ class Trainer:
     def _run_stage(self, index: int, limit: int) -> bool:
         """Train stage `index` from the current position on; False when the run was asked to stop."""
         recipe, stage, data = self.recipe, self.recipe.stages[index], self.stages[index]
+        self._checkpoints.wait()
         if self.position.stage_step == 0 and index > 0 and not stage.carry_optimizer:
             self.optimizer.reset_state()
         scheduler = self.optimizer.start_stage(stage)
@@ -281,7 +278,8 @@ class Trainer:
                     self._log_interval(index, meter, norm)
                 stop = self._safety.stop_agreed(step)
                 validate = validator is not None and (_every(step, recipe.validation.interval_steps) or ended)
-                save = _every(step, recipe.checkpoint.interval_steps) or ended or stop
+                save = self._checkpoints.due(stage, step, self.position.stage_step) or ended or stop
+                self._checkpoints.speak()
                 if validate or save:
                     with self._clock.paused():
                         scores: dict[str, Any] = {}
@@ -306,6 +304,7 @@ class Trainer:
         self._run_batch(batch, meter, loss, self._sum_over_ranks(sums), forward_only=False)
         meter.add_counts(weight_sums=sums, tokens=batch.tokens, pad_tokens=batch.pad_tokens)
         scheduler.step(1)
+        self._checkpoints.hold_training_stream()
         return self.optimizer.step()
 
     def _run_batch(
@@ -431,7 +430,11 @@ class Trainer:
         started = time.perf_counter()
         for chunk in self.model:
             chunk.eval()
-        scores = validator.run()
+        averaged = self.recipe.ema is not None and self.recipe.ema.use_for_validation
+        if averaged:
+            self._checkpoints.hold_training_stream()  # the averages change places with the weights
+        with self.optimizer.averaged_weights() if averaged else contextlib.nullcontext():
+            scores = validator.run()
         for chunk in self.model:
             chunk.train()
         seconds = time.perf_counter() - started
@@ -446,21 +449,18 @@ class Trainer:
         return scores
 
     def _save(self, index: int, meter: LossMeter, scheduler: OptimizerParamScheduler, scores: dict[str, Any]) -> None:
-        """Write a checkpoint, promote the best one, drop the old ones. A collective."""
+        """Take a checkpoint of this moment. A collective."""
         # Reduced here in every run, continued or not: the sums that the next line is made of are added up in the
         # same order in both.
         meter.reduce()
-        directory = self.directory / "checkpoints"
         stage = self.recipe.stages[index]
         taken = self.position.stage_step if self.position.stage_index == index else stage.steps
-        checkpoint.save_checkpoint(
-            directory,
-            recipe=self.recipe,
-            space=self.space,
+        self._checkpoints.save(
             fields={
                 **self.position.as_record(self.recipe),
                 "stage_index": index,
                 "stage_step": taken,
+                "stage_ended": taken == stage.steps,
                 "datasets": self._fingerprints,
                 "blend": {data.stage.name: data.history.entries for data in self.stages[: index + 1]},
                 "validation": scores,
@@ -469,11 +469,6 @@ class Trainer:
             optimizer=self.optimizer,
             state={"scheduler": scheduler.state_dict(), "meter": meter.totals.clone(), "groups": meter.groups},
         )
-        if self.is_main:
-            best = checkpoint.promote_best(directory, stage.name)
-            checkpoint.prune(directory, self.recipe.checkpoint.keep_last)
-            note = " (best so far)" if best is not None and best.step == self.position.step else ""
-            self._log.say(f"{stage.name} checkpoint {checkpoint.checkpoint_name(self.position.step)}{note}")
         self._write_status("running")
 
     def _flops_per_token(self, index: int) -> float:

@@ -100,6 +100,7 @@ def test_the_best_checkpoint_of_the_stage_is_the_one_with_the_lowest_audio_loss(
     reference: Path, tmp_path: Path
 ) -> None:
     from megatron_speech.training.checkpoint import FORMAT_VERSION, promote_best, prune
+    from megatron_speech.training.checkpoint_config import CheckpointConfig
 
     scores = {line["step"]: line["loss/modality/audio"] for line in read_metrics(reference) if "split" in line}
     best = min((30, 36), key=lambda step: scores[step])
@@ -114,7 +115,7 @@ def test_the_best_checkpoint_of_the_stage_is_the_one_with_the_lowest_audio_loss(
         (folder / "checkpoint.json").write_text(json.dumps(fields))
     promoted = promote_best(directory, "sft")
     assert promoted is not None and promoted.step == 3
-    prune(directory, keep_last=1)
+    prune(directory, CheckpointConfig(keep_last=1), problem=lambda path: None)
     assert sorted(path.name for path in directory.iterdir()) == ["best", "step_00000003", "step_00000005"]
 
 

@@ -1,0 +1,123 @@
+"""The checkpoints of one run: found, due, saved beside the training, promoted, pruned, copied elsewhere, spoken of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_speech.errors import OutputError
+from megatron_speech.token_space import TokenSpace
+from megatron_speech.training.checkpoint.retention import Soundness, promote_best, prune
+from megatron_speech.training.checkpoint.save import Aftermath, CheckpointSaver, SaveReport
+from megatron_speech.training.checkpoint.store import (
+    CheckpointInfo,
+    checkpoint_name,
+    clean_leftovers,
+    find_latest,
+    list_checkpoints,
+    point_link,
+)
+from megatron_speech.training.checkpoint_config import is_due
+from megatron_speech.training.optimizer import Optimizer
+from megatron_speech.training.recipe import Recipe, StageConfig
+from megatron_speech.training.run_log import RunLog
+
+
+def newest_checkpoint(directory: Path) -> CheckpointInfo | None:
+    """The newest sound checkpoint below RUN/checkpoints, after what a killed save left was removed. A collective."""
+    if dist.get_rank() == 0:
+        clean_leftovers(directory)
+    dist.barrier()
+    return find_latest(directory)
+
+
+class RunCheckpoints:
+    """A run's checkpoints, as its recipe's `checkpoint` section wants them. To be made on all ranks at the same time.
+
+    Args:
+        directory: RUN/checkpoints.
+        recipe, space: of the run.
+        info: the checkpoint that it goes on from.
+        log: of the run.
+    """
+
+    def __init__(
+        self, directory: Path, recipe: Recipe, space: TokenSpace, *, info: CheckpointInfo | None, log: RunLog
+    ) -> None:
+        self.directory = directory
+        self._recipe, self._config, self._log = recipe, recipe.checkpoint, log
+        self._soundness = Soundness()
+        self._problem: str | None = None
+        if info is not None and dist.get_rank() == 0:
+            point_link(directory / "latest", info.path.name)
+            promote_best(directory, info.fields["stage"])
+        self._saver = CheckpointSaver(
+            directory, recipe=recipe, space=space, asynchronous=self._config.asynchronous, after_save=self._after_save
+        )
+
+    def due(self, stage: StageConfig, step: int, stage_step: int) -> bool:
+        """Whether one is written after `step` steps of the run, the `stage_step`-th of its stage; ends besides."""
+        if stage.checkpoint is not None:
+            return is_due(stage.checkpoint, stage_step)
+        return self._config.interval_steps > 0 and step % self._config.interval_steps == 0
+
+    def save(self, *, fields: dict[str, Any], chunks: list[Any], optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Take a checkpoint of this moment, see :meth:`CheckpointSaver.save`. A collective."""
+        self._saver.save(fields=fields, chunks=chunks, optimizer=optimizer, state=state)
+        self.speak()
+
+    def hold_training_stream(self) -> None:
+        """Before weights or optimizer state change, see :meth:`CheckpointSaver.hold_training_stream`."""
+        self._saver.hold_training_stream()
+
+    def speak(self) -> None:
+        """Tell of the saves that have ended; waits for nothing."""
+        for report in self._saver.poll():
+            self._tell(report)
+
+    def wait(self) -> None:
+        """Wait for the save under way, and tell of it."""
+        for report in self._saver.wait():
+            self._tell(report)
+
+    def finish(self) -> None:
+        """Wait for the last one, which the run needs.
+
+        Raises:
+            OutputError: it could not be written.
+        """
+        self.wait()
+        if self._problem is not None:
+            raise OutputError(f"{self._problem}; free some space and start the same command again")
+
+    def close(self, *, failed: bool) -> None:
+        """End with the run, see :meth:`CheckpointSaver.close`."""
+        self._saver.close(failed=failed)
+
+    def _after_save(self, info: CheckpointInfo) -> Aftermath:
+        """On rank 0, beside the training: read it back, promote, prune."""
+        alarms = []
+        if problem := self._soundness.problem(info.path):
+            alarms.append(f"checkpoint {info.path} was written, but cannot be read back: {problem}")
+        best = promote_best(self.directory, info.fields["stage"])
+        alarms += prune(self.directory, self._config, problem=self._soundness.problem)
+        return Aftermath(best is not None and best.step == info.step, alarms)
+
+    def _tell(self, report: SaveReport) -> None:
+        name = checkpoint_name(report.step)
+        if report.problem is not None:
+            good = next((path.name for path in list_checkpoints(self.directory)), "none")
+            self._problem = f"{name} could not be written: {report.problem}. The newest checkpoint is {good}"
+            self._log.alarm("checkpoint", self._problem)
+            return
+        self._problem = None
+        self._log.alarm("checkpoint", None)
+        for alarm in report.aftermath.alarms:
+            self._log.alarm(f"checkpoint {alarm}", alarm)
+        note = " (best so far)" if report.aftermath.best else ""
+        self._log.say(
+            f"{report.stage} checkpoint {name}{note}, {report.bytes / 1e6:,.1f} MB of this process in "
+            f"{report.seconds:.2f} s, of which training waited {report.waited_seconds:.2f} s"
+        )
