@@ -115,12 +115,14 @@ def find_damage(info: CheckpointInfo) -> str | None:
     return problem
 
 
-def find_latest(directory: Path) -> CheckpointInfo | None:
+def find_latest(directory: Path, *, before_step: int | None = None) -> CheckpointInfo | None:
     """The newest sound checkpoint below `directory` (RUN/checkpoints); damaged ones are skipped with a notice.
 
-    A collective where torch.distributed is up.
+    A collective where torch.distributed is up. `before_step`: only those of an earlier step.
     """
     for path in list_checkpoints(directory):
+        if before_step is not None and (step_of_name(path.name) or 0) >= before_step:
+            continue
         try:
             info = read_info(path)
             problem = find_damage(info)
