@@ -62,6 +62,8 @@ class LossMeter:
     def _begin_interval(self) -> None:
         self._sums.zero_()
         self._weighted.zero_()
+        self._settled: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._lost_weights = torch.zeros_like(self._weighted)
         self._weights = np.zeros(self._normalizers)
         self._host = dict.fromkeys(_COUNTS, 0.0)
 
@@ -95,6 +97,21 @@ class LossMeter:
         self._host["tokens"] += tokens
         self._host["pad_tokens"] += pad_tokens
 
+    def settle(self, skipped: torch.Tensor, weight_sums: np.ndarray) -> None:
+        """Forget the losses of the global batch just added if its step was skipped. No device sync.
+
+        Args:
+            skipped: float32 scalar on the device: 1 or 0.
+            weight_sums: that went to :meth:`add_counts`. Its tokens still count: they were worked on.
+        """
+        taken = skipped == 0.0
+        if self._settled is None:
+            self._settled = (torch.zeros_like(self._sums), torch.zeros_like(self._weighted))
+        for sums, before in zip((self._sums, self._weighted), self._settled, strict=True):
+            sums.copy_(torch.where(taken, sums, before))  # not a product: what was added may be NaN
+            before.copy_(sums)
+        self._lost_weights += torch.stack([skipped.double() * weight for weight in weight_sums.tolist()])
+
     def reduce(self) -> None:
         """Move this interval's sums of all ranks into `totals`. The only device sync, and a collective."""
         local = torch.zeros(self.state_size, dtype=torch.float64, device=self._sums.device)
@@ -102,6 +119,7 @@ class LossMeter:
             scalars = [*self._weights.tolist(), *self._host.values()]
             local[: -len(scalars)] = torch.cat((self._sums.flatten(), self._weighted))
             local[-len(scalars) :] = torch.tensor(scalars, dtype=torch.float64, device=local.device)
+            local[-len(scalars) : -len(_COUNTS)] -= self._lost_weights
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(local)
         self.totals += local.cpu()

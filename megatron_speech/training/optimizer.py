@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -75,6 +75,11 @@ class Optimizer:
             for part in self._parts
         ]  # fmt: skip
 
+    @property
+    def _skip_on_host(self) -> bool:
+        """Whether an optimizer of this rank is not torch's, which knows how to skip on the device."""
+        return not all(isinstance(part.optimizer, torch.optim.AdamW) for part in self._parts)
+
     def _use_fused_kernel(self) -> None:
         """Run torch's AdamW as one kernel per group (2 to 3 times as fast as its loop, on CPU too)."""
         for part in self._parts:
@@ -83,8 +88,12 @@ class Optimizer:
                     group["fused"], group["foreach"] = True, False
 
     @torch.no_grad()
-    def step(self) -> torch.Tensor:
+    def step(self, skip: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
         """Clip the gradients to the global norm `clip_grad` and update; returns the norm before clipping.
+
+        Args:
+            skip: norm → 1 where nothing is to move (weights, moments, averages), 0 else: float32 scalars on the
+                device. Torch's AdamW obeys there; Transformer Engine's cannot, and the host reads the answer.
 
         Returns:
             float32 scalar on the device of the parameters; reading it is the caller's sync to choose.
@@ -93,6 +102,7 @@ class Optimizer:
         if self._frozen_rows is not None:
             self._frozen_rows.clear_gradients()
         norm = self._grad_norm()
+        skipped = None if skip is None else skip(norm)
         if self.clip_grad > 0.0:
             scale = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
             # On a CPU the value is at hand, so a multiplication by one is spared; on a GPU asking would stall.
@@ -100,11 +110,16 @@ class Optimizer:
                 for part in self._parts:
                     if grads := [p.grad for p in part.get_parameters() if p.grad is not None]:
                         torch._foreach_mul_(grads, scale)
+        taken = None if skipped is None else 1.0 - skipped
+        if skipped is not None and self._skip_on_host and skipped.item():
+            return norm
+        for part in self._parts:
+            part.optimizer.found_inf = skipped  # what torch's fused AdamW looks at before it touches anything
         if self._frozen_rows is not None:
-            self._frozen_rows.decay(self.learning_rate, None)
+            self._frozen_rows.decay(self.learning_rate, taken)
         self.core.step_with_ready_grads()
         if self.ema is not None:
-            self.ema.update(None)
+            self.ema.update(taken)
         return norm
 
     def _grad_norm(self) -> torch.Tensor:
@@ -166,6 +181,9 @@ class Optimizer:
         (part,) = self._parts
         if not (isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW)):
             self.core.load_state_dict(state)
+            if isinstance(part.optimizer, torch.optim.AdamW):
+                for p, entry in part.optimizer.state.items():  # megatron-core does not save a count of 0
+                    entry.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
             return
         # The same in two halves: megatron-core copies every entry of an AdamW state from the checkpoint, and the
         # step counts, which it keeps elsewhere, are not there.
