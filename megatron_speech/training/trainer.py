@@ -48,6 +48,7 @@ from megatron_speech.training.optimizer import Optimizer
 from megatron_speech.training.recipe import Recipe, StageConfig
 from megatron_speech.training.run_log import RunLog, console_line, duration, record_failure
 from megatron_speech.training.safety import Safety
+from megatron_speech.training.spikes import SpikeGuard, Verdict, rewind_record, skip_record
 from megatron_speech.training.stages import Position
 from megatron_speech.training.timing import Clock
 from megatron_speech.training.validation import Validator, validation_sequences
@@ -175,6 +176,8 @@ class Trainer:
         first_copy = parallel_state.get_tensor_model_parallel_rank() == 0
         self._contributes = last_stage and first_copy and parallel_state.get_context_parallel_rank() == 0
         self._no_tokens = torch.zeros((), dtype=torch.int, device=self.device)
+        self._spikes = SpikeGuard(recipe.spikes, self.device) if recipe.spikes is not None else None
+        self._step_loss = torch.zeros((), device=self.device)
 
     def _resume(self, info: checkpoint.CheckpointInfo | None, notes: list[str]) -> None:
         """Load the checkpoint that the run goes on from, if there is one."""
@@ -184,6 +187,8 @@ class Trainer:
             return
         self._loaded = checkpoint.load_checkpoint(info, chunks=self.chunks, optimizer=self.optimizer)
         self.position = Position.at_step(self.recipe, info.step)
+        if self._spikes is not None:
+            self._spikes.load_state(self._loaded.get("spikes"))
         checkpoint.say_resume(info, notes)
 
     def _documents_due(self) -> int:
@@ -254,9 +259,11 @@ class Trainer:
         if self.position.stage_step == 0 and index > 0 and not stage.carry_optimizer:
             self.optimizer.reset_state()
         scheduler = self.optimizer.start_stage(stage)
+        scheduler.step(self.position.stage_step)
         meter = LossMeter(data.groups, self.device, stage.loss, contributes=self._contributes)
+        if self._spikes is not None and self.position.stage_step == 0:
+            self._spikes.begin_stage()
         if self.position.stage_step and self._loaded:
-            scheduler.load_state_dict(self._loaded["scheduler"])
             _restore_meter(meter, self._loaded["meter"], self._loaded["groups"])
         self._loaded = {}
         validator = self._make_validator(index)
@@ -274,11 +281,14 @@ class Trainer:
                 self._clock.steps += 1
                 self.position = Position.at_step(recipe, self.position.step + 1)
                 step, ended = self.position.step, self.position.stage_index != index
-                if step % recipe.logging.interval_steps == 0 or ended or step == limit:
-                    self._log_interval(index, meter, norm)
                 stop = self._safety.stop_agreed(step)
+                log = step % recipe.logging.interval_steps == 0 or ended or step == limit
                 validate = validator is not None and (_every(step, recipe.validation.interval_steps) or ended)
                 save = self._checkpoints.due(stage, step, self.position.stage_step) or ended or stop
+                if (log or validate or save) and self._went_back():
+                    return True
+                if log:
+                    self._log_interval(index, meter, norm)
                 self._checkpoints.speak()
                 if validate or save:
                     with self._clock.paused():
@@ -288,7 +298,7 @@ class Trainer:
                                 scores = self._validate(validator)
                         if save:
                             with self._safety.progress.doing("saving"):
-                                self._save(index, meter, scheduler, scores)
+                                self._save(index, meter, scores)
                 if stop:
                     return False
         return True
@@ -305,7 +315,17 @@ class Trainer:
         meter.add_counts(weight_sums=sums, tokens=batch.tokens, pad_tokens=batch.pad_tokens)
         scheduler.step(1)
         self._checkpoints.hold_training_stream()
-        return self.optimizer.step()
+        guard = self._spikes
+        if guard is None:
+            return self.optimizer.step()
+        step_loss, self._step_loss = self._step_loss, torch.zeros_like(self._step_loss)
+
+        def skip(norm: torch.Tensor) -> torch.Tensor:
+            skipped = guard.decide(step_loss, norm)
+            meter.settle(skipped, sums)
+            return skipped
+
+        return self.optimizer.step(skip)
 
     def _run_batch(
         self, batch: GlobalBatch, meter: LossMeter, loss: LossConfig, weight_sums: np.ndarray, *, forward_only: bool
@@ -335,6 +355,8 @@ class Trainer:
 
             def total(head: LinearLoss) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
                 meter.add_losses(head.losses, head.cross_entropy, *micro_batch.learned())
+                if self._spikes is not None and self._contributes and not forward_only:
+                    self._step_loss += head.total.detach()
                 return head.total, self._no_tokens, {}
 
             return output, total
@@ -405,11 +427,54 @@ class Trainer:
             steps_of = {"stage_steps": stage.steps, "total_steps": self.recipe.total_steps}
             self._log.say(console_line(record, stage_step=done, **steps_of, eta_seconds=eta))
         self._write_status("running", force=False)
-        if not math.isfinite(means["loss"]) or not math.isfinite(grad_norm):
+        if self._spikes is None and not (math.isfinite(means["loss"]) and math.isfinite(grad_norm)):
             raise RuntimeError(
                 f"step {position.step}: loss {means['loss']} and gradient norm {grad_norm} are not both "
-                "finite; lower lr.peak of the stage or lengthen its warm-up, and continue from the last checkpoint"
+                "finite; lower lr.peak of the stage or lengthen its warm-up, and continue from the last checkpoint; a "
+                "section spikes in the recipe skips such steps"
             )
+
+    def _went_back(self) -> bool:
+        """Tell of the steps skipped since the last call; True when there were so many that the run has gone back.
+
+        It then has the weights and the optimizer's state of an earlier checkpoint, and stands after the step at which
+        the limit was reached, whenever that was found out: the sequences in between are stepped over. A collective.
+        """
+        if self._spikes is None:
+            return False
+        for verdict in self._spikes.read(self.position.step):
+            if verdict.skipped_in_row == 0:
+                continue
+            record = skip_record(self.recipe, verdict)
+            self._log.write(record)
+            self._log.say(
+                f"{record['stage']} step {verdict.step} skipped, sequences {record['first_sequence']:,} to "
+                f"{record['consumed_sequences'] - 1:,}: {verdict.reason}"
+            )
+            if verdict.skipped_in_row >= self._spikes.config.skip_limit:
+                with self._safety.progress.doing("going back to a checkpoint"):
+                    self._go_back(self._spikes, verdict)
+                return True
+        return False
+
+    def _go_back(self, guard: SpikeGuard, verdict: Verdict) -> None:
+        self._checkpoints.wait()
+        info = guard.rewind(verdict, self.directory / "checkpoints")
+        state = checkpoint.load_checkpoint(info, chunks=self.chunks, optimizer=self.optimizer)
+        self.position = Position.at_step(self.recipe, verdict.step)
+        index, stage = self.position.stage_of_last_step(self.recipe)
+        begun = info.fields["stage_index"] == index
+        if not begun and not stage.carry_optimizer:
+            self.optimizer.reset_state()
+        rewinds = guard.rewinds
+        guard.load_state(state.get("spikes") if begun else None)
+        guard.rewinds = rewinds
+        record = rewind_record(self.recipe, verdict, info)
+        self._log.write(record)
+        self._log.say(
+            f"{record['stage']} goes back to {info.path.name} and on from sequence {record['consumed_sequences']:,}; "
+            f"{record['first_sequence']:,} to {record['consumed_sequences'] - 1:,} are stepped over"
+        )
 
     def _make_validator(self, index: int) -> Validator | None:
         data = self._held_out[index]
@@ -448,7 +513,7 @@ class Trainer:
         )
         return scores
 
-    def _save(self, index: int, meter: LossMeter, scheduler: OptimizerParamScheduler, scores: dict[str, Any]) -> None:
+    def _save(self, index: int, meter: LossMeter, scores: dict[str, Any]) -> None:
         """Take a checkpoint of this moment. A collective."""
         # Reduced here in every run, continued or not: the sums that the next line is made of are added up in the
         # same order in both.
@@ -467,7 +532,11 @@ class Trainer:
             },
             chunks=self.chunks,
             optimizer=self.optimizer,
-            state={"scheduler": scheduler.state_dict(), "meter": meter.totals.clone(), "groups": meter.groups},
+            state={
+                "meter": meter.totals.clone(),
+                "groups": meter.groups,
+                "spikes": self._spikes.state() if self._spikes is not None else None,
+            },
         )
         self._write_status("running")
 
