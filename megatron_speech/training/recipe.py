@@ -30,7 +30,13 @@ from megatron_speech.files import write_text
 from megatron_speech.model.config import ModelConfig
 from megatron_speech.training.checkpoint_config import Cadence, CheckpointConfig
 from megatron_speech.training.human_numbers import TokenCount, human_integer
-from megatron_speech.training.optimizer_config import EmaConfig, LearningRateConfig, OptimizerConfig, TableConfig
+from megatron_speech.training.optimizer_config import (
+    EmaConfig,
+    LearningRateConfig,
+    OptimizerConfig,
+    SpikesConfig,
+    TableConfig,
+)
 from megatron_speech.training.run_config import LoggingConfig, WatchdogConfig
 
 
@@ -101,12 +107,14 @@ class Recipe(StrictConfig):
     data: DataConfig
     stages: list[StageConfig] = Field(min_length=1)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    spikes: SpikesConfig | None = Field(
+        default=None, description="skip steps that would do harm; null: a run ends at a loss that is not finite"
+    )
     ema: EmaConfig | None = Field(default=None, description="keep a moving average of the weights; null: none")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of activations and weights; masters are fp32"
     )
-    ema: EmaConfig | None = Field(default=None, description="keep a moving average of the weights; null: none")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
