@@ -72,7 +72,7 @@ class RecomputeConfig(BaseModel):
     layers: int | None = Field(
         default=None, ge=1, description="full: layers of every pipeline chunk that are recomputed; null: all"
     )
-    modules: tuple[Literal["core_attn", "layernorm", "mlp"], ...] | None = Field(
+    modules: tuple[Literal["core_attn", "mlp"], ...] | None = Field(
         default=None, description="selective: parts of a layer that are recomputed; null: core_attn"
     )
 
@@ -114,7 +114,7 @@ class RecomputeConfig(BaseModel):
         """Floating-point operations per token that recomputation adds: the forward pass of what is recomputed.
 
         A third of what :meth:`ModelConfig.flops_per_token` counts for it (forward, and twice that backward).
-        `seq_length` is what a token can see, as there. Norms count as nothing.
+        `seq_length` is what a token can see, as there.
         """
         layers = self.recomputed_layers(split)
         if not layers:
