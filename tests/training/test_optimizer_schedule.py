@@ -61,7 +61,7 @@ def schedule_only() -> Any:
     from megatron_speech.training.optimizer import Optimizer
 
     optimizer = object.__new__(Optimizer)
-    optimizer._parts = []
+    optimizer._parts, optimizer._frozen_rows = [], None
     groups = [{"lr": 0.0, "lr_mult": multiplier, "wd_mult": 0.1} for multiplier in (0.5, 1.0, 0.0)]
     optimizer.core = type("Core", (), {"param_groups": groups})()
     return optimizer
