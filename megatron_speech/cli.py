@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "megatron_speech.evaluation.command",
         "what a checkpoint says on fixed canaries: report.json, report.html",
     ),
+    "convert": ("megatron_speech.convert.command", "Hugging Face folders to checkpoints and back"),
     "benchmark": ("megatron_speech.benchmark.command", "measured figures, with device, versions and commit"),
 }
 

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_speech.errors import InputError
 from megatron_speech.files import read_json
@@ -65,14 +65,13 @@ def read_codec_description(path: str) -> CodecDescription:
     Raises:
         InputError: the file is missing, or a field is missing, unknown or of the wrong type.
     """
+    value = read_json(path, "codec description")
+    names = [field.name for field in dataclasses.fields(CodecDescription)]
+    if not isinstance(value, dict) or set(value) != set(names):
+        raise InputError(f"codec description {path} holds {', '.join(value) or 'nothing'}; needed: {', '.join(names)}")
     try:
-        return TypeAdapter(CodecDescription, config=ConfigDict(extra="forbid")).validate_python(
-            read_json(path, "codec description")
-        )
+        return TypeAdapter(CodecDescription).validate_python(value)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        field = ".".join(map(str, problem["loc"])) or "the whole"
-        needed = ", ".join(one.name for one in dataclasses.fields(CodecDescription))
-        raise InputError(
-            f"codec description {path}: {field}: {problem['msg'][0].lower()}{problem['msg'][1:]}; needed: {needed}"
-        ) from error
+        where = ".".join(map(str, problem["loc"]))
+        raise InputError(f"codec description {path}: {where}: {problem['msg']}") from error
