@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from megatron_speech.errors import InputError
+from megatron_speech.training.environment import host_name
 
 
 class AgreedError(InputError):
@@ -25,9 +26,11 @@ def agreed() -> Iterator[None]:
         yield
     except InputError as error:
         problem = error
-    messages: list[str | None] = [str(problem) if problem else None]
+    messages: list[tuple[str | None, str]] = [(str(problem) if problem else None, host_name())]
     if dist.is_initialized() and dist.get_world_size() > 1:
-        messages = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, str(problem) if problem else None)
-    if message := next((text for text in messages if text), None):
-        raise AgreedError(message) from problem
+        (mine,), messages = messages, [(None, "")] * dist.get_world_size()
+        dist.all_gather_object(messages, mine)
+    for rank, (message, host) in enumerate(messages):
+        if message:
+            everywhere = all(text == message for text, _ in messages)
+            raise AgreedError(message if everywhere else f"rank {rank} on {host}: {message}") from problem

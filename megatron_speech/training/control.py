@@ -62,7 +62,7 @@ class Control:
     """
 
     def __init__(self, timeout_seconds: float = 1800.0) -> None:
-        self.world_size = dist.get_world_size()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         timeout = timedelta(seconds=timeout_seconds)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if self.world_size > 1 else None
         self._asked: tuple[Any, torch.Tensor] | None = None

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
+import socket
 import subprocess
 import sys
 import warnings
@@ -70,7 +72,13 @@ def prepare_imports() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 
 
-def _version(distribution: str) -> str | None:
+def host_name() -> str:
+    """The name that an administrator knows this node by: SLURM's, else the system's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def installed_version(distribution: str) -> str | None:
+    """Version of an installed distribution, or None."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -108,8 +116,8 @@ def detect() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "megatron-speech": getattr(megatron_speech, "__version__", None),
-        **{name: _version(name) for name in REQUIRED},
-        "optional": {name: _version(name) for name in OPTIONAL},
+        **{name: installed_version(name) for name in REQUIRED},
+        "optional": {name: installed_version(name) for name in OPTIONAL},
         "nvidia-apex": location if kind == "nvidia" else None,
         "foreign-apex": hidden,
         "ops": extension_status(),

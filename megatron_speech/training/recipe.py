@@ -37,7 +37,7 @@ from megatron_speech.training.optimizer_config import (
     SpikesConfig,
     TableConfig,
 )
-from megatron_speech.training.run_config import LoggingConfig, WatchdogConfig
+from megatron_speech.training.run_config import LoggingConfig, PreflightConfig, WatchdogConfig
 
 
 class StageConfig(StageDataConfig):
@@ -118,6 +118,7 @@ class Recipe(StrictConfig):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    preflight: PreflightConfig = Field(default_factory=PreflightConfig)
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
 
     @field_validator("stages")

@@ -36,6 +36,14 @@ class LoggingConfig(StrictConfig):
     )
 
 
+class PreflightConfig(StrictConfig):
+    """Recipe section `preflight`: checks before the first step."""
+
+    max_clock_skew_seconds: float = Field(
+        default=60.0, gt=0.0, description="a node whose clock differs more from the others' is refused"
+    )
+
+
 class WatchdogConfig(StrictConfig):
     """Recipe section `watchdog`: when a process that hangs ends itself. Limits are in seconds."""
 

@@ -118,7 +118,7 @@ def console_line(record: Record, *, stage_step: int, stage_steps: int, total_ste
         f"  lr {number('lr', '.2e')}"
         f"  grad {number('grad_norm', '.2f')}"
         f"  {number('tokens_per_second_per_gpu', ',.0f')} tok/s/GPU"
-        f"  {number('tflops_per_gpu', ',.1f')} TFLOP/s"
+        f"  {number('tflops_per_gpu', '.3g')} TFLOP/s"
         f"  MFU {number('mfu', '.1%')}"
         f"  mem {number('memory_gib', '.1f')} GiB"
         f"  wait {record['data_wait_seconds'] * 1e3:.0f} ms"

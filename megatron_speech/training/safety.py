@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,14 +12,10 @@ from megatron.core import parallel_state
 
 from megatron_speech.training.agreement import AgreedError
 from megatron_speech.training.control import Control, StopRequest
+from megatron_speech.training.environment import host_name
 from megatron_speech.training.run_config import WatchdogConfig
 from megatron_speech.training.timing import RankTimer, Stragglers
 from megatron_speech.training.watchdog import Watchdog, peer_error, store_of_run
-
-
-def host_name() -> str:
-    """The name that an administrator knows this node by: SLURM's, else the system's."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 class Safety:

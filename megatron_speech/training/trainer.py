@@ -45,6 +45,7 @@ from megatron_speech.training.exporters import open_exporters
 from megatron_speech.training.freezing import freeze_parameters, frozen_ids
 from megatron_speech.training.metrics import LossMeter, memory_gib, peak_tflops
 from megatron_speech.training.optimizer import Optimizer
+from megatron_speech.training.preflight import Preflight
 from megatron_speech.training.recipe import Recipe, StageConfig
 from megatron_speech.training.run_log import RunLog, console_line, duration, record_failure
 from megatron_speech.training.safety import Safety
@@ -94,6 +95,9 @@ class Trainer:
         found = environment.detect() if self.is_main else {}
         if self.is_main and say_environment:
             print(environment.describe(found), flush=True)
+        preflight = Preflight(recipe, self._safety.control, self._safety.hosts, self.device)
+        with self._safety.progress.doing("the first sum over all processes"):
+            preflight.processes()
         info = checkpoint.newest_checkpoint(self.directory / "checkpoints")
         notes: list[str] = []
         with agreed():
@@ -104,6 +108,8 @@ class Trainer:
             prepare_output_directory(self.directory / "checkpoints")
             if info is not None:
                 notes = checkpoint.check_resumable(info, recipe, self.space, self._fingerprints)
+        preflight.data(self.datasets, self.space)
+        preflight.storage(self.directory, recipe.model.parameters(self.space.padded_size))
         self._histories, change = stage_histories(info, recipe, self.datasets, self.space, is_main=self.is_main)
         with agreed():
             self.stages = [self._stage_data(stage) for stage in recipe.stages]

@@ -1,7 +1,8 @@
 """Two processes train; something happens to the second one. A script, so that torch is imported once for all of it.
 
 argv[1]: JSON {"recipe": path, "scenarios": [{"name", "overrides", "fault"}]}. `fault`: USR1, STOP or KILL, sent to
-rank 1 when rank 0 has printed its first line of training, or "raise": rank 1 raises an error in its fourth step.
+rank 1 when rank 0 has printed its first line of training; "raise": it raises an error in its fourth step; "seed": it
+has another seed.
 Prints a JSON line per scenario: {"name", "codes": [rank 0, rank 1], "errors": [stderr of rank 0, of rank 1]}. No port
 is chosen here: the store takes a free one, as torchrun's does.
 """
@@ -42,8 +43,9 @@ def child(rank: int, port: int, scenario: dict[str, Any], recipe: str, out: int,
             return step(trainer, *arguments)
 
         Trainer._train_step = raising  # type: ignore[method-assign]
+    own = ["seed=8"] if scenario["fault"] == "seed" and rank == 1 else []
     try:
-        code = cli.main(["train", recipe, *scenario["overrides"]])
+        code = cli.main(["train", recipe, *scenario["overrides"], *own])
     except BaseException as error:
         print(f"raised {type(error).__name__}: {error}", file=sys.stderr)
         code = 1

@@ -223,7 +223,7 @@ def test_the_console_line_says_what_matters() -> None:
     line = console_line(record, stage_step=7, stage_steps=100, total_steps=500, eta_seconds=3723)
     assert line == (
         "s1   7/100  step 107/500  loss 3.2100  audio 4.0000  text -  lr 1.50e-04  grad 0.50  12,346 tok/s/GPU"
-        "  412.3 TFLOP/s  MFU 41.7%  mem 61.3 GiB  wait 2 ms  eta 1:02:03"
+        "  412 TFLOP/s  MFU 41.7%  mem 61.3 GiB  wait 2 ms  eta 1:02:03"
     )
     assert "MFU -" in console_line(
         {**record, "mfu": None}, stage_step=7, stage_steps=100, total_steps=500, eta_seconds=0

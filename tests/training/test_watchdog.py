@@ -204,7 +204,7 @@ def faults(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     common = [f"data.cache_dir={folder / 'cache'}", "stages.pt.tokens=100k", "watchdog.peer_seconds=4"]
     scenarios = [
         {"name": fault, "fault": fault, "overrides": [f"run_dir={folder / fault}", *common]}
-        for fault in ("USR1", "STOP", "KILL", "raise")
+        for fault in ("USR1", "STOP", "KILL", "raise", "seed")
     ]
     request = json.dumps({"recipe": str(recipe), "scenarios": scenarios})
     done = subprocess.run(
@@ -254,3 +254,14 @@ def test_the_error_of_one_rank_is_the_sentence_of_the_others(faults: tuple[Path,
     first, second = results["raise"]["errors"]
     assert "rank 1 on " in first and "has failed: a page of this dataset cannot be read" in first
     assert "raised ValueError: a page of this dataset" in second
+
+
+def test_processes_that_were_started_with_different_recipes_are_told_apart(
+    faults: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, results = faults
+    assert results["seed"]["codes"] == [2, 2]
+    first, second = results["seed"]["errors"]
+    assert first.startswith("error: the recipe differs between the processes: rank 1 on ") and first.count("\n") == 1
+    assert "start all processes with the same recipe" in first and second == ""
+    assert not (folder / "seed").exists()
