@@ -1,0 +1,96 @@
+"""Recipe section `init`: a run that begins with the weights of a checkpoint, an imported backbone for instance.
+
+Only the weights are taken, under any parallel layout; optimizer, schedules and position are those of a new run. A run
+that continues from a checkpoint of its own does not read it again. Light to import: no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from megatron_speech.data.config import StrictConfig
+from megatron_speech.errors import InputError
+from megatron_speech.files import read_json
+from megatron_speech.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from megatron_speech.token_space import TokenSpace
+
+# Fields of `model` that do not change what the weights mean.
+_FREE = ("preset", "init_std", "backend")
+
+
+class InitConfig(StrictConfig):
+    """Recipe section `init`: where the weights of step 0 come from."""
+
+    checkpoint: str = Field(
+        description="a checkpoint, or a run directory for its newest; the section `model` may be left out, or must agree"
+    )
+
+
+def fill_model(values: dict[Any, Any], source: str) -> None:
+    """Complete the section `model` of a recipe from the checkpoint that `init` names, in place.
+
+    A section with a preset or with layers says it all and is left as it is; `start_from` compares it.
+
+    Args:
+        values: the recipe, not checked yet.
+        source: its file, for errors.
+
+    Raises:
+        InputError: there is no such checkpoint.
+    """
+    init, model = values.get("init"), values.get("model")
+    if not isinstance(init, dict) or not isinstance(init.get("checkpoint"), str):
+        return
+    if model is not None and (not isinstance(model, dict) or model.get("preset") or model.get("num_layers")):
+        return
+    path = Path(init["checkpoint"])
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = [path] if (path / "checkpoint.json").is_file() else sorted(folder.glob("step_*/checkpoint.json"))
+    if not found:
+        raise InputError(
+            f"recipe {source}: init.checkpoint {path} holds no checkpoint; name a run directory, one of its "
+            "checkpoints, or what `megatron-speech convert import-hf` wrote"
+        )
+    described = found[0] if found[0].is_dir() else found[-1].parent
+    fields = read_json(described / "checkpoint.json", "checkpoint description")
+    values["model"] = {**fields["model"], **{key: value for key, value in (model or {}).items() if value is not None}}
+
+
+def start_from(init: InitConfig, model: ModelConfig, space: TokenSpace, chunks: list[Any]) -> str:
+    """Load the weights into this rank's model chunks; returns a line for the log. A collective.
+
+    Args:
+        init: the recipe's section.
+        model: the recipe's shape.
+        space: the run's ids.
+        chunks: of this rank, as they were built; before the optimizer takes its copies.
+
+    Raises:
+        InputError: there is no sound checkpoint, or it has another shape or other ids.
+    """
+    from megatron_speech.training.checkpoint import load_weights, open_checkpoint
+
+    info, theirs = open_checkpoint(init.checkpoint)
+    where = f"init.checkpoint {info.path}"
+    if theirs.hash != space.hash:
+        raise InputError(
+            f"{where} has the token space {theirs.hash}, the run {space.hash}: its rows stand for other ids; train "
+            f"with {info.path / 'token_space.json'}, or import the backbone with the run's"
+        )
+    saved = ModelConfig.model_validate(info.fields["model"])
+    for name in ModelConfig.model_fields:
+        ours, found = getattr(model, name), getattr(saved, name)
+        if name not in _FREE and ours != found:
+            raise InputError(
+                f"model.{name} is {ours}, but {where} has {found}; leave the section model out of the recipe, or make "
+                "it agree"
+            )
+    load_weights(info, chunks)
+    origin = (info.fields.get("source") or {}).get("folder")
+    of = f"imported from {origin}" if origin else f"step {info.step} of a run"
+    return f"weights from {info.path} ({of}, {info.fields['precision']}); the optimizer starts afresh"
