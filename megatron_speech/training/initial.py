@@ -27,7 +27,7 @@ class InitConfig(StrictConfig):
     """Recipe section `init`: where the weights of step 0 come from."""
 
     checkpoint: str = Field(
-        description="a checkpoint, or a run directory for its newest; the section `model` may be left out, or must agree"
+        description="a checkpoint, or a run directory for its newest; the section `model` is left out, or agrees"
     )
 
 
