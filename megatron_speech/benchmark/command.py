@@ -8,8 +8,10 @@ import importlib
 # what → module with add_arguments(parser) and run(args)
 BENCHMARKS = {
     "train": ("megatron_speech.benchmark.train", "tokens/s of a recipe on its own data"),
+    "train-peer": ("megatron_speech.benchmark.train_peer", "the trainer beside a transformers loop, on the same data"),
     "data": ("megatron_speech.benchmark.data", "text, codes and loader throughput, beside Megatron-LM's"),
     "data-index": ("megatron_speech.benchmark.data_index", "the sequence index at scale: seconds, memory, proportions"),
+    "head": ("megatron_speech.benchmark.head", "time and memory of the output head beside full logits"),
     "loss-mask": ("megatron_speech.benchmark.loss_mask", "the loss-mask kernels against each other"),
 }
 

@@ -1,0 +1,309 @@
+"""The sides of `benchmark train-peer`: each a process that waits for its turn, trains some steps, and reports.
+
+Only one side trains at a time. A report holds the process's CPU seconds since its last one, so that what a side
+prepares while another has its turn (our loader's thread does) is accounted for, and the wall seconds of its turn.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_speech.errors import InputError
+from megatron_speech.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from megatron_speech.benchmark.peer_trainer import PeerSetting, Sample
+
+
+@dataclass(frozen=True)
+class Race:
+    """What every side trains: `turns` turns of `steps` optimizer steps of the only stage of `recipe`.
+
+    folder: where our side leaves the initial weights, and a run directory. seed: of the peer's order.
+    """
+
+    recipe: Recipe
+    steps: int
+    turns: int
+    folder: Path
+    seed: int = 0
+
+    @property
+    def weights(self) -> Path:
+        """The initial weights, under the peer's names."""
+        return self.folder / "initial_weights.pt"
+
+    @property
+    def is_sft(self) -> bool:
+        """Whether prompts are given and only targets are learned."""
+        return self.recipe.stages[0].is_sft
+
+
+class _Turns:
+    """A side's end of the conversation: wait for "go", report after `steps` steps, as often as there are turns."""
+
+    def __init__(self, race: Race, connection: Connection) -> None:
+        self._race, self._connection = race, connection
+        self._cpu = self._wall = 0.0
+
+    def ready(self, **facts: Any) -> None:
+        """Say that the side is set up, and wait for the first turn."""
+        self._connection.send({"ready": True, **facts})
+        self._cpu = time.process_time()
+        self._wait()
+
+    def _wait(self) -> None:
+        self._connection.recv()
+        self._wall = time.perf_counter()
+
+    def end(self, *, last: bool, **figures: Any) -> None:
+        """Report a turn; wait for the next one unless it was the last."""
+        wall, cpu = time.perf_counter() - self._wall, time.process_time()
+        self._connection.send({"wall_seconds": wall, "cpu_seconds": cpu - self._cpu, **figures})
+        self._cpu = cpu
+        if not last:
+            self._wait()
+
+
+def run_side(side: Callable[[Race, Connection], None], race: Race, connection: Connection) -> None:
+    """The child process: `side`, with what it raises sent to the parent."""
+    from megatron_speech.training.environment import prepare_imports
+
+    prepare_imports()
+    try:
+        side(race, connection)
+    except InputError as error:
+        connection.send({"refused": str(error)})
+    except EOFError:  # another side has failed, and the parent has closed its end
+        return
+    finally:
+        connection.close()
+
+
+# ---- our side
+
+
+def train_ours(race: Race, connection: Connection) -> None:
+    """Train with this project's trainer, its log included."""
+    import torch
+
+    from megatron_speech.benchmark.peer_trainer import transformers_weights
+    from megatron_speech.model.builder import global_named_parameters
+    from megatron_speech.parallel import groups
+    from megatron_speech.training.trainer import Trainer
+
+    recipe, turns = race.recipe, _Turns(race, connection)
+    taken = 0
+
+    def report() -> None:
+        line = json.loads((recipe.run_directory / "metrics.jsonl").read_text().splitlines()[-1])
+        turns.end(last=taken == race.steps * race.turns, loss=line["loss"])
+
+    class TurnTrainer(Trainer):
+        """The trainer, stopped between turns where it asks for the next step."""
+
+        def _train_step(self, *args: Any) -> Any:
+            nonlocal taken
+            if taken and taken % race.steps == 0:
+                report()
+            taken += 1
+            return super()._train_step(*args)
+
+    try:
+        trainer = TurnTrainer(recipe, say_environment=False)
+        (chunk,) = trainer.chunks
+        torch.save(transformers_weights(global_named_parameters(chunk), recipe.model, trainer.space.size), race.weights)
+        turns.ready(threads=torch.get_num_threads())
+        trainer.run(max_steps=race.steps * race.turns)
+        report()
+    finally:
+        groups.destroy()
+
+
+# ---- the peer's side
+
+
+def peer_samples(race: Race) -> Iterator[list[Sample]]:
+    """The samples of each optimizer step: for SFT its documents, for PT its rows, as run_clm's chunks.
+
+    Taken from the batches that our side trains on, so that both learn the same tokens.
+
+    Raises:
+        InputError: loss weights or packing that a loop over labels of -100 cannot express.
+    """
+    from megatron_speech.benchmark.peer_trainer import Sample
+    from megatron_speech.data.stage_data import StageData, open_datasets
+    from megatron_speech.token_space import TokenSpace
+
+    recipe, (stage,) = race.recipe, race.recipe.stages
+    loss = stage.loss
+    if {loss.text, loss.audio, loss.special} != {1.0} or loss.prompt not in (0.0, 1.0):
+        raise InputError(
+            f"stage {stage.name}: the peer learns a token or does not, with labels of -100; set loss.text, loss.audio "
+            "and loss.special to 1 and loss.prompt to 0 or 1"
+        )
+    if stage.packing_mode != ("fit" if race.is_sft else "cut") or stage.stitch is not None:
+        raise InputError(
+            f"stage {stage.name}: the peer has documents (SFT) or chunks of them end to end (PT); set packing.mode to "
+            "auto and leave stitch out"
+        )
+    space = TokenSpace.load(recipe.token_space)
+    datasets = open_datasets(recipe.data, space)
+    cache = recipe.data.index_directory(recipe.run_directory)
+    data = StageData(stage, recipe.data, datasets, space, seed=recipe.seed, cache_dir=cache)
+    with data.loader(0, stage.micro_batch_size, stage.global_batch_sequences) as batches:
+        for batch in batches:
+            samples: list[Sample] = []
+            for micro in batch.micro_batches:
+                ids, labels = micro.tokens.numpy(), micro.labels.numpy()
+                if not race.is_sft:
+                    samples += [Sample(row, row) for row in ids]
+                    continue
+                ids, labels = ids.ravel(), labels.ravel()
+                for begin, end in _documents(micro.cu_seqlens.numpy(), micro.row_pointers.numpy()):
+                    # Ours are the labels of the next token; theirs are shifted in the model.
+                    shifted = np.concatenate(([-100], labels[begin : end - 1]))
+                    samples.append(Sample(ids[begin:end], shifted))
+            yield samples
+
+
+def _documents(cu_seqlens: np.ndarray, row_pointers: np.ndarray) -> list[tuple[int, int]]:
+    """(begin, end) of every document of a flattened micro-batch: all segments but the padding after each row."""
+    is_padding = np.zeros(len(cu_seqlens) - 1, dtype=bool)
+    is_padding[row_pointers[1:] + np.arange(len(row_pointers) - 1)] = True
+    bounds = itertools.pairwise(cu_seqlens.tolist())
+    return [(a, b) for (a, b), padding in zip(bounds, is_padding, strict=True) if not padding and b > a]
+
+
+def train_padded(race: Race, connection: Connection) -> None:
+    """SFT as LLaSA does it: every sample padded to seq_length, as many to a micro-batch as we have rows."""
+    stage = race.recipe.stages[0]
+    _train_peer(race, connection, lambda _: [stage.micro_batch_size], pad_to=stage.seq_length)
+
+
+def train_dynamic(race: Race, connection: Connection) -> None:
+    """SFT with padding to the longest of a micro-batch, samples grouped by length, the fastest micro-batch."""
+    stage = race.recipe.stages[0]
+    share = stage.micro_batch_size * stage.seq_length / stage.global_batch_tokens
+
+    def sizes(samples_per_step: float) -> list[int]:
+        return [stage.micro_batch_size, max(1, round(samples_per_step * share)), max(1, round(samples_per_step))]
+
+    _train_peer(race, connection, sizes, pad_to=None)
+
+
+def train_chunks(race: Race, connection: Connection) -> None:
+    """PT as run_clm does it: documents end to end in chunks of seq_length, every token attended and learned."""
+    stage = race.recipe.stages[0]
+    sizes = [stage.micro_batch_size, stage.global_batch_sequences]
+    _train_peer(race, connection, lambda _: sizes, pad_to=stage.seq_length)
+
+
+SIDES: Mapping[str, Callable[[Race, Connection], None]] = {
+    "ours": train_ours,
+    "padded": train_padded,
+    "dynamic": train_dynamic,
+    "chunks": train_chunks,
+}
+
+
+def _train_peer(
+    race: Race, connection: Connection, rows: Callable[[float], Sequence[int]], *, pad_to: int | None
+) -> None:
+    """The loop in its fastest setting here: precision, attention, and samples of a micro-batch.
+
+    Args:
+        race: what to train.
+        connection: to the parent.
+        rows: samples per optimizer step → sizes of a micro-batch to try.
+        pad_to: as in PeerSetting; where it is None, samples are grouped by length.
+    """
+    import torch
+
+    from megatron_speech.benchmark.peer_trainer import (
+        ATTENTIONS,
+        PeerSetting,
+        PeerTrainer,
+        load_weights,
+        steps_of,
+        transformers_model,
+    )
+    from megatron_speech.token_space import TokenSpace
+
+    recipe, (stage,) = race.recipe, race.recipe.stages
+    torch.manual_seed(race.seed)
+    space = TokenSpace.load(recipe.token_space)
+    weights = torch.load(race.weights)
+    made = list(zip(range(race.steps * race.turns), peer_samples(race), strict=False))
+    samples = [step for _, step in made]
+    batches = [samples[first : first + race.steps] for first in range(0, len(samples), race.steps)]
+
+    def trainer(setting: PeerSetting) -> PeerTrainer:
+        model = transformers_model(recipe.model, space, stage.seq_length, setting.attention)
+        load_weights(model, weights)
+        return PeerTrainer(model, stage, recipe.optimizer, setting, space.special("<pad>"))
+
+    candidates = [
+        PeerSetting(size, pad_to, group_by_length=pad_to is None, bf16=bf16, attention=attention)
+        for size in sorted(set(rows(sum(map(len, samples)) / len(samples))))
+        for bf16 in (True, False)
+        for attention in ATTENTIONS
+    ]
+    limit = 2 * stage.global_batch_tokens
+    seconds = {
+        setting: _trial(trainer(setting), steps_of(batches[0], setting, race.seed), limit) for setting in candidates
+    }
+    chosen = min(seconds, key=lambda setting: seconds[setting])
+    loop, turns = trainer(chosen), _Turns(race, connection)
+    turns.ready(
+        setting=chosen.describe(),
+        tried={setting.describe(): value for setting, value in seconds.items()},
+        threads=torch.get_num_threads(),
+    )
+    for number, turn in enumerate(batches):
+        losses, learned, positions = torch.zeros(()), 0, 0
+        for micro_batches in steps_of(turn, chosen, race.seed + number):
+            loss, count = loop.step(micro_batches)
+            losses += loss * count
+            learned += count
+            positions += sum(_positions(samples, chosen) for samples in micro_batches)
+        lengths = [len(sample.input_ids) for step in turn for sample in step]
+        turns.end(
+            last=number == race.turns - 1,
+            loss=float(losses / learned),
+            learned_tokens=learned,
+            tokens=sum(lengths),
+            samples=len(lengths),
+            longest=max(lengths),
+            lengths=lengths,
+            positions=positions,
+        )
+
+
+def _positions(samples: Sequence[Sample], setting: PeerSetting) -> int:
+    longest = max(len(sample.input_ids) for sample in samples)
+    return len(samples) * (longest if setting.pad_to is None else setting.pad_to)
+
+
+def _trial(loop: Any, steps: Sequence[Sequence[Sequence[Sample]]], limit: int) -> float:
+    """CPU seconds per sample over micro-batches spread through a turn: about `limit` positions, after as many others.
+
+    The loop is spent afterwards: it has trained.
+    """
+    micro_batches = [samples for step in steps for samples in step]
+    positions = sum(_positions(samples, loop.setting) for samples in micro_batches)
+    stride = max(1, 2 * positions // limit)
+    warm, measured = micro_batches[1::stride] or micro_batches, micro_batches[::stride]
+    loop.step(warm)
+    begin = time.process_time()
+    loop.step(measured)
+    return (time.process_time() - begin) / sum(map(len, measured))
