@@ -86,6 +86,7 @@ def train(
         OptimizerConfig(
             optimizer="adam",
             lr=1e-3,
+            adam_eps=1e-6,  # Adam blows up what rounding leaves of a gradient that is a sum to zero
             weight_decay=0.1,
             clip_grad=1.0,
             bf16=core.bf16,
