@@ -1,0 +1,85 @@
+"""How a recipe's model is computed: back-end, layers per pipeline chunk, recomputation; chosen, built and told of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core import parallel_state
+
+from megatron_speech.data.loader import MicroBatch
+from megatron_speech.model.builder import build_model, layer_split
+from megatron_speech.model.gpt import SpeechGPTModel
+from megatron_speech.model.specs import Backend, choose_backend
+from megatron_speech.parallel.context_parallel import share_micro_batches
+from megatron_speech.token_space import TokenSpace
+from megatron_speech.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What a run's model runs on; needs the parallel state.
+
+    split: layers of every pipeline chunk, in the order of the model.
+    """
+
+    recipe: Recipe
+    vocab_size: int
+    backend: Backend
+    split: tuple[int, ...]
+
+    @classmethod
+    def choose(cls, recipe: Recipe, space: TokenSpace) -> Execution:
+        """From the recipe and this machine; an InputError for what cannot be."""
+        backend = choose_backend(recipe.model.backend, recipe.precision, recipe.parallel.context)
+        split = layer_split(recipe.model, space.padded_size, _longest(recipe), recipe.parallel.pipeline_layout)
+        return cls(recipe, space.size, backend, split)
+
+    def build(self, space: TokenSpace) -> list[SpeechGPTModel]:
+        """This rank's model chunks."""
+        recipe = self.recipe
+        return build_model(
+            recipe.model,
+            space.padded_size,
+            precision=recipe.precision,
+            max_sequence_length=_longest(recipe),
+            seed=recipe.seed,
+            valid_vocab_size=space.size,
+            sequence_parallel=recipe.parallel.sequence_parallel,
+            pipeline_layout=self.split,
+            fp8=recipe.fp8,
+            recompute=recipe.recompute,
+            backend=self.backend.name,
+        )
+
+    def own(self, batches: list[MicroBatch]) -> list[MicroBatch]:
+        """What of a step's micro-batches this rank computes: all, or its share under context parallelism."""
+        context = self.recipe.parallel.context
+        if context == 1:
+            return batches
+        rank = parallel_state.get_context_parallel_rank()
+        # FP8 products take tokens by sixteens; sequence parallelism divides them by the tensor ranks.
+        return share_micro_batches(batches, context, rank, multiple=16 * self.recipe.parallel.tensor)
+
+    def record(self) -> dict[str, Any]:
+        """For environment.json."""
+        return {
+            "backend": self.backend.name,
+            "backend_reason": self.backend.reason,
+            "layers_per_pipeline_chunk": list(self.split),
+        }
+
+    def lines(self, seq_length: float) -> list[str]:
+        """For the log; `seq_length` is what a token sees on average."""
+        recipe = self.recipe
+        lines = [f"layers run on {self.backend}"]
+        if len(self.split) > 1:
+            how = "as parallel.pipeline_layout says" if recipe.parallel.pipeline_layout else "balanced by cost"
+            lines.append(f"layers of the pipeline's chunks: {' + '.join(map(str, self.split))}, {how}")
+        if recipe.recompute.mode != "none":
+            lines.append(recipe.recompute.describe(recipe.model, seq_length, self.vocab_size, self.split))
+        return lines
+
+
+def _longest(recipe: Recipe) -> int:
+    return max(stage.seq_length for stage in recipe.stages)
