@@ -9,6 +9,7 @@ import importlib
 BENCHMARKS = {
     "train": ("megatron_speech.benchmark.train", "tokens/s of a recipe on its own data"),
     "train-peer": ("megatron_speech.benchmark.train_peer", "the trainer beside a transformers loop, on the same data"),
+    "checkpoint": ("megatron_speech.benchmark.checkpoint", "what a checkpoint costs the training, and how fast it is"),
     "data": ("megatron_speech.benchmark.data", "text, codes and loader throughput, beside Megatron-LM's"),
     "data-index": ("megatron_speech.benchmark.data_index", "the sequence index at scale: seconds, memory, proportions"),
     "head": ("megatron_speech.benchmark.head", "time and memory of the output head beside full logits"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ class RunCheckpoints:
         self._recipe, self._config, self._log = recipe, recipe.checkpoint, log
         self._soundness = Soundness()
         self._problem: str | None = None
+        self.reports: deque[SaveReport] = deque(maxlen=100)
+        """Of the last saves that have ended, the newest last."""
         if info is not None and dist.get_rank() == 0:
             point_link(directory / "latest", info.path.name)
             promote_best(directory, info.fields["stage"])
@@ -67,6 +70,11 @@ class RunCheckpoints:
         """Take a checkpoint of this moment, see :meth:`CheckpointSaver.save`. A collective."""
         self._saver.save(fields=fields, chunks=chunks, optimizer=optimizer, state=state)
         self.speak()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way beside the training."""
+        return self._saver.busy
 
     def hold_training_stream(self) -> None:
         """Before weights or optimizer state change, see :meth:`CheckpointSaver.hold_training_stream`."""
@@ -106,6 +114,7 @@ class RunCheckpoints:
         return Aftermath(best is not None and best.step == info.step, alarms)
 
     def _tell(self, report: SaveReport) -> None:
+        self.reports.append(report)
         name = checkpoint_name(report.step)
         if report.problem is not None:
             good = next((path.name for path in list_checkpoints(self.directory)), "none")
