@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,7 @@ def make_backbone(
     tied: bool = False,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "5GB",
-    tokenizer: tokenizers.Tokenizer | None | bool = True,
+    tokenizer: tokenizers.Tokenizer | bool | None = True,
     **changes: Any,
 ) -> transformers.PreTrainedModel:
     """Save a model of random weights, large enough that every part of it counts in the logits; returns it."""
@@ -111,8 +110,3 @@ def edit_config(folder: Path, **changes: Any) -> None:
     """Change fields of config.json."""
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def plain(text: str) -> str:
-    """Console output without the progress bars of others."""
-    return re.sub(r"\s+", " ", text)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 # For backbones and toy_runs: tests are imported without their folders.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "training")]
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from backbones import CODEC
 

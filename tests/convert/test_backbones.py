@@ -178,7 +178,9 @@ def test_a_model_of_bytes_exports_as_llama_with_a_tokenizer_of_bytes(tmp_path: P
     text = "a ü नमस्ते\n  b"
     assert tokenizer(text)["input_ids"] == list(text.encode()) == space.encode_text(text).tolist()
     assert tokenizer.decode(list(text.encode())) == text
-    assert tokenizer.convert_tokens_to_ids(["<|vq_3|>", "<|pitch_7|>"]) == space.encode_codes(np.array([[3, 7]])).tolist()
+    assert (
+        tokenizer.convert_tokens_to_ids(["<|vq_3|>", "<|pitch_7|>"]) == space.encode_codes(np.array([[3, 7]])).tolist()
+    )
     ids = torch.arange(space.size)[None]
     with torch.no_grad():
         assert (our_logits(path, ids)[..., : space.size] - model(ids).logits).abs().max() <= 1e-4
