@@ -7,6 +7,8 @@ checkpoints to and from the torch back-end.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -83,11 +85,9 @@ class Attention(torch.nn.Module):
         assert packed_seq_params.qkv_format == "thd" and query.dim() == 3
         assert attn_mask_type.name == "causal"  # megatron-core makes padding_causal of it
         bounds = packed_seq_params.cu_seqlens_q.tolist()
-        assert all(
-            last - first <= packed_seq_params.max_seqlen_q for first, last in zip(bounds, bounds[1:], strict=False)
-        )
+        assert all(last - first <= packed_seq_params.max_seqlen_q for first, last in itertools.pairwise(bounds))
         out = []
-        for first, last in zip(bounds, bounds[1:], strict=False):
+        for first, last in itertools.pairwise(bounds):
             q, k, v = (x[first:last].transpose(0, 1) for x in (query, key, value))
             out.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(0, 1))
         return torch.cat(out).flatten(1)

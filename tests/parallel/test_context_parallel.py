@@ -1,6 +1,7 @@
 """Context-parallel ranks share every document evenly, and each token is somebody's once."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_under_causality_all_ranks_have_the_same_work(lengths, ranks):
         own = context_parallel.share(cu_seqlens, ranks, rank, total)
         ends = own.cu_seqlens // ranks
         scores = 0
-        for first, last in zip(ends, ends[1:], strict=False):
+        for first, last in itertools.pairwise(ends):
             half = (last - first) // 2
             # Keys that each query sees: its place in the padded document, plus one.
             scores += sum(rank * half + i + 1 + (2 * ranks - 1 - rank) * half + i + 1 for i in range(half))
