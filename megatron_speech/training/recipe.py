@@ -30,6 +30,7 @@ from megatron_speech.files import write_text
 from megatron_speech.model.config import ModelConfig
 from megatron_speech.training.checkpoint_config import Cadence, CheckpointConfig
 from megatron_speech.training.human_numbers import TokenCount, human_integer
+from megatron_speech.training.initial import InitConfig, fill_model
 from megatron_speech.training.optimizer_config import (
     EmaConfig,
     LearningRateConfig,
@@ -104,6 +105,7 @@ class Recipe(StrictConfig):
     seed: int = Field(default=0, ge=0, lt=2**31)
     token_space: str = Field(description="file written by `megatron-speech token-space`")
     model: ModelConfig
+    init: InitConfig | None = Field(default=None, description="weights of step 0; null: drawn from the seed")
     data: DataConfig
     stages: list[StageConfig] = Field(min_length=1)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
@@ -231,6 +233,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     except OmegaConfBaseException as error:
         raise InputError(f"recipe {path}: {_first_line(error)}") from error
     assert isinstance(values, dict)
+    fill_model(values, str(path))
     if values.get("run_dir") is None and isinstance(values.get("name"), str):
         values["run_dir"] = str(path.resolve().parent / "runs" / values["name"])
     return parse_recipe(values, source=str(path))
@@ -326,7 +329,8 @@ def _absolutise(layer: dict[Any, Any], folder: Path) -> None:
         return os.path.normpath(folder / Path(value).expanduser())
 
     data = layer.get("data")
-    for section, key in ((layer, "token_space"), (layer, "run_dir"), (data, "cache_dir")):
+    init = layer.get("init")
+    for section, key in ((layer, "token_space"), (layer, "run_dir"), (data, "cache_dir"), (init, "checkpoint")):
         if isinstance(section, dict) and key in section:
             section[key] = absolute(section[key])
     datasets = data.get("datasets") if isinstance(data, dict) else None

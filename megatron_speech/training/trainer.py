@@ -43,6 +43,7 @@ from megatron_speech.training.changed_blend import stage_histories
 from megatron_speech.training.control import StopRequest
 from megatron_speech.training.exporters import open_exporters
 from megatron_speech.training.freezing import freeze_parameters, frozen_ids
+from megatron_speech.training.initial import start_from
 from megatron_speech.training.metrics import LossMeter, memory_gib, peak_tflops
 from megatron_speech.training.optimizer import Optimizer
 from megatron_speech.training.preflight import Preflight
@@ -115,7 +116,7 @@ class Trainer:
             self.stages = [self._stage_data(stage) for stage in recipe.stages]
             self._held_out = [self._stage_data(stage, validation=True) for stage in recipe.stages]
         with agreed():
-            self._build()
+            self._build(start=info is None)
         self._resume(info, notes)
         with agreed():
             exporters = open_exporters(recipe, self.directory, self.position.step) if self.is_main else []
@@ -145,7 +146,7 @@ class Trainer:
             history=None if validation else self._histories.get(stage.name),
         )
 
-    def _build(self) -> None:
+    def _build(self, *, start: bool) -> None:
         recipe, parallel = self.recipe, self.recipe.parallel
         self.chunks: list[Any] = build_model(
             recipe.model,
@@ -156,6 +157,9 @@ class Trainer:
             valid_vocab_size=self.space.size,
             sequence_parallel=parallel.sequence_parallel,
         )
+        self._start = None
+        if start and recipe.init is not None:
+            self._start = start_from(recipe.init, recipe.model, self.space, self.chunks)
         freeze_parameters(self.chunks, recipe.optimizer.freeze)
         wrapping = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -214,6 +218,8 @@ class Trainer:
             f"{recipe.name}: {parameters / 1e6:.2f} M parameters, {self.space.size} ids, {recipe.precision}, "
             f"{layout}, run directory {self.directory}"
         )
+        if self._start is not None:
+            log.say(f"  {self._start}")
         for stage, data in zip(recipe.stages, self.stages, strict=True):
             report = data.blend_report()
             tasks = ", ".join(
