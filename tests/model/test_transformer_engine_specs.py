@@ -250,7 +250,7 @@ def test_without_fp8_there_is_none(precision, dtype):
 
 
 def test_a_delayed_scale_cannot_leave_layers_out():
-    with pytest.raises(ValueError, match="fp8.bf16_ends is 2, but a delayed scale"):
+    with pytest.raises(ValueError, match=r"fp8\.bf16_ends is 2, but a delayed scale"):
         Fp8Config(recipe="delayed", bf16_ends=2)
 
 
