@@ -58,4 +58,5 @@ def test_peak_memory_at_194_k_ids_does_not_depend_on_the_rows():
         linear_cross_entropy(hidden, table, labels, vocab_size=193_856).total.backward()
         return torch.cuda.max_memory_allocated() - before
 
+    peak(4096)  # the library's own workspace is made once
     assert peak(16_384) - peak(4096) <= (16_384 - 4096) * (2 * 64 + 200)
