@@ -182,6 +182,14 @@ class StratumConfig(StrictConfig):
     )
 
 
+class BatchRampConfig(StrictConfig):
+    """Stage section `batch_ramp`: global batches that grow in equal parts of `over`, up to `global_batch_tokens`."""
+
+    start: int = Field(gt=0, description="positions of the first global batches")
+    increment: int = Field(gt=0, description="positions that each part adds to the global batch")
+    over: int = Field(gt=0, description="positions trained on until the global batch has its full size")
+
+
 class StageDataConfig(StrictConfig):
     """What the data path needs of a stage. `training.recipe.Stage` extends it."""
 
@@ -208,6 +216,7 @@ class StageDataConfig(StrictConfig):
     tokens: int = Field(gt=0, description="budget: positions fed to the model, padding included")
     seq_length: int = Field(gt=0)
     global_batch_tokens: int = Field(gt=0, description="positions per optimizer step; a multiple of seq_length")
+    batch_ramp: BatchRampConfig | None = Field(default=None, description="smaller global batches to begin with")
     packing: PackingConfig = Field(default_factory=PackingConfig)
     stitch: StitchConfig | None = Field(
         default=None, description="join adjacent segments of a recording to long documents; null: leave them apart"
@@ -241,12 +250,61 @@ class StageDataConfig(StrictConfig):
         """Sequences per optimizer step, over all data-parallel ranks."""
         return self.global_batch_tokens // self.seq_length
 
+    def batches(self) -> list[tuple[int, int]]:
+        """(positions per optimizer step, steps with that many), in the order of training; whole global batches only.
+
+        Of a ramp from b₀ by increments of i in K = (global_batch_tokens - b₀)/i parts, part k has
+        ⌈over / (K · (b₀ + k·i))⌉ steps of b₀ + k·i positions; the rest of the budget has global_batch_tokens.
+        """
+        parts: list[tuple[int, int]] = []
+        left, ramp = self.tokens, self.batch_ramp
+        if ramp is not None:
+            count = (self.global_batch_tokens - ramp.start) // ramp.increment
+            for size in range(ramp.start, self.global_batch_tokens, ramp.increment):
+                steps = min(-(-ramp.over // (count * size)), left // size)
+                parts.append((size, steps))
+                left -= steps * size
+        return [*parts, (self.global_batch_tokens, left // self.global_batch_tokens)]
+
     @property
     def steps(self) -> int:
         """Optimizer steps that the budget pays for (whole global batches)."""
-        return self.tokens // self.global_batch_tokens
+        return sum(steps for _, steps in self.batches())
 
     @property
     def n_sequences(self) -> int:
         """Sequences that the stage trains on: `steps` whole global batches."""
-        return self.steps * self.global_batch_sequences
+        return self.sequences_after(self.steps)
+
+    def sequences_after(self, step: int) -> int:
+        """Sequences that the first `step` steps of the stage take."""
+        tokens = 0
+        for size, steps in self.batches():
+            tokens += size * min(step, steps)
+            step -= min(step, steps)
+        return tokens // self.seq_length
+
+    def batch_at(self, step: int) -> tuple[int, int]:
+        """(sequences of the global batch that comes after `step` steps, step after which its size changes)."""
+        end = 0
+        for size, steps in self.batches():
+            end += steps
+            if step < end:
+                return size // self.seq_length, end
+        raise ValueError(f"stage {self.name} has {end} steps, and there is none after {step}")
+
+    @model_validator(mode="after")
+    def _ramp_goes_up(self) -> StageDataConfig:
+        ramp = self.batch_ramp
+        if ramp is None:
+            return self
+        distance = self.global_batch_tokens - ramp.start
+        if distance <= 0 or distance % ramp.increment:
+            raise ValueError(
+                f"stage {self.name}: batch_ramp goes from {ramp.start} to global_batch_tokens "
+                f"{self.global_batch_tokens} in steps of {ramp.increment}; it has to start below, by a multiple of "
+                "its increment"
+            )
+        if ramp.over > self.tokens:
+            raise ValueError(f"stage {self.name}: batch_ramp.over {ramp.over} is more than its tokens {self.tokens}")
+        return self

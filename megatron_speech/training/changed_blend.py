@@ -52,7 +52,7 @@ def stage_histories(
     with agreed():
         for index, stage in enumerate(recipe.stages[: current + 1]):
             entries: list[Entry] = info.fields["blend"][stage.name]
-            over = index < current or taken >= stage.steps
+            over = index < current or taken >= stage.steps or stage.name in info.fields.get("ended_early", {})
             histories[stage.name] = History(entries, _continuation(recipe, stage.name, entries), closed=over)
             if over:
                 continue
@@ -69,7 +69,7 @@ def stage_histories(
         return histories, None
     name, changes = change
     stage, history = recipe.stages[current], histories[name]
-    from_sequence = taken * stage.global_batch_sequences
+    from_sequence = stage.sequences_after(taken)
     path = continuation_path(recipe.run_directory, name, history.entries[-1]["key"], from_sequence)
     with agreed():
         if is_main:

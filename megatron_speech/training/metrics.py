@@ -35,8 +35,10 @@ class LossMeter:
         groups: the document groups of the stage, in the order of the loader's group ids.
         device: where the losses are.
         loss: the stage's `loss` section, which says what the loss is divided by.
-        contributes: whether this rank's losses count: one tensor-parallel and context-parallel rank of the
-            last pipeline stage, on every data-parallel rank.
+        contributes: whether this rank's losses count: one tensor-parallel rank of the last pipeline stage, on every
+            data-parallel and context-parallel rank.
+        counts: whether its host-side counts do too: context-parallel ranks share the losses of a batch, but count
+            all of it.
     """
 
     def __init__(
@@ -46,10 +48,11 @@ class LossMeter:
         loss: LossConfig | None = None,
         *,
         contributes: bool = True,
+        counts: bool = True,
     ) -> None:
         self.groups = list(groups)
         self.loss = loss or LossConfig()
-        self.contributes = contributes
+        self.contributes, self.counts = contributes, counts
         self._slots = len(self.groups) * len(MODALITIES)
         self._normalizers = self.loss.normalizers
         # By slot (group · 3 + modality): Σ cross-entropy, positions. By normaliser: Σ weight · loss.
@@ -115,9 +118,10 @@ class LossMeter:
     def reduce(self) -> None:
         """Move this interval's sums of all ranks into `totals`. The only device sync, and a collective."""
         local = torch.zeros(self.state_size, dtype=torch.float64, device=self._sums.device)
+        scalars = [*self._weights.tolist(), *self._host.values()]
         if self.contributes:
-            scalars = [*self._weights.tolist(), *self._host.values()]
             local[: -len(scalars)] = torch.cat((self._sums.flatten(), self._weighted))
+        if self.contributes and self.counts:
             local[-len(scalars) :] = torch.tensor(scalars, dtype=torch.float64, device=local.device)
             local[-len(scalars) : -len(_COUNTS)] -= self._lost_weights
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:

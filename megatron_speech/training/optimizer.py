@@ -23,6 +23,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron_speech.training.ema import Ema
 from megatron_speech.training.freezing import FrozenRows, without_table_decay
 from megatron_speech.training.masters import masters
+from megatron_speech.training.optimizer_state import load_values, sharded_places, sharded_values
 from megatron_speech.training.parameters import group_overrides, parameter_rules
 from megatron_speech.training.recipe import Recipe, StageConfig
 
@@ -38,7 +39,7 @@ class Optimizer:
 
     def __init__(self, recipe: Recipe, chunks: list[DistributedDataParallel], *, frozen_ids: int = 0) -> None:
         section = recipe.optimizer
-        bf16 = recipe.precision == "bf16"
+        bf16 = recipe.precision != "fp32"  # fp8: bf16 weights, fp32 masters
         config = AdamOptimizerConfig(
             lr=recipe.stages[0].lr.peak,
             min_lr=recipe.stages[0].lr.floor,
@@ -60,13 +61,13 @@ class Optimizer:
         self.clip_grad = section.clip_grad
         self._parts: list[MegatronOptimizer] = optimizer.chained_optimizers
         self._use_fused_kernel()
-        owned = [master for part in self._parts for master in masters(part, chunks)]
-        self._frozen_rows = FrozenRows(frozen_ids, owned, models, rules) if frozen_ids else None
+        self._trained = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
+        self._owned = [master for part in self._parts for master in masters(part, chunks)]
+        self._frozen_rows = FrozenRows(frozen_ids, self._owned, models, rules) if frozen_ids else None
         self.ema: Ema | None = None
         if recipe.ema is not None:
-            trained = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
             sharing = self._parts[0].data_parallel_group if recipe.parallel.distributed_optimizer else None
-            self.ema = Ema(recipe.ema.decay, owned, trained, sharing)
+            self.ema = Ema(recipe.ema.decay, self._owned, self._trained, sharing)
         # Which parameters count in the norm never changes: not the copies that tensor-parallel ranks share,
         # nor the tied head that another pipeline stage holds too.
         self._normed = [
@@ -152,17 +153,12 @@ class Optimizer:
             is_loading: places instead of values.
             with_ema: False: the checkpoint to be loaded has no moving average.
         """
+        (part,) = self._parts
         if is_loading:
-            for part in self._parts:
-                if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
-                    # megatron-core allocates moments here but not torch's step counts, which it then misses.
-                    for p in part.get_parameters():
-                        part.optimizer.state[p] = {
-                            "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                            "exp_avg": torch.zeros_like(p),
-                            "exp_avg_sq": torch.zeros_like(p),
-                        }
-        state = {"core": self.core.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)}
+            core = sharded_places(self._trained, model_state, masters=self.core.config.bf16)
+        else:
+            core = sharded_values(part, self._owned, model_state, metadata)
+        state: dict[str, Any] = {"core": core}
         if self.ema is not None and with_ema:
             state["ema"] = self.ema.sharded_state(model_state, is_loading=is_loading)
         return state
@@ -170,29 +166,13 @@ class Optimizer:
     @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what a load filled in; :meth:`start_stage` follows. In-place writes on parameters: no grad."""
-        self._load_core_state(state["core"])
+        (part,) = self._parts
+        load_values(part, self._owned, self._trained, state["core"])
         if self.ema is not None:
             if "ema" in state:
                 self.ema.load_state(state["ema"])
             else:  # of a checkpoint of a run that kept none
                 self.ema.restart()
-
-    def _load_core_state(self, state: Any) -> None:
-        (part,) = self._parts
-        if not (isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW)):
-            self.core.load_state_dict(state)
-            if isinstance(part.optimizer, torch.optim.AdamW):
-                for p, entry in part.optimizer.state.items():  # megatron-core does not save a count of 0
-                    entry.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
-            return
-        # The same in two halves: megatron-core copies every entry of an AdamW state from the checkpoint, and the
-        # step counts, which it keeps elsewhere, are not there.
-        shards = state.pop("param_state")
-        part.load_state_dict(state)
-        steps = {p: entry.pop("step") for p, entry in part.optimizer.state.items()}
-        part.load_parameter_state_from_fully_reshardable(shards)
-        for p, step in steps.items():
-            part.optimizer.state[p]["step"] = step.clone()  # loaded as one tensor for all, which each would count up
 
     def reset_state(self) -> None:
         """Forget moments and step count, as a stage with `carry_optimizer: false` asks."""

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_speech.data.config import StrictConfig
+from megatron_speech.data.config import BatchRampConfig, StrictConfig
+from megatron_speech.training.human_numbers import TokenCount
 
 
 class LearningRateConfig(StrictConfig):
@@ -71,6 +72,21 @@ class LearningRateConfig(StrictConfig):
 def _share_or_count(value: float, steps: int) -> int:
     """Steps that `value` stands for: a share of `steps` below 1, a number of steps from 1 on."""
     return round(value * steps) if value < 1.0 else int(value)
+
+
+class RampConfig(BatchRampConfig):
+    """Stage section `batch_ramp`, with token counts as people write them."""
+
+    start: TokenCount = Field(description="positions of the first global batches")
+    increment: TokenCount = Field(description="positions that each part of the ramp adds to the global batch")
+    over: TokenCount = Field(description="positions trained on until the global batch has its full size")
+
+
+class EarlyStopConfig(StrictConfig):
+    """Stage section `early_stop`: the stage ends when the audio loss of its validations no longer falls."""
+
+    patience: int = Field(default=5, ge=1, description="validations in a row without a new best loss that end it")
+    min_delta: float = Field(default=0.01, ge=0.0, description="what a loss has to be below the best by, to be one")
 
 
 class TableConfig(StrictConfig):

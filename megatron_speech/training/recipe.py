@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -28,16 +28,21 @@ from megatron_speech.data.config import DataConfig, StageDataConfig, StrictConfi
 from megatron_speech.errors import InputError
 from megatron_speech.files import write_text
 from megatron_speech.model.config import ModelConfig
+from megatron_speech.model.execution import Fp8Config, Precision, RecomputeConfig
+from megatron_speech.parallel.pipeline_split import check_split
 from megatron_speech.training.checkpoint_config import Cadence, CheckpointConfig
 from megatron_speech.training.human_numbers import TokenCount, human_integer
 from megatron_speech.training.initial import InitConfig, fill_model
 from megatron_speech.training.optimizer_config import (
+    EarlyStopConfig,
     EmaConfig,
     LearningRateConfig,
     OptimizerConfig,
+    RampConfig,
     SpikesConfig,
     TableConfig,
 )
+from megatron_speech.training.parallel_config import ParallelConfig
 from megatron_speech.training.run_config import LoggingConfig, PreflightConfig, WatchdogConfig
 
 
@@ -49,6 +54,10 @@ class StageConfig(StageDataConfig):
     global_batch_tokens: TokenCount = Field(description="positions per optimizer step; a multiple of seq_length")
     micro_batch_size: int = Field(default=1, gt=0, description="sequences per forward pass on one data-parallel rank")
     lr: LearningRateConfig
+    batch_ramp: RampConfig | None = Field(default=None, description="smaller global batches to begin with; null: none")
+    early_stop: EarlyStopConfig | None = Field(
+        default=None, description="end the stage when validation no longer improves; null: it has its whole budget"
+    )
     carry_optimizer: bool = Field(
         default=True, description="true: keep the optimizer's moments from the stage before; false: start them at zero"
     )
@@ -56,36 +65,6 @@ class StageConfig(StageDataConfig):
     checkpoint: Cadence | None = Field(
         default=None, description="steps of this stage between checkpoints; null: checkpoint.interval_steps"
     )
-
-
-class ParallelConfig(StrictConfig):
-    """Recipe section `parallel`: how the world is divided. What is left over is data-parallel."""
-
-    tensor: int = Field(default=1, ge=1)
-    pipeline: int = Field(default=1, ge=1)
-    virtual_pipeline: int | None = Field(
-        default=None, ge=2, description="model chunks per pipeline stage (interleaved schedule); null: one"
-    )
-    context: int = Field(default=1, ge=1)
-    sequence_parallel: bool = Field(default=False, description="shard norms and residuals over the tensor ranks")
-    distributed_optimizer: bool = Field(default=False, description="shard optimizer state over the data-parallel ranks")
-    overlap_grad_reduce: bool = Field(default=False, description="reduce gradients while the backward pass runs")
-
-    @property
-    def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tensor * self.pipeline * self.context
-
-    @property
-    def micro_batch_multiple(self) -> int:
-        """What the number of micro-batches per step has to be a multiple of: the interleaved schedule's groups."""
-        return self.pipeline if self.virtual_pipeline is not None else 1
-
-    @model_validator(mode="after")
-    def _sequence_needs_tensor(self) -> ParallelConfig:
-        if self.sequence_parallel and self.tensor == 1:
-            raise ValueError("sequence_parallel needs tensor above 1; set it to false or raise tensor")
-        return self
 
 
 class ValidationConfig(StrictConfig):
@@ -114,9 +93,11 @@ class Recipe(StrictConfig):
     )
     ema: EmaConfig | None = Field(default=None, description="keep a moving average of the weights; null: none")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="of activations and weights; masters are fp32"
+    precision: Precision = Field(
+        default="fp32", description="of activations and weights (fp8: bf16, but the layers' products); masters are fp32"
     )
+    fp8: Fp8Config = Field(default_factory=Fp8Config)
+    recompute: RecomputeConfig = Field(default_factory=RecomputeConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
@@ -146,11 +127,44 @@ class Recipe(StrictConfig):
         return stages
 
     @model_validator(mode="after")
+    def _early_stop_needs_validation(self) -> Recipe:
+        for stage in self.stages:
+            if stage.early_stop is not None and self.validation.interval_steps == 0:
+                raise ValueError(
+                    f"stage {stage.name}: early_stop goes by validation, and validation.interval_steps is 0; set one"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _tied_head_is_the_table(self) -> Recipe:
         if self.model.tie_embeddings and self.optimizer.head != TableConfig():
             raise ValueError(
                 "optimizer.head is set, but model.tie_embeddings is true: the head is the token table; say it under "
                 "optimizer.embeddings, or set model.tie_embeddings: false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _execution_makes_sense(self) -> Recipe:
+        parallel = self.parallel
+        if parallel.pipeline_layout is not None:
+            check_split(parallel.pipeline_layout, self.model.num_layers, parallel.pipeline, parallel.virtual_pipeline)
+        if self.precision != "fp8":
+            if self.fp8 != Fp8Config():
+                raise ValueError(f"fp8 is set, but precision is {self.precision}; set precision: fp8, or leave fp8 out")
+            return self
+        # Transformer Engine multiplies in FP8 only where the tokens of a product are a multiple of 16.
+        multiple = 16 * (parallel.tensor if parallel.sequence_parallel else 1) * parallel.context
+        for stage in self.stages:
+            if stage.seq_length * stage.micro_batch_size % multiple:
+                raise ValueError(
+                    f"stage {stage.name}: seq_length {stage.seq_length} × micro_batch_size {stage.micro_batch_size} is "
+                    f"not a multiple of {multiple}, which precision fp8 needs; choose one that is, or precision bf16"
+                )
+        if self.fp8.bf16_ends > self.model.num_layers // parallel.pipeline:
+            raise ValueError(
+                f"fp8.bf16_ends is {self.fp8.bf16_ends}: it can be {self.model.num_layers // parallel.pipeline} at "
+                "most, the layers of a pipeline stage"
             )
         return self
 
@@ -198,18 +212,23 @@ class Recipe(StrictConfig):
 def _check_batch(stage: StageConfig, data_parallel: int, micro_batches: int = 1) -> None:
     """Refuse a global batch that micro-batches do not fill exactly; the message holds the nearest that do."""
     unit = stage.seq_length * stage.micro_batch_size * data_parallel * micro_batches
-    if stage.global_batch_tokens % unit == 0:
-        return
-    lower, upper = stage.global_batch_tokens // unit * unit, (stage.global_batch_tokens // unit + 1) * unit
-    nearest = f"{lower} and {upper}" if lower else f"{upper}"
-    ranks = f" × {data_parallel} data-parallel ranks" if data_parallel > 1 else ""
-    if micro_batches > 1:
-        ranks += f" × {micro_batches} (micro-batches of an interleaved pipeline come in such groups)"
-    raise ValueError(
-        f"stage {stage.name}: global_batch_tokens {stage.global_batch_tokens} is not a multiple of seq_length "
-        f"{stage.seq_length} × micro_batch_size {stage.micro_batch_size}{ranks} = {unit}; "
-        f"the nearest that {'are' if lower else 'is'}: {nearest}"
-    )
+    sizes = {"global_batch_tokens": stage.global_batch_tokens}
+    if stage.batch_ramp is not None:
+        # Of these two every global batch of the ramp is made up.
+        sizes |= {"batch_ramp.start": stage.batch_ramp.start, "batch_ramp.increment": stage.batch_ramp.increment}
+    for field, tokens in sizes.items():
+        if tokens % unit == 0:
+            continue
+        lower, upper = tokens // unit * unit, (tokens // unit + 1) * unit
+        nearest = f"{lower} and {upper}" if lower else f"{upper}"
+        ranks = f" × {data_parallel} data-parallel ranks" if data_parallel > 1 else ""
+        if micro_batches > 1:
+            ranks += f" × {micro_batches} (micro-batches of an interleaved pipeline come in such groups)"
+        raise ValueError(
+            f"stage {stage.name}: {field} {tokens} is not a multiple of seq_length "
+            f"{stage.seq_length} × micro_batch_size {stage.micro_batch_size}{ranks} = {unit}; "
+            f"the nearest that {'are' if lower else 'is'}: {nearest}"
+        )
 
 
 # ------------------------------------------------------------------------------------------ reading

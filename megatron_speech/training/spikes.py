@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_speech.training.checkpoint.store import CheckpointInfo, find_latest
 from megatron_speech.training.optimizer_config import SpikesConfig
 from megatron_speech.training.recipe import Recipe
-from megatron_speech.training.stages import Position
+from megatron_speech.training.stages import Ended, Position
 
 QUANTITIES = ("loss", "grad_norm")
 
@@ -161,11 +161,11 @@ class SpikeGuard:
             self.rewinds = state["rewinds"]
 
 
-def skip_record(recipe: Recipe, verdict: Verdict) -> dict[str, Any]:
+def skip_record(recipe: Recipe, ended: Ended, verdict: Verdict) -> dict[str, Any]:
     """A line of metrics.jsonl about a skipped step: which sequences it was of, and why."""
-    before = Position.at_step(recipe, verdict.step - 1)
+    before = Position.at_step(recipe, verdict.step - 1, ended)
     return {
-        **Position.at_step(recipe, verdict.step).as_record(recipe),
+        **Position.at_step(recipe, verdict.step, ended).as_record(recipe),
         "split": "skipped",
         "first_sequence": before.consumed_sequences,
         **dict(zip(QUANTITIES, verdict.values, strict=True)),
@@ -174,11 +174,11 @@ def skip_record(recipe: Recipe, verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def rewind_record(recipe: Recipe, verdict: Verdict, info: CheckpointInfo) -> dict[str, Any]:
+def rewind_record(recipe: Recipe, ended: Ended, verdict: Verdict, info: CheckpointInfo) -> dict[str, Any]:
     """A line of metrics.jsonl about going back: to which checkpoint, and which sequences are stepped over."""
     return {
-        **Position.at_step(recipe, verdict.step).as_record(recipe),
+        **Position.at_step(recipe, verdict.step, ended).as_record(recipe),
         "split": "rewound",
         "checkpoint": info.path.name,
-        "first_sequence": Position.at_step(recipe, info.step).consumed_sequences,
+        "first_sequence": Position.at_step(recipe, info.step, ended).consumed_sequences,
     }

@@ -1,15 +1,34 @@
-"""Where a run stands: everything follows from the number of optimizer steps taken."""
+"""Where a run stands: everything follows from the number of optimizer steps taken.
+
+And from where a stage ended before its budget did (`early_stop`): `ended` maps the names of such stages to the steps
+that they took.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from megatron_speech.training.recipe import Recipe, StageConfig
+
+Ended = Mapping[str, int]
+_NONE: Ended = MappingProxyType({})
+
+
+def steps_of(stage: StageConfig, ended: Ended = _NONE) -> int:
+    """Steps of the stage: what its budget pays for, or what it took until it ended early."""
+    return min(stage.steps, ended.get(stage.name, stage.steps))
+
+
+def total_steps(recipe: Recipe, ended: Ended = _NONE) -> int:
+    """Optimizer steps over all stages."""
+    return sum(steps_of(stage, ended) for stage in recipe.stages)
 
 
 @dataclass(frozen=True)
 class Position:
-    """The state of progress after `step` optimizer steps; a pure function of the recipe and `step`.
+    """The state of progress after `step` optimizer steps; a pure function of the recipe, `step` and `ended`.
 
     Attributes:
         step: optimizer steps taken, over all stages.
@@ -26,18 +45,21 @@ class Position:
     consumed_tokens: int
 
     @staticmethod
-    def at_step(recipe: Recipe, step: int) -> Position:
+    def at_step(recipe: Recipe, step: int, ended: Ended = _NONE) -> Position:
         """The position after `step` steps of `recipe`."""
         left, sequences, tokens = step, 0, 0
         for index, stage in enumerate(recipe.stages):
-            taken = min(left, stage.steps)
-            sequences += taken * stage.global_batch_sequences
-            tokens += taken * stage.global_batch_tokens
-            if left < stage.steps:
+            steps = steps_of(stage, ended)
+            taken = stage.sequences_after(min(left, steps))
+            sequences += taken
+            tokens += taken * stage.seq_length
+            if left < steps:
                 return Position(step, index, left, sequences, tokens)
-            left -= stage.steps
+            left -= steps
         if left:
-            raise ValueError(f"step {step} is past the end of recipe {recipe.name} ({recipe.total_steps} steps)")
+            raise ValueError(
+                f"step {step} is past the end of recipe {recipe.name} ({total_steps(recipe, ended)} steps)"
+            )
         return Position(step, len(recipe.stages), 0, sequences, tokens)
 
     def stage_of_last_step(self, recipe: Recipe) -> tuple[int, StageConfig]:

@@ -33,14 +33,16 @@ from megatron_speech.data.loader import GlobalBatch, MicroBatch
 from megatron_speech.data.stage_data import StageData, open_datasets, save_blend
 from megatron_speech.files import prepare_output_directory, sha256_file, write_json
 from megatron_speech.model.attention import PackedSequences
-from megatron_speech.model.builder import build_model
 from megatron_speech.ops.cross_entropy import LinearLoss
 from megatron_speech.parallel import groups
 from megatron_speech.token_space import MODALITIES, TokenSpace
 from megatron_speech.training import checkpoint, environment
 from megatron_speech.training.agreement import agreed
+from megatron_speech.training.batches import stage_batches
 from megatron_speech.training.changed_blend import stage_histories
 from megatron_speech.training.control import StopRequest
+from megatron_speech.training.early_stop import EarlyStop, check_held_out
+from megatron_speech.training.execution import Execution
 from megatron_speech.training.exporters import open_exporters
 from megatron_speech.training.freezing import freeze_parameters, frozen_ids
 from megatron_speech.training.initial import start_from
@@ -51,7 +53,7 @@ from megatron_speech.training.recipe import Recipe, StageConfig
 from megatron_speech.training.run_log import RunLog, console_line, duration, record_failure
 from megatron_speech.training.safety import Safety
 from megatron_speech.training.spikes import SpikeGuard, Verdict, rewind_record, skip_record
-from megatron_speech.training.stages import Position
+from megatron_speech.training.stages import Position, steps_of, total_steps
 from megatron_speech.training.timing import Clock
 from megatron_speech.training.validation import Validator, validation_sequences
 
@@ -115,6 +117,7 @@ class Trainer:
         with agreed():
             self.stages = [self._stage_data(stage) for stage in recipe.stages]
             self._held_out = [self._stage_data(stage, validation=True) for stage in recipe.stages]
+            check_held_out(recipe.stages, self._held_out)
         with agreed():
             self._build(start=info is None)
         self._resume(info, notes)
@@ -125,7 +128,7 @@ class Trainer:
             self.directory / "checkpoints", recipe, self.space, info=info, log=self._log
         )
         if self.is_main:
-            write_json(self.directory / "environment.json", found)
+            write_json(self.directory / "environment.json", {**found, "model": self.execution.record()})
             recipe.save(self.directory / "recipe.yaml")
             save_blend(self.directory / "blend.json", self.stages)
             self._say_plan()
@@ -148,15 +151,8 @@ class Trainer:
 
     def _build(self, *, start: bool) -> None:
         recipe, parallel = self.recipe, self.recipe.parallel
-        self.chunks: list[Any] = build_model(
-            recipe.model,
-            self.space.padded_size,
-            precision=recipe.precision,
-            max_sequence_length=max(stage.seq_length for stage in recipe.stages),
-            seed=recipe.seed,
-            valid_vocab_size=self.space.size,
-            sequence_parallel=parallel.sequence_parallel,
-        )
+        self.execution = Execution.choose(recipe, self.space)
+        self.chunks: list[Any] = self.execution.build(self.space)
         self._start = None
         if start and recipe.init is not None:
             self._start = start_from(recipe.init, recipe.model, self.space, self.chunks)
@@ -184,7 +180,7 @@ class Trainer:
         self._schedule = get_forward_backward_func()
         last_stage = parallel_state.is_pipeline_last_stage()
         first_copy = parallel_state.get_tensor_model_parallel_rank() == 0
-        self._contributes = last_stage and first_copy and parallel_state.get_context_parallel_rank() == 0
+        self._contributes = last_stage and first_copy
         self._no_tokens = torch.zeros((), dtype=torch.int, device=self.device)
         self._spikes = SpikeGuard(recipe.spikes, self.device) if recipe.spikes is not None else None
         self._step_loss = torch.zeros((), device=self.device)
@@ -192,13 +188,20 @@ class Trainer:
     def _resume(self, info: checkpoint.CheckpointInfo | None, notes: list[str]) -> None:
         """Load the checkpoint that the run goes on from, if there is one."""
         self.position = Position.at_step(self.recipe, 0)
+        self._ended: dict[str, int] = {}
+        self._early_stop: EarlyStop | None = None
         self._loaded: dict[str, Any] = {}
         if info is None:
             return
         self._loaded = checkpoint.load_checkpoint(info, chunks=self.chunks, optimizer=self.optimizer)
-        self.position = Position.at_step(self.recipe, info.step)
+        self._ended = dict(info.fields["ended_early"])
+        self.position = Position.at_step(self.recipe, info.step, self._ended)
         if self._spikes is not None:
             self._spikes.load_state(self._loaded.get("spikes"))
+        if self.position.stage_step and (early := self.recipe.stages[self.position.stage_index].early_stop):
+            self._early_stop = EarlyStop(early)
+            if state := self._loaded.get("early_stop"):
+                self._early_stop.load_state(state)
         checkpoint.say_resume(info, notes)
 
     def _documents_due(self) -> int:
@@ -220,13 +223,16 @@ class Trainer:
         )
         if self._start is not None:
             log.say(f"  {self._start}")
+        for line in self.execution.lines(self._reach(0)):
+            log.say(f"  {line}")
         for stage, data in zip(recipe.stages, self.stages, strict=True):
             report = data.blend_report()
             tasks = ", ".join(
                 f"{task} {row['realised']:.1%} (asked {row['target']:.1%})" for task, row in report["by_task"].items()
             )
+            ramp = "" if stage.batch_ramp is None else f"{stage.batch_ramp.start} to "
             log.say(
-                f"  {stage.name}: {stage.steps} steps × {stage.global_batch_tokens} tokens, seq_length "
+                f"  {stage.name}: {stage.steps} steps × {ramp}{stage.global_batch_tokens} tokens, seq_length "
                 f"{stage.seq_length}, lr {stage.lr.peak:g} → {stage.lr.floor:g}; {tasks}; "
                 f"padding {report['pad_fraction']:.1%}"
             )
@@ -241,7 +247,7 @@ class Trainer:
             self._log.close()
             self._safety.finish()
             return "finished"
-        limit = self.recipe.total_steps if max_steps is None else self.position.step + max_steps
+        limit = total_steps(self.recipe, self._ended) if max_steps is None else self.position.step + max_steps
         self._write_status("running")
         self._safety.stop.take_interrupts()
         state, message = "preempted", "stopped on request; start the same command to continue"
@@ -251,7 +257,7 @@ class Trainer:
                     if not self._run_stage(self.position.stage_index, limit):
                         break
                 else:
-                    state = "finished" if self.position.step == self.recipe.total_steps else "preempted"
+                    state = "finished" if self.position.stage_index == len(self.recipe.stages) else "preempted"
                     message = ""
                 self._checkpoints.finish()
                 self._write_status(state, message)
@@ -268,22 +274,19 @@ class Trainer:
         """Train stage `index` from the current position on; False when the run was asked to stop."""
         recipe, stage, data = self.recipe, self.recipe.stages[index], self.stages[index]
         self._checkpoints.wait()
-        if self.position.stage_step == 0 and index > 0 and not stage.carry_optimizer:
-            self.optimizer.reset_state()
+        if self.position.stage_step == 0:
+            self._begin_stage(index)
         scheduler = self.optimizer.start_stage(stage)
         scheduler.step(self.position.stage_step)
-        meter = LossMeter(data.groups, self.device, stage.loss, contributes=self._contributes)
-        if self._spikes is not None and self.position.stage_step == 0:
-            self._spikes.begin_stage()
+        meter = self._meter(stage, data)
         if self.position.stage_step and self._loaded:
             _restore_meter(meter, self._loaded["meter"], self._loaded["groups"])
         self._loaded = {}
         validator = self._make_validator(index)
-        first = self.position.stage_step * stage.global_batch_sequences
         self._clock = Clock()
         self._safety.progress.begin_steps()
-        with data.loader(
-            first, stage.micro_batch_size, stage.global_batch_sequences, self.dp_rank, self.dp_size
+        with contextlib.closing(
+            stage_batches(stage, data, self.position.stage_step, self.dp_rank, self.dp_size)
         ) as batches:
             while self.position.stage_index == index and self.position.step < limit:
                 before_wait = time.perf_counter()
@@ -291,16 +294,19 @@ class Trainer:
                 self._clock.waited += time.perf_counter() - before_wait
                 norm = self._train_step(batch, meter, stage.loss, scheduler)
                 self._clock.steps += 1
-                self.position = Position.at_step(recipe, self.position.step + 1)
+                self.position = Position.at_step(recipe, self.position.step + 1, self._ended)
                 step, ended = self.position.step, self.position.stage_index != index
-                stop = self._safety.stop_agreed(step)
                 log = step % recipe.logging.interval_steps == 0 or ended or step == limit
                 validate = validator is not None and (_every(step, recipe.validation.interval_steps) or ended)
-                save = self._checkpoints.due(stage, step, self.position.stage_step) or ended or stop
+                save = self._checkpoints.due(stage, step, self.position.stage_step) or ended
                 if (log or validate or save) and self._went_back():
                     return True
                 if log:
                     self._log_interval(index, meter, norm)
+                stop = self._safety.stop_agreed(step)
+                if stop and self._went_back():
+                    return True
+                save = save or stop
                 self._checkpoints.speak()
                 if validate or save:
                     with self._clock.paused():
@@ -308,11 +314,38 @@ class Trainer:
                         if validator is not None and (validate or not stop):
                             with self._safety.progress.doing("validating"):
                                 scores = self._validate(validator)
+                        if not ended and _every(step, recipe.validation.interval_steps) and self._ends_early(scores):
+                            self._ended[stage.name] = self.position.stage_step
+                            self.position = Position.at_step(recipe, step, self._ended)
+                            save = True
+                            if not log:
+                                self._log_interval(index, meter, norm)
                         if save:
                             with self._safety.progress.doing("saving"):
                                 self._save(index, meter, scores)
                 if stop:
                     return False
+        return True
+
+    def _begin_stage(self, index: int) -> None:
+        """Set what starts anew with stage `index`."""
+        stage = self.recipe.stages[index]
+        if index > 0 and not stage.carry_optimizer:
+            self.optimizer.reset_state()
+        if self._spikes is not None:
+            self._spikes.begin_stage()
+        self._early_stop = EarlyStop(stage.early_stop) if stage.early_stop is not None else None
+
+    def _ends_early(self, scores: dict[str, Any]) -> bool:
+        """Whether the stage ends with this validation, of those that are made at fixed steps."""
+        audio, early = scores.get("loss/modality/audio"), self._early_stop
+        if early is None or audio is None or not early.update(audio):
+            return False
+        self._log.say(
+            f"{self.recipe.stages[self.position.stage_index].name} ends early at step {self.position.step}: the audio "
+            f"loss {audio:.4f} is the {early.without_improvement}th in a row that is not {early.config.min_delta:g} "
+            f"below the best, {early.best:.4f}"
+        )
         return True
 
     def _train_step(
@@ -353,7 +386,11 @@ class Trainer:
         """
         scales = loss.scales(weight_sums.tolist())
         plain = loss.model_copy(update={"label_smoothing": 0.0, "z_loss": 0.0}) if forward_only else loss
-        inputs = [_Inputs(micro_batch, self.device, plain, scales) for micro_batch in batch.micro_batches]
+        context, fused = self.recipe.parallel.context, self.chunks[0].fused_attention
+        inputs = [
+            _Inputs(micro_batch, self.device, plain, scales, fused=fused, context=context)
+            for micro_batch in self.execution.own(batch.micro_batches)
+        ]
 
         def forward_step(iterator: Iterator[_Inputs], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             micro_batch = next(iterator)
@@ -381,7 +418,7 @@ class Trainer:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.model if len(self.model) > 1 else self.model[0],
             num_microbatches=len(inputs),
-            seq_length=inputs[0].tokens.numel(),
+            seq_length=inputs[0].tokens.numel() * context,  # which megatron-core divides by it
             micro_batch_size=1,
             forward_only=forward_only,
         )
@@ -433,11 +470,12 @@ class Trainer:
             "median_rank_seconds": slowest.median,
         }
         self._log.write(record)
-        done = position.stage_step if position.stage_index == index else stage.steps
-        eta = (self.recipe.total_steps - position.step) * seconds / steps
+        done = position.stage_step if position.stage_index == index else steps_of(stage, self._ended)
+        total = total_steps(self.recipe, self._ended)
+        eta = (total - position.step) * seconds / steps
         if self.is_main:
-            steps_of = {"stage_steps": stage.steps, "total_steps": self.recipe.total_steps}
-            self._log.say(console_line(record, stage_step=done, **steps_of, eta_seconds=eta))
+            of = {"stage_steps": stage.steps, "total_steps": total}
+            self._log.say(console_line(record, stage_step=done, **of, eta_seconds=eta))
         self._write_status("running", force=False)
         if self._spikes is None and not (math.isfinite(means["loss"]) and math.isfinite(grad_norm)):
             raise RuntimeError(
@@ -457,7 +495,7 @@ class Trainer:
         for verdict in self._spikes.read(self.position.step):
             if verdict.skipped_in_row == 0:
                 continue
-            record = skip_record(self.recipe, verdict)
+            record = skip_record(self.recipe, self._ended, verdict)
             self._log.write(record)
             self._log.say(
                 f"{record['stage']} step {verdict.step} skipped, sequences {record['first_sequence']:,} to "
@@ -473,7 +511,7 @@ class Trainer:
         self._checkpoints.wait()
         info = guard.rewind(verdict, self.directory / "checkpoints")
         state = checkpoint.load_checkpoint(info, chunks=self.chunks, optimizer=self.optimizer)
-        self.position = Position.at_step(self.recipe, verdict.step)
+        self.position = Position.at_step(self.recipe, verdict.step, self._ended)
         index, stage = self.position.stage_of_last_step(self.recipe)
         begun = info.fields["stage_index"] == index
         if not begun and not stage.carry_optimizer:
@@ -481,18 +519,22 @@ class Trainer:
         rewinds = guard.rewinds
         guard.load_state(state.get("spikes") if begun else None)
         guard.rewinds = rewinds
-        record = rewind_record(self.recipe, verdict, info)
+        record = rewind_record(self.recipe, self._ended, verdict, info)
         self._log.write(record)
         self._log.say(
             f"{record['stage']} goes back to {info.path.name} and on from sequence {record['consumed_sequences']:,}; "
             f"{record['first_sequence']:,} to {record['consumed_sequences'] - 1:,} are stepped over"
         )
 
+    def _meter(self, stage: StageConfig, data: StageData) -> LossMeter:
+        counts = parallel_state.get_context_parallel_rank() == 0
+        return LossMeter(data.groups, self.device, stage.loss, contributes=self._contributes, counts=counts)
+
     def _make_validator(self, index: int) -> Validator | None:
         data = self._held_out[index]
         if self.recipe.validation.interval_steps == 0 or data.n_sequences == 0:
             return None
-        meter = LossMeter(data.groups, self.device, self.recipe.stages[index].loss, contributes=self._contributes)
+        meter = self._meter(self.recipe.stages[index], data)
         return Validator(
             self.recipe.stages[index],
             data,
@@ -531,13 +573,15 @@ class Trainer:
         # same order in both.
         meter.reduce()
         stage = self.recipe.stages[index]
-        taken = self.position.stage_step if self.position.stage_index == index else stage.steps
+        ended = self.position.stage_index != index
+        taken = steps_of(stage, self._ended) if ended else self.position.stage_step
         self._checkpoints.save(
             fields={
                 **self.position.as_record(self.recipe),
                 "stage_index": index,
                 "stage_step": taken,
-                "stage_ended": taken == stage.steps,
+                "stage_ended": ended,
+                "ended_early": self._ended,
                 "datasets": self._fingerprints,
                 "blend": {data.stage.name: data.history.entries for data in self.stages[: index + 1]},
                 "validation": scores,
@@ -548,15 +592,19 @@ class Trainer:
                 "meter": meter.totals.clone(),
                 "groups": meter.groups,
                 "spikes": self._spikes.state() if self._spikes is not None else None,
+                "early_stop": self._early_stop.state() if self._early_stop is not None else None,
             },
         )
         self._write_status("running")
 
     def _flops_per_token(self, index: int) -> float:
-        """FLOPs of a document token: attention reaches as far as its document, on average over tokens."""
+        """FLOPs of a document token."""
+        return self.recipe.model.flops_per_token(self._reach(index), self.space.size)
+
+    def _reach(self, index: int) -> float:
+        """Tokens that attention sees: those of a token's document, on average over the tokens of stage `index`."""
         lengths = np.asarray(self.stages[index].table.length[:1_000_000], dtype=np.float64)
-        reach = float((lengths**2).sum() / max(1.0, lengths.sum()))
-        return self.recipe.model.flops_per_token(reach, self.space.size)
+        return float((lengths**2).sum() / max(1.0, lengths.sum()))
 
     def _write_status(self, state: str, message: str = "", *, force: bool = True) -> None:
         self._log.status(state, self.position.as_record(self.recipe), message, force=force)
@@ -568,7 +616,16 @@ class _Inputs:
     `scales`: what weight 1 counts for in the loss of the global batch, of all labels or by modality.
     """
 
-    def __init__(self, batch: MicroBatch, device: torch.device, loss: LossConfig, scales: list[float]) -> None:
+    def __init__(
+        self,
+        batch: MicroBatch,
+        device: torch.device,
+        loss: LossConfig,
+        scales: list[float],
+        *,
+        fused: bool,
+        context: int,
+    ) -> None:
         self.tokens = batch.tokens.view(1, -1).to(device, non_blocking=True)
         self.labels = batch.labels.view(1, -1).to(device, non_blocking=True)
         self.weights = batch.loss_weights.view(-1).to(device, non_blocking=True)
@@ -578,6 +635,8 @@ class _Inputs:
             position_ids=batch.position_ids,
             loss_weights=batch.loss_weights * _by_position(scales, batch.group_ids),
             row_pointers=batch.row_pointers,
+            fused=fused,
+            context=context,
             device=device,
         )
         self.packed.label_smoothing, self.packed.z_loss = loss.label_smoothing, loss.z_loss

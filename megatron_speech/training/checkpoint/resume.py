@@ -14,7 +14,7 @@ from megatron_speech.training.recipe import Recipe, parse_recipe
 _HARMLESS = ("name", "run_dir", "token_space", "data.datasets", "data.cache_dir", "data.cache_gib",
              "data.stage_datasets", "data.on_change", "data.prefetch", "data.workers", "parallel", "checkpoint",
              "validation", "logging", "ema", "spikes")  # fmt: skip
-_HARMLESS_IN_STAGE = ("max_epochs", "micro_batch_size", "checkpoint")
+_HARMLESS_IN_STAGE = ("max_epochs", "micro_batch_size", "checkpoint", "early_stop")
 
 
 def check_resumable(info: CheckpointInfo, recipe: Recipe, space: TokenSpace, fingerprints: dict[str, str]) -> list[str]:
@@ -48,7 +48,8 @@ def check_resumable(info: CheckpointInfo, recipe: Recipe, space: TokenSpace, fin
                 f"back, {remedy}"
             )
     # Parsed again, so that a key which this version added counts as its default.
-    before = _flatten(parse_recipe(info.fields["recipe"], str(info.path / "checkpoint.json")).model_dump(mode="json"))
+    old = parse_recipe(info.fields["recipe"], str(info.path / "checkpoint.json"))
+    before = _flatten(old.model_dump(mode="json"))
     after = _flatten(recipe.model_dump(mode="json"))
     before["data.datasets"], after["data.datasets"] = sorted(info.fields["datasets"]), sorted(fingerprints)
     if before["data.datasets"] != after["data.datasets"] and not may_change:
@@ -72,8 +73,8 @@ def check_resumable(info: CheckpointInfo, recipe: Recipe, space: TokenSpace, fin
     if stage.steps < taken:
         raise InputError(
             f"{where}: stage {stage.name} has taken {taken} steps, its tokens {stage.tokens} now pay for "
-            f"{stage.steps}; give it at least {taken * stage.global_batch_tokens} tokens, or start a new run with "
-            "another run_dir"
+            f"{stage.steps}; give it at least {stage.seq_length * old.stages[current].sequences_after(taken)} tokens, "
+            "or start a new run with another run_dir"
         )
     return notes
 
@@ -86,8 +87,6 @@ def _is_harmless(key: str, current_stage: int) -> bool:
         if index > current_stage:
             return True
         return parts[2] in _HARMLESS_IN_STAGE or (index == current_stage and parts[2] == "tokens")
-    if key == "parallel.distributed_optimizer":
-        return False  # the two kinds of optimizer do not read each other's state
     return any(key == name or key.startswith(name + ".") for name in _HARMLESS)
 
 
