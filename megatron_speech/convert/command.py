@@ -51,7 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert one way; returns the exit status."""
+    from megatron_speech.parallel import groups
+
     prepare_output_directory(args.output.absolute().parent)
+    try:
+        return _convert(args)
+    finally:
+        groups.destroy()
+
+
+def _convert(args: argparse.Namespace) -> int:
     if args.way == "import-hf":
         from megatron_speech.convert import import_hf
 
