@@ -43,7 +43,7 @@ class Execution:
             space.padded_size,
             precision=recipe.precision,
             max_sequence_length=_longest(recipe),
-            seed=recipe.seed,
+            seed=recipe.seed if recipe.init is None else None,  # which is loaded: drawing 8 B weights takes minutes
             valid_vocab_size=space.size,
             sequence_parallel=recipe.parallel.sequence_parallel,
             pipeline_layout=self.split,
