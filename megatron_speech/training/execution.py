@@ -50,6 +50,7 @@ class Execution:
             fp8=recipe.fp8,
             recompute=recipe.recompute,
             backend=self.backend.name,
+            deterministic_mode=recipe.deterministic,
         )
 
     def own(self, batches: list[MicroBatch]) -> list[MicroBatch]:

@@ -82,6 +82,9 @@ class Recipe(StrictConfig):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     run_dir: str | None = Field(default=None, description="null: runs/<name> beside the recipe file")
     seed: int = Field(default=0, ge=0, lt=2**31)
+    deterministic: bool = Field(
+        default=False, description="only kernels that give the same bits in every run; a GPU loses speed by it"
+    )
     token_space: str = Field(description="file written by `megatron-speech token-space`")
     model: ModelConfig
     init: InitConfig | None = Field(default=None, description="weights of step 0; null: drawn from the seed")

@@ -41,6 +41,7 @@ from megatron_speech.training.agreement import agreed
 from megatron_speech.training.batches import stage_batches
 from megatron_speech.training.changed_blend import stage_histories
 from megatron_speech.training.control import StopRequest
+from megatron_speech.training.determinism import set_determinism
 from megatron_speech.training.early_stop import EarlyStop, check_held_out
 from megatron_speech.training.execution import Execution
 from megatron_speech.training.exporters import open_exporters
@@ -74,6 +75,7 @@ class Trainer:
         self.recipe = recipe
         self.directory = recipe.run_directory
         parallel = recipe.parallel
+        set_determinism(recipe.deterministic)
         groups.initialize(
             parallel.tensor,
             parallel.pipeline,

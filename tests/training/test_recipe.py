@@ -42,7 +42,7 @@ def test_a_recipe_round_trips_through_yaml(recipe_file: Path, tmp_path: Path) ->
         ("model.preset=tinny", "nearest: 'tiny'"),
         ("seed=x", "seed = 'x': input should be a valid integer"),
         ("seed=-1", "seed = -1: input should be greater than or equal to 0"),
-        ("precision=fp8", "precision = 'fp8': input should be 'fp32' or 'bf16'"),
+        ("precision=fp16", "precision = 'fp16': input should be 'fp32', 'bf16' or 'fp8'"),
         ("stages=[]", "stages = []: list should have at least 1 item"),
         ("stages.0.tokens=many", "stages.0.tokens = 'many'"),
         ("stages.0.tokens=100", "less than one step of global_batch_tokens 512"),

@@ -13,7 +13,7 @@ from megatron_speech.training.recipe import Recipe, parse_recipe
 
 _HARMLESS = ("name", "run_dir", "token_space", "data.datasets", "data.cache_dir", "data.cache_gib",
              "data.stage_datasets", "data.on_change", "data.prefetch", "data.workers", "parallel", "checkpoint",
-             "validation", "logging", "ema", "spikes")  # fmt: skip
+             "validation", "logging", "ema", "spikes", "deterministic", "recompute", "model.backend")  # fmt: skip
 _HARMLESS_IN_STAGE = ("max_epochs", "micro_batch_size", "checkpoint", "early_stop")
 
 
