@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 # Workers are found by name in the processes of the fork server.
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "training")]  # the latter: toy_runs
 
 
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., None]:
     """`run_ranks(function, world_size, *arguments)` calls function(rank, world_size, *arguments) in every rank."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["layout_worker"])
+    context.set_forkserver_preload(["layout_worker", "train_worker"])
     # The server imports megatron-core once for all ranks; Python 3.11 gives it this process's path only so.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
