@@ -170,3 +170,49 @@ def predict(rank: int, world_size: int, directory: str, layout: dict[str, Any], 
     if rank == world_size - 1:
         np.save(Path(directory, "logits.npy"), logits.numpy())
     groups.destroy()
+
+
+FIRST, SECOND = 40, 56  # lengths of the two documents of :func:`two_documents`
+
+
+def two_documents(rank: int, world_size: int, directory: str, layout: dict[str, Any], leaking: int | None) -> None:
+    """Write the losses of the second document, for two texts of the first one, to `directory`/losses.npy.
+
+    The pipeline stage `leaking` is told of one document instead of two.
+    """
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+    groups.initialize(**layout, init_method=f"file://{directory}/store", seed=11)
+    models = build_model(ModelConfig(preset="tiny", num_layers=4), VOCAB, valid_vocab_size=REAL, seed=5)
+    bounds = [0, FIRST, FIRST + SECOND]
+    if parallel_state.get_pipeline_model_parallel_rank() == leaking:
+        del bounds[1]
+    packed = PackedSequences.build(torch.tensor(bounds))
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, REAL, (FIRST,), generator=generator) for _ in range(2)]
+    second = torch.randint(0, REAL, (SECOND,), generator=generator)
+    inputs = [torch.cat((text, second))[None] for text in texts]
+    losses: list[torch.Tensor] = []
+
+    def step(data: Any, model: Any) -> tuple[Any, Any]:
+        tokens = next(data)
+        output = model(tokens, None, None, tokens, packed_seq_params=packed)
+
+        def keep(head: LinearLoss) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            losses.append(head.losses[FIRST:].detach().clone())
+            return head.total, torch.ones((), dtype=torch.int), {}
+
+        return output, keep
+
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[iter(inputs) for _ in models] if len(models) > 1 else iter(inputs),
+        model=models if len(models) > 1 else models[0],
+        num_microbatches=len(inputs),
+        seq_length=FIRST + SECOND,
+        micro_batch_size=1,
+        forward_only=True,
+    )
+    if losses:
+        np.save(Path(directory, "losses.npy"), torch.stack(losses).numpy())
+    groups.destroy()

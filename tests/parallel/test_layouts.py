@@ -98,3 +98,25 @@ def test_every_tensor_parallel_rank_has_all_logits(run_ranks, tmp_path):
     for other in logits[1:]:
         np.testing.assert_allclose(other[:, :real], logits[0][:, :real], rtol=1e-4, atol=1e-5)
         assert np.isneginf(other[:, real:]).all()
+
+
+PIPELINES = [
+    pytest.param(4, {"pipeline": 4}, id="four-stages"),
+    pytest.param(2, {"pipeline": 2, "virtual_pipeline": 2}, id="interleaved"),
+]
+
+
+def second_document(run_ranks, directory, processes, layout, leaking=None):
+    directory.mkdir()
+    run_ranks(layout_worker.two_documents, processes, str(directory), layout, leaking)
+    return np.load(directory / "losses.npy")
+
+
+@pytest.mark.parametrize(("processes", "layout"), PIPELINES)
+def test_documents_stay_apart_on_every_stage(run_ranks, tmp_path, processes, layout):
+    one, other = second_document(run_ranks, tmp_path / "apart", processes, layout)
+    assert np.array_equal(one, other)
+    for stage in range(1, processes):
+        # One stage that does not know where documents begin is enough to be seen: the check is able to fail.
+        one, other = second_document(run_ranks, tmp_path / str(stage), processes, layout, stage)
+        assert not np.allclose(one, other, rtol=0, atol=1e-4)
