@@ -23,6 +23,7 @@ from megatron_speech.training.checkpoint.contents import (
     quiet,
     restore_rng_state,
 )
+from megatron_speech.training.checkpoint.extra_state import only_saved_extra_state
 from megatron_speech.training.checkpoint.store import CheckpointInfo, find_damage, find_latest, read_info
 from megatron_speech.training.ema import averaged_state
 from megatron_speech.training.optimizer import Optimizer
@@ -43,7 +44,7 @@ def load_checkpoint(info: CheckpointInfo, *, chunks: list[Any], optimizer: Optim
     if same_layout:
         contents["rng"] = ShardedObject("rng", None, (world,), (rank,))
     with quiet():
-        loaded = dist_checkpointing.load(contents, str(info.path))
+        loaded = dist_checkpointing.load(only_saved_extra_state(contents, chunks, info.path), str(info.path))
     load_model_state(chunks, loaded)
     optimizer.load_state(loaded["optimizer"])
     if same_layout:
@@ -75,20 +76,16 @@ def load_for_inference(
         InputError: there is no checkpoint there, it is damaged, or it has no moving average.
     """
     info, space = open_checkpoint(path)
-    if ema and not has_average(info):
-        raise InputError(
-            f"checkpoint {info.path} has no moving average of the weights: its run had no section `ema`; take the "
-            "weights themselves, or train with one"
-        )
     if not dist.is_initialized():
         groups.initialize()
     chunks = build_model(
         ModelConfig.model_validate(info.fields["model"]),
         space.padded_size,
-        precision=info.fields["precision"],
+        precision="fp32" if info.fields["precision"] == "fp32" else "bf16",
         max_sequence_length=int(info.fields["max_seq_length"]),
         seed=None,
         valid_vocab_size=space.size,
+        backend="torch",  # it has a cache of keys and values, whatever the run was trained with
     )
     load_weights(info, chunks, ema=ema)
     (model,) = chunks
@@ -130,9 +127,17 @@ def open_checkpoint(path: str | os.PathLike[str]) -> tuple[CheckpointInfo, Token
 def load_weights(info: CheckpointInfo, chunks: list[Any], *, ema: bool = False) -> None:
     """Load a checkpoint's weights into this rank's model chunks, whatever layout it was saved under. A collective.
 
-    With `ema` the moving average of those that have one.
+    With `ema` the moving average, and the weights themselves of what was frozen.
+
+    Raises:
+        InputError: the average is asked for, and there is none.
     """
-    contents = model_state(chunks)
+    if ema and not has_average(info):
+        raise InputError(
+            f"checkpoint {info.path} has no moving average of the weights: its run had no section `ema`; take the "
+            "weights themselves, or train with one"
+        )
+    contents = only_saved_extra_state(model_state(chunks), chunks, info.path)
     with quiet():
         if ema:
             saved = dist_checkpointing.load_tensors_metadata(str(info.path))
