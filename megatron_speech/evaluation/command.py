@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", required=True, type=Path, help="a checkpoint, or a run directory (its newest checkpoint)"
     )
+    parser.add_argument("--ema", action="store_true", help="judge the moving average of the weights")
     parser.add_argument(
         "--canaries",
         required=True,
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_speech.evaluation.runner import evaluate
     from megatron_speech.generation.engine import SpeechGenerator
 
-    generator = SpeechGenerator.from_checkpoint(args.checkpoint)
+    generator = SpeechGenerator.from_checkpoint(args.checkpoint, ema=args.ema)
     count = sum(len(item.seeds or canaries.seeds) for item in canaries.items)
     real = sum(item.original_audio is not None for item in canaries.items)
     with tqdm(total=2 * count + real, unit="utt", disable=not sys.stderr.isatty(), leave=False) as bar:

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", required=True, type=Path, help="a checkpoint, or a run directory (its newest checkpoint)"
     )
+    parser.add_argument("--ema", action="store_true", help="speak with the moving average of the weights")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", help="what is to be said; writes one wav to --output")
     what.add_argument(
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         max_seconds=args.max_seconds,
     )
     prepare_output_directory(args.output_dir or args.output.absolute().parent)
-    generator = SpeechGenerator.from_checkpoint(args.checkpoint)
+    generator = SpeechGenerator.from_checkpoint(args.checkpoint, ema=args.ema)
     requests = to_requests(generator, utterances)
     started = time.monotonic()
     with progress_bar(len(requests), "speaking") as bar:

@@ -260,18 +260,22 @@ class SpeechGenerator:
         self._codec: Codec | None = None
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path) -> SpeechGenerator:
+    def from_checkpoint(cls, path: str | Path, *, ema: bool = False) -> SpeechGenerator:
         """Open a checkpoint directory, or a run directory (its newest checkpoint).
 
+        Args:
+            path: of the checkpoint or the run.
+            ema: speak with the moving average of its weights.
+
         Raises:
-            InputError: there is no sound checkpoint at `path`.
+            InputError: there is no sound checkpoint at `path`, or it has no moving average.
         """
         # Not at the top: opening a checkpoint imports megatron-core's whole training side.
         from megatron_speech.training.checkpoint import load_for_inference
 
         if not Path(path).exists():
             raise InputError(f"checkpoint {path} does not exist; name a run directory or one of its checkpoints")
-        model, space, info = load_for_inference(path)
+        model, space, info = load_for_inference(path, ema=ema)
         generator = cls(
             functools.partial(CachedSession, model),
             space,
@@ -281,6 +285,7 @@ class SpeechGenerator:
         generator.checkpoint = {
             "path": str(info.path),
             **{key: info.fields[key] for key in ("step", "stage", "consumed_tokens") if key in info.fields},
+            **({"ema": True} if ema else {}),
         }
         return generator
 

@@ -28,7 +28,7 @@ from megatron_speech.generation.engine import SpeechGenerator
 def folder(tmp_path: Path, babbler: SpeechGenerator, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A place with a checkpoint (the babbler is found there) and a recording."""
     (tmp_path / "checkpoint").mkdir()
-    monkeypatch.setattr(SpeechGenerator, "from_checkpoint", classmethod(lambda cls, path: babbler))
+    monkeypatch.setattr(SpeechGenerator, "from_checkpoint", classmethod(lambda cls, path, ema: babbler))
     time = np.arange(4000) / 8000
     write_wav(tmp_path / "voice.wav", (0.3 * np.sin(2 * np.pi * 200 * time)).astype(np.float32), 8000)
     monkeypatch.chdir(tmp_path)

@@ -24,7 +24,7 @@ def checkpoint(tmp_path: Path, codec2_generator: SpeechGenerator, monkeypatch: p
     """A path that exists; the toy model is what is found there."""
     path = tmp_path / "checkpoint"
     path.mkdir()
-    monkeypatch.setattr(SpeechGenerator, "from_checkpoint", classmethod(lambda cls, found: codec2_generator))
+    monkeypatch.setattr(SpeechGenerator, "from_checkpoint", classmethod(lambda cls, found, ema: codec2_generator))
     return path
 
 
