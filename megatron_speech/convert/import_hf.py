@@ -164,7 +164,7 @@ def _precision(folder: Path, weights: TensorFolder) -> Literal["fp32", "bf16"]:
 
 
 def _check_copy(folder: Path, name: str, tensor: Tensor, table: Tensor) -> None:
-    if not torch.equal(tensor.to(table.dtype), table):
+    if not torch.equal(tensor.to(table.dtype), table.cpu()):
         raise InputError(
             f"{folder}: {name} differs from {tensors.EMBEDDING}, but config.json ties them; set tie_word_embeddings to "
             "false there if the head is its own"

@@ -27,7 +27,7 @@ _JITTER = 1e-6
 
 
 def draw_rows(known_nH: Tensor, new_kH: Tensor, *, kind: NewRows, seed: int, name: str) -> None:
-    """Fill `new_kH` in place from the statistics of `known_nH` (any float dtypes; n ≥ 1)."""
+    """Fill `new_kH` in place from the statistics of `known_nH` (any float dtypes and devices; n ≥ 1)."""
     mean_H = _mean(known_nH)
     if kind == "mean":
         new_kH.copy_(mean_H.expand_as(new_kH))
@@ -50,7 +50,7 @@ def draw_rows(known_nH: Tensor, new_kH: Tensor, *, kind: NewRows, seed: int, nam
 def _mean(known_nH: Tensor) -> Tensor:
     total = torch.zeros(known_nH.shape[1], dtype=torch.float64)
     for rows in known_nH.split(_CHUNK):
-        total += rows.double().sum(0)
+        total += rows.cpu().double().sum(0)
     return total / len(known_nH)
 
 
@@ -58,7 +58,7 @@ def _chunks(known_nH: Tensor, mean_H: Tensor) -> Iterator[Tensor]:
     """Some rows at a time, less their mean, fp32."""
     mean = mean_H.float()
     for rows in known_nH.split(_CHUNK):
-        yield rows.float() - mean
+        yield rows.cpu().float() - mean
 
 
 def _factor(known_nH: Tensor, mean_H: Tensor) -> Tensor:

@@ -42,8 +42,8 @@ class Slot:
         part.copy_(tensor.reshape(part.shape))
 
     def taken_from(self, parameter: Tensor) -> Tensor:
-        """The tensor as the file has it; contiguous, and with a storage of its own."""
-        return self.view(parameter).reshape(self.shape).clone()
+        """The tensor as the file has it; on the CPU, contiguous, and with a storage of its own."""
+        return self.view(parameter).reshape(self.shape).to("cpu", copy=True)
 
 
 def slots(model: ModelConfig, vocab_size: int) -> list[Slot]:

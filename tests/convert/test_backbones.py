@@ -184,3 +184,33 @@ def test_a_model_of_bytes_exports_as_llama_with_a_tokenizer_of_bytes(tmp_path: P
     ids = torch.arange(space.size)[None]
     with torch.no_grad():
         assert (our_logits(path, ids)[..., : space.size] - model(ids).logits).abs().max() <= 1e-4
+
+
+def test_what_a_tokenizer_cannot_keep_is_said(
+    tmp_path: Path, imported: Import, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Qwen2 model with LLaMA's tokenizer, and a sentencepiece model."""
+    import sentencepiece
+    from backbones import make_tokenizer
+
+    from megatron_speech.convert.export_tokenizer import write_tokenizer
+
+    make_backbone(tmp_path / "hf", "qwen2", tied=True, tokenizer=make_tokenizer())
+    folder = export(imported(tmp_path / "hf"))
+    assert "open it with PreTrainedTokenizerFast" in capsys.readouterr().out
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    space = TokenSpace.load(folder / "token_space.json")
+    assert tokenizer("one 12345", add_special_tokens=False)["input_ids"] == space.encode_text("one 12345").tolist()
+
+    (tmp_path / "text.txt").write_text("one two three four five six seven\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "spm"),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    space = TokenSpace.build(tmp_path / "spm.model", CODEC)
+    assert "token_space.json" in write_tokenizer(tmp_path, space, 64, "LlamaForCausalLM")
+    assert (tmp_path / "tokenizer.model").read_bytes() == space.text_payload
+    assert not (tmp_path / "tokenizer.json").exists()
