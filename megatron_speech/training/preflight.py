@@ -155,7 +155,7 @@ def check_clocks(clocks: Sequence[float], hosts: Sequence[str], limit: float) ->
     if abs(skew) > limit:
         raise InputError(
             f"the clock of rank {rank} on {hosts[rank]} is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} "
-            f"the others', and preflight.max_clock_skew_seconds allows {limit:g}; set it (NTP): logs and uploads need it"
+            f"the others', and preflight.max_clock_skew_seconds allows {limit:g}; set it (NTP): uploads need it"
         )
 
 

@@ -62,6 +62,7 @@ class StageConfig(StageDataConfig):
         default=True, description="true: keep the optimizer's moments from the stage before; false: start them at zero"
     )
     allow_lr_increase: bool = Field(default=False, description="let this stage peak above the end of the stage before")
+    skip: bool = Field(default=False, description="leave this stage out, as if it were not there")
     checkpoint: Cadence | None = Field(
         default=None, description="steps of this stage between checkpoints; null: checkpoint.interval_steps"
     )
@@ -111,6 +112,9 @@ class Recipe(StrictConfig):
     @classmethod
     def _stages_make_sense(cls, stages: list[StageConfig]) -> list[StageConfig]:
         names = [stage.name for stage in stages]
+        stages = [stage for stage in stages if not stage.skip]
+        if not stages:
+            raise ValueError("every stage is skipped; set skip: false in one")
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"two stages are named {twice!r}; give every stage a name of its own")
         for stage in stages:

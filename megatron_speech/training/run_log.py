@@ -52,13 +52,13 @@ class RunLog:
         if self.active:
             print(text, flush=True)
 
-    def alarm(self, what: str, problem: str | None) -> None:
+    def alarm(self, what: str, problem: str | None, *, word: str = "ALARM") -> None:
         """Say `problem` of `what` when it begins; None ends it."""
         if problem is None:
             self._alarms.discard(what)
         elif what not in self._alarms:
             self._alarms.add(what)
-            print(f"ALARM: {problem}; training goes on", file=sys.stderr, flush=True)
+            print(f"{word}: {problem}; training goes on", file=sys.stderr, flush=True)
 
     def status(self, state: str, position: dict[str, Any], message: str = "", *, force: bool = True) -> None:
         """Write status.json; without `force` at most every few seconds, since each write is an fsync."""

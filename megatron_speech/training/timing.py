@@ -106,8 +106,8 @@ class Stragglers:
         return Stragglers(rank, seconds[rank], medians[stages[rank]])
 
     def sentence(self, factor: float, host: str) -> str | None:
-        """What to say when the rank takes more than `factor` times the median; else None."""
-        if self.seconds <= factor * self.median:
+        """What to say when the rank takes more than `factor` times the median, and 0.1 s longer; else None."""
+        if self.seconds <= max(factor * self.median, self.median + 0.1):
             return None
         return (
             f"rank {self.rank} on {host} is slow: {self.seconds:.3f} s of its own per step, the median of "

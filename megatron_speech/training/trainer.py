@@ -11,7 +11,6 @@ T = B·S positions, which travels through the model as one packed row.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import random
 import time
@@ -89,7 +88,7 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.is_main = self.rank == 0
-        self._safety = Safety(recipe.watchdog, self.directory, stop, functools.partial(record_failure, recipe))
+        self._safety = Safety(recipe.watchdog, self.directory, stop, self._note_failure)
         with self._safety.guard():
             self._set_up(say_environment)
 
@@ -103,7 +102,7 @@ class Trainer:
         preflight = Preflight(recipe, self._safety.control, self._safety.hosts, self.device)
         with self._safety.progress.doing("the first sum over all processes"):
             preflight.processes()
-        info = checkpoint.newest_checkpoint(self.directory / "checkpoints")
+        info = self._find_checkpoint()
         notes: list[str] = []
         with agreed():
             self.dp_size = recipe.data_parallel_size(self.world_size)
@@ -123,6 +122,19 @@ class Trainer:
         with agreed():
             self._build(start=info is None)
         self._resume(info, notes)
+        self._open(info, found)
+        if self.is_main:
+            self._say_plan()
+            if change is not None:
+                self._log.say(f"{change}; {self._documents_due():,} documents are still due and come first")
+
+    def _find_checkpoint(self) -> checkpoint.CheckpointInfo | None:
+        """The checkpoint that the run goes on from. A collective."""
+        return checkpoint.newest_checkpoint(self.directory / "checkpoints")
+
+    def _open(self, info: checkpoint.CheckpointInfo | None, found: dict[str, Any]) -> None:
+        """Begin to write to the run directory."""
+        recipe = self.recipe
         with agreed():
             exporters = open_exporters(recipe, self.directory, self.position.step) if self.is_main else []
         self._log = RunLog(self.directory, active=self.is_main, exporters=exporters)
@@ -133,9 +145,10 @@ class Trainer:
             write_json(self.directory / "environment.json", {**found, "model": self.execution.record()})
             recipe.save(self.directory / "recipe.yaml")
             save_blend(self.directory / "blend.json", self.stages)
-            self._say_plan()
-            if change is not None:
-                self._log.say(f"{change}; {self._documents_due():,} documents are still due and come first")
+
+    def _note_failure(self, message: str) -> None:
+        """Write down why the run ends, where the main thread cannot."""
+        record_failure(self.recipe, message)
 
     def _stage_data(self, stage: StageConfig, *, validation: bool = False) -> StageData:
         cache = self.recipe.data.index_directory(self.directory)
@@ -241,25 +254,33 @@ class Trainer:
 
     # ---- the run
 
-    def run(self, *, max_steps: int | None = None) -> str:
-        """Train to the end of the recipe, or for `max_steps` more steps; returns the state left in status.json."""
-        if self.position.stage_index == len(self.recipe.stages):
-            self._log.say(f"{self.recipe.name} is finished: nothing left to do in {self.directory}")
-            self._write_status("finished")
+    def run(self, *, max_steps: int | None = None, through: str | None = None) -> str:
+        """Train to the end of the recipe, of stage `through`, or for `max_steps` more steps.
+
+        Returns:
+            The state left in status.json; `paused` when stages are left that were not asked for.
+        """
+        names = [stage.name for stage in self.recipe.stages]
+        end = len(names) if through is None else names.index(through) + 1
+        if self.position.stage_index >= end:
+            what = self.recipe.name if end == len(names) else f"{self.recipe.name} through {through}"
+            self._log.say(f"{what} is finished: nothing left to do in {self.directory}")
+            self._write_status("finished" if self.position.stage_index == len(names) else "paused")
             self._log.close()
             self._safety.finish()
-            return "finished"
+            return "finished" if self.position.stage_index == len(names) else "paused"
         limit = total_steps(self.recipe, self._ended) if max_steps is None else self.position.step + max_steps
         self._write_status("running")
         self._safety.stop.take_interrupts()
         state, message = "preempted", "stopped on request; start the same command to continue"
         try:
             with self._safety.guard():
-                while self.position.stage_index < len(self.recipe.stages) and self.position.step < limit:
+                while self.position.stage_index < end and self.position.step < limit:
                     if not self._run_stage(self.position.stage_index, limit):
                         break
                 else:
-                    state = "finished" if self.position.stage_index == len(self.recipe.stages) else "preempted"
+                    at = self.position.stage_index
+                    state = "finished" if at == len(names) else "paused" if at == end else "preempted"
                     message = ""
                 self._checkpoints.finish()
                 self._write_status(state, message)
@@ -453,7 +474,7 @@ class Trainer:
         grad_norm = norm.item()
         slowest, host = self._safety.stragglers(waited / steps)
         if self.is_main:
-            self._log.alarm("straggler", slowest.sentence(self.recipe.logging.straggler_factor, host))
+            self._log.alarm("straggler", slowest.sentence(self.recipe.logging.straggler_factor, host), word="note")
         record = {
             **position.as_record(self.recipe),
             **means,

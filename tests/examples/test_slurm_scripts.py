@@ -174,3 +174,108 @@ def test_each_script_is_valid_shell(repository):
     for script in [*sorted((repository / "examples/slurm").iterdir()), repository / "tests/examples/slurm_cluster.sh"]:
         assert Path(script).read_text().startswith("#!/usr/bin/env bash\n")
         subprocess.run(["bash", "-n", script], check=True)
+
+
+# ---- training
+
+
+SRUN = """#!/usr/bin/env bash
+echo "$@" >> srun.calls
+[[ $* == *--dry-run* ]] && exit "${GATE_STATUS:-0}"
+mkdir -p run/checkpoints
+[[ -z ${CHECKPOINT:-} ]] || mkdir -p "run/checkpoints/$CHECKPOINT"
+[[ -z ${STATE:-} ]] || echo "{\\"state\\": \\"$STATE\\", \\"step\\": 7}" > run/status.json
+[[ -z ${TERM_BATCH:-} ]] || kill -TERM "$PPID"
+exit "${STATUS:-0}"
+"""
+
+
+@pytest.fixture
+def train(run, repository, tmp_path):
+    """`train(*arguments, **variables)`: train.sbatch over an srun that does what the variables say."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "srun").write_text(SRUN)
+    (programs / "scontrol").write_text('#!/bin/sh\necho "$@" >> requeued\n')
+    (programs / "sleep").write_text("#!/bin/sh\n")  # SLURM ends the job while the script sleeps
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    recipe = repository / "examples/recipes/smoke.yaml"
+
+    def train(*arguments, expect=0, **variables):
+        (tmp_path / "requeued").unlink(missing_ok=True)
+        path = f"{programs}:{os.environ['PATH']}"
+        words = (recipe, "run_dir=run", *arguments)
+        done = run("train.sbatch", *words, expect=expect, PATH=path, SLURM_JOB_ID="5", **variables)
+        requeued = tmp_path / "requeued"
+        return done, requeued.read_text() if requeued.exists() else None
+
+    return train
+
+
+def test_a_finished_run_ends_the_job_and_a_preempted_one_requeues_it(train, tmp_path):
+    done, requeued = train("--through", "pt", STATE="paused")
+    assert requeued is None
+    (call,) = (tmp_path / "srun.calls").read_text().splitlines()
+    assert call.startswith("--kill-on-bad-exit=1 ") and call.endswith("smoke.yaml run_dir=run --through pt")
+    # The job never ends as done, or the next one of a chain would begin: SLURM ends it when it takes the requeue.
+    done, requeued = train(STATE="preempted", expect=1)
+    assert requeued == "requeue 5\n" and "saved at step 7; back into the queue" in done.stdout
+
+
+def test_a_failure_is_tried_again_only_after_progress(train):
+    done, requeued = train(STATE="failed", STATUS="1", CHECKPOINT="step_00000010", expect=1)
+    assert requeued == "requeue 5\n" and "after step_00000010; back into the queue" in done.stdout
+    done, requeued = train(STATE="failed", STATUS="137", CHECKPOINT="step_00000010", expect=137)
+    assert requeued is None and "no checkpoint was written since the start; not requeued" in done.stderr
+    _, requeued = train(STATE="failed", STATUS="2", CHECKPOINT="step_00000020", expect=2)
+    assert requeued is None
+
+
+def test_a_job_that_slurm_ends_is_neither_done_nor_requeued_by_itself(train):
+    done, requeued = train(STATE="preempted", TERM_BATCH="1", expect=1)
+    assert requeued is None and "SLURM ends this job; the run is preempted at step 7" in done.stdout
+
+
+def test_a_gate_stands_before_the_first_start_only(train, tmp_path):
+    train(STATE="finished", GATE="--dry-run")
+    assert [line.endswith("--dry-run") for line in (tmp_path / "srun.calls").read_text().splitlines()] == [True, False]
+    (tmp_path / "srun.calls").unlink()
+    train(STATE="finished", GATE="--dry-run", SLURM_RESTART_COUNT="2")
+    assert "--dry-run" not in (tmp_path / "srun.calls").read_text()
+    (tmp_path / "srun.calls").unlink()
+    train(STATE="finished", GATE="--dry-run", GATE_STATUS="2", expect=2)
+    assert len((tmp_path / "srun.calls").read_text().splitlines()) == 1
+
+
+def test_a_recipe_that_is_wrong_is_refused_before_srun(train, tmp_path):
+    done, requeued = train("stages.pt.tokenz=5", expect=2)
+    assert "did you mean 'tokens'" in done.stderr and requeued is None
+    assert not (tmp_path / "srun.calls").exists()
+
+
+def test_a_chain_is_conversions_then_stages_each_after_the_one_before(run, tmp_path):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "sbatch").write_text('#!/bin/sh\necho "$@" >> submitted\necho "$(wc -l < submitted);cluster"\n')
+    (programs / "sbatch").chmod(0o755)
+    (tmp_path / "conversions.txt").write_text(
+        "# pairs\n4 out/tts --task tts --input a.jsonl\n\n2 out/text --task text_lm\n"
+    )
+    words = ("conversions.txt", "recipe.yaml", "s1,sft", "--nodes=2", "--", "run_dir=run")
+    variables = {"PATH": f"{programs}:{os.environ['PATH']}", "CONVERT_OPTIONS": "--partition=cpu --time=60"}
+    done = run("chain.sh", *words, **variables)
+    lines = (tmp_path / "submitted").read_text().splitlines()
+    assert len(lines) == 6
+    assert "--partition=cpu --time=60 --array=0-3" in lines[0] and lines[0].endswith(
+        "out/tts --task tts --input a.jsonl"
+    )
+    assert "--dependency=afterok:1 " in lines[1] and "--dependency=afterok:3 " in lines[3]
+    assert "--nodes=2 --dependency=afterok:2:4 " in lines[4]
+    assert lines[4].endswith("train.sbatch recipe.yaml --through s1 run_dir=run")
+    assert "--dependency=afterok:5 " in lines[5] and "--kill-on-invalid-dep=yes" in lines[5]
+    assert lines[5].endswith("train.sbatch recipe.yaml --through sft run_dir=run")
+    assert "job 6 trains stage sft" in done.stdout and (tmp_path / "logs").is_dir()
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    assert "names no conversion" in run("chain.sh", "empty.txt", *words[1:], expect=2, **variables).stderr
+    assert "--" in run("submit_train.sh", "recipe.yaml", "s1", "--nodes=2", expect=2, **variables).stderr

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import socket
 import sys
 import urllib.request
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from toy_runs import toy_recipe
+from toy_runs import read_metrics, toy_recipe, train, write_recipe
 
 from megatron_speech.errors import InputError
 from megatron_speech.training import exporters
@@ -229,3 +230,33 @@ def test_the_console_line_says_what_matters() -> None:
         {**record, "mfu": None}, stage_step=7, stage_steps=100, total_steps=500, eta_seconds=0
     )
     assert duration(59.6) == "1:00"
+
+
+def test_the_dashboard_shows_exactly_what_a_run_exports(
+    toy: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_recipe(tmp_path / "recipe.yaml", toy_recipe(toy))
+    short = ["stages.pt.tokens=2048", "stages.sft.tokens=1024", "data.cache_dir=" + str(tmp_path / "cache")]
+    # A CPU has no peak to be a share of.
+    monkeypatch.setattr("megatron_speech.training.trainer.peak_tflops", lambda name: 1.0)
+    assert train(file, tmp_path / "run", *short) == 0
+    exporter = Prometheus("toy", 0)
+    try:
+        for line in read_metrics(tmp_path / "run"):
+            exporter.write(line)
+        exported: dict[str, set[str]] = {}
+        for name, labels in scrape(exporter.port):
+            exported.setdefault(name, set()).update(label for label, _ in labels)
+    finally:
+        exporter.close()
+    dashboard = json.loads((repository / "examples" / "grafana" / "megatron_speech.json").read_text())
+    shown: set[str] = set()
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            (name,) = re.findall(r"megatron_speech_\w+", target["expr"])
+            labels = set(re.findall(r"(\w+)=~?\"", target["expr"])) | set(
+                re.findall(r"{{(\w+)}}", target["legendFormat"])
+            )
+            assert labels <= exported[name], (panel["title"], labels)
+            shown.add(name)
+    assert shown == set(exported)
