@@ -230,7 +230,8 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
     with _quiet():
         profiler.stop()
     kind = torch._C._profiler._EventType.Allocation
-    pending = list(profiler.profiler.kineto_results.experimental_event_tree())
+    results: Any = profiler.profiler
+    pending = list(results.kineto_results.experimental_event_tree())
     changes = []
     while pending:
         event = pending.pop()

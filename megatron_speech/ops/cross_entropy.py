@@ -28,6 +28,8 @@ _CHUNK_ELEMENTS_CPU = 1 << 21
 _CHUNK_ELEMENTS_CUDA = 1 << 28
 # However large the table: below this, products with it are slowed down by its memory traffic (at 194 k ids: 97 MiB).
 _MIN_CHUNK_ROWS = 128
+# On a CPU: with fewer, adding a bf16 product to the fp32 weight gradient takes longer than an fp32 product in place.
+_MIN_NARROW_ROWS = 512
 
 
 class LinearLoss(NamedTuple):
@@ -153,9 +155,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             uniform = weights * (label_smoothing / vocab_size)
             peak = torch.where(own, weights * (1.0 - label_smoothing), 0)
             at_label = _gather(logits, index) * factor - uniform - peak
-            # A GPU reads bf16 gradients in both products; a CPU adds to the weight gradient in fp32.
-            narrow = device.type != "cpu" and hidden.dtype != torch.float32
-            gradient = torch.empty_like(logits, dtype=hidden.dtype) if narrow else logits
+            # Rounded as it is written where both products read it so; one of a CPU's may want it in fp32.
+            wide = hidden.shape[0] < _MIN_NARROW_ROWS and device.type == "cpu"
+            gradient = logits if wide else _like(logits, hidden.dtype)
             torch.mul(logits, factor.unsqueeze(1), out=gradient)
             if label_smoothing:
                 gradient.sub_(uniform.unsqueeze(1))
@@ -186,8 +188,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 class _WeightGradient:
     """Σ over chunks of gradientᵀ · hidden, for the first `real` rows of the table; zero in the others.
 
-    Several chunks are added up in fp32, without a [V, H] tensor besides the sum itself; of one alone the product is
-    rounded as it comes.
+    Several chunks are added up in fp32, on a GPU and of fp32 products without a [V, H] tensor besides the sum itself;
+    of one alone a GPU rounds the product as it comes.
     """
 
     def __init__(self, weight_VH: Tensor, real: int, chunks: int) -> None:
@@ -199,13 +201,20 @@ class _WeightGradient:
 
     def add(self, gradient_nR: Tensor, hidden_nH: Tensor) -> None:
         """Add one chunk: `gradient_nR` fp32, or of the dtype of `hidden_nH`."""
-        if self._empty and gradient_nR.dtype == hidden_nH.dtype:
-            _product(gradient_nR.t(), hidden_nH, out=self._sum_RH)
-        elif gradient_nR.dtype == torch.float32:
+        if gradient_nR.dtype == torch.float32:
             self._sum_RH.addmm_(gradient_nR.t(), hidden_nH.float(), beta=0 if self._empty else 1)
+        elif self._empty:
+            _product(gradient_nR.t(), hidden_nH, out=self._sum_RH)
+        elif self._sum_RH.device.type == "cpu":
+            self._sum_RH += gradient_nR.t() @ hidden_nH
         else:
             torch.addmm(self._sum_RH, gradient_nR.t(), hidden_nH, out_dtype=torch.float32, out=self._sum_RH)
         self._empty = False
+
+
+def _like(logits_nR: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where the gradient of the logits goes: the logits' own place if it takes as much room."""
+    return logits_nR if dtype == logits_nR.dtype else torch.empty_like(logits_nR, dtype=dtype)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
