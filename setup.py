@@ -75,7 +75,7 @@ class BuildKernels(build_ext):
         """What is missing, what that means, and what to do."""
         note(
             f"the C++ kernels were NOT built ({error}).",
-            "The package works without them: loss masks and packing run on PyTorch and NumPy, slower.",
+            "The package works without them: what they do runs on PyTorch and NumPy, slower.",
             "To have them, install a C++17 compiler (Debian, Ubuntu: apt install g++ python3-dev) and install again.",
         )
 
@@ -128,7 +128,20 @@ def extensions() -> list[Extension]:
                 "-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra",
             ],
             optional=True,
-        )
+        ),
+        Extension(
+            "megatron_speech._layers",
+            sources=["csrc/layers.cpp"],
+            include_dirs=[pybind11.get_include()],
+            language="c++",
+            # Fused multiply-add is what these are about; -Wno-psabi: vectors are passed between inlined functions only.
+            extra_compile_args=[
+                "-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno",
+                "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi",
+            ],
+            libraries=["dl"] if sys.platform == "linux" else [],
+            optional=True,
+        ),
     ]  # fmt: skip
 
 

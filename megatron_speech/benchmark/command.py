@@ -13,7 +13,6 @@ BENCHMARKS = {
     "data": ("megatron_speech.benchmark.data", "text, codes and loader throughput, beside Megatron-LM's"),
     "data-index": ("megatron_speech.benchmark.data_index", "the sequence index at scale: seconds, memory, proportions"),
     "head": ("megatron_speech.benchmark.head", "time and memory of the output head beside full logits"),
-    "head": ("megatron_speech.benchmark.head", "time and memory of the output head beside full logits"),
     "loss-mask": ("megatron_speech.benchmark.loss_mask", "the loss-mask kernels against each other"),
 }
 

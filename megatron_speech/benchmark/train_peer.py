@@ -1,8 +1,8 @@
 """`megatron-speech benchmark train-peer RECIPE.yaml`: this project's trainer beside a `transformers` loop, in one run.
 
-Both start from the same weights of the same model (LLaMA, Qwen2 or Qwen3) and train on the same documents, step by step: every side is a
-process of its own, and they take turns of a few optimizer steps. What is compared is the time for equal work: of an
-SFT stage the learned (target) tokens per second, of a PT stage all tokens per second.
+Both start from the same weights of the same model (LLaMA, Qwen2 or Qwen3) and train on the same documents, step by
+step: every side is a process of its own, and they take turns of a few optimizer steps. What is compared is the time
+for equal work: of an SFT stage the learned (target) tokens per second, of a PT stage all tokens per second.
 
     padded    SFT as LLaSA does it: every sample padded to seq_length, labels of -100 on the prompt, full logits
     dynamic   SFT, samples grouped by length and padded to the longest of the micro-batch; the fastest micro-batch

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
+from megatron_speech.ops import cpu_layers
+
 varlen_attn: Callable[..., Any] | None
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -137,6 +139,7 @@ class PackedSequences(PackedSeqParams):
     z_loss: float = 0.0
     logit_rows: Tensor | None = None  # [R] int64: tokens whose logits are wanted, None for all
     layout: PaddedLayout | None = None
+    segments: Tensor | None = None  # [n, 2] int64, first token and length of each document: for `ops.cpu_layers`
     kv_cache: KVCache | None = None
     decoding: bool = False  # one token per sequence, attending to the cache
     rotary: Rotary | None = field(default=None, repr=False)  # cos, sin [T, 1, D/2], set by the model
@@ -196,6 +199,8 @@ class PackedSequences(PackedSeqParams):
             packed.qkv_format = "thd"
             cu = torch.from_numpy(np.unique(bounds))  # without the empty segments
             longest = _fused_length(longest, 2 * context)
+        elif device.type == "cpu" and cpu_layers.built():
+            packed.segments = _segments(bounds, padding)
         else:
             packed.layout = PaddedLayout.build(bounds, padding).to(device)
         packed.cu_seqlens_q = packed.cu_seqlens_kv = _send(cu, device)
@@ -211,6 +216,14 @@ def _fused_length(longest: int, multiple: int) -> int:
     """A bound on `longest` of which there are few: cuDNN plans its kernels for each anew."""
     bound = 1 << max(6, (longest - 1).bit_length())
     return -(-bound // multiple) * multiple
+
+
+def _segments(bounds: np.ndarray, padding: np.ndarray | None) -> Tensor:
+    """(first token, tokens) of every document, [n, 2] int64; the longest first, which suits threads."""
+    starts, lengths = bounds[:-1].astype(np.int64), np.diff(bounds).astype(np.int64)
+    real = lengths > 0 if padding is None else (lengths > 0) & ~padding
+    order = np.argsort(-lengths[real], kind="stable")
+    return torch.from_numpy(np.stack((starts[real][order], lengths[real][order]), axis=1))
 
 
 def _device() -> torch.device:
@@ -406,8 +419,9 @@ class PackedSdpaAttention(nn.Module):
     """Causal attention in which every document sees only itself; a `core_attention` for megatron-core's specs.
 
     RoPE is applied here, where the keys of a generation enter the cache. fp32 and bf16. On CUDA in bf16 the varlen
-    kernel of torch ≥ 2.10 takes the packed tokens as they are; elsewhere the documents are gathered into a few
-    rectangles (:class:`PaddedLayout`) for `scaled_dot_product_attention`, in fp32 if on CPU.
+    kernel of torch ≥ 2.10 takes the packed tokens as they are, on a CPU our own (`ops.cpu_layers`); elsewhere the
+    documents are gathered into a few rectangles (:class:`PaddedLayout`) for `scaled_dot_product_attention`, in fp32 if
+    on CPU.
     """
 
     def __init__(
@@ -450,8 +464,15 @@ class PackedSdpaAttention(nn.Module):
         elif varlen_attn is not None and query.is_cuda and query.dtype != torch.float32:
             out = self._varlen(_Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin), value, packed)
         else:
-            out = self._padded(query, key, value, cos, sin, packed)
+            out = self._documents(query, key, value, cos, sin, packed)
         return out.reshape(out.shape[0], 1, -1)
+
+    def _documents(
+        self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, packed: PackedSequences
+    ) -> Tensor:
+        if packed.segments is not None:
+            return cpu_layers.packed_attention(query, key, value, cos, sin, packed.segments, self.scale)
+        return self._padded(query, key, value, cos, sin, packed)
 
     def _padded(
         self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, packed: PackedSequences
@@ -499,4 +520,4 @@ class PackedSdpaAttention(nn.Module):
         if packed.decoding:
             turned = _rotate_(query.to(cos.dtype, copy=True, memory_format=torch.contiguous_format), cos, sin)
             return packed.kv_cache.attend(self.layer_number, turned, self.scale).to(query.dtype)
-        return self._padded(query, key, value, cos, sin, packed)
+        return self._documents(query, key, value, cos, sin, packed)

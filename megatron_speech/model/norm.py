@@ -2,7 +2,7 @@
 
 Both are autograd functions that pass over memory as seldom as they can (at the size of a laptop model these passes, not
 arithmetic, are what the layers around the matrix products cost) and keep their input only. On CUDA the norm is torch's
-fused kernel.
+fused kernel; on a CPU both are compiled ones (`ops.cpu_layers`) where they were built.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_speech.ops import cpu_layers
 
 
 class _RMSNormCPU(torch.autograd.Function):
@@ -54,9 +56,10 @@ class RMSNorm(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] → the same shape and dtype."""
         if x.device.type == "cpu":
-            shape = x.shape
-            normed: Tensor = _RMSNormCPU.apply(x.reshape(-1, shape[-1]), self.weight, self.epsilon)
-            return normed.view(shape)
+            rows = x.reshape(-1, x.shape[-1])
+            norm = cpu_layers.rms_norm if cpu_layers.usable(x, self.weight) else _RMSNormCPU.apply
+            normed: Tensor = norm(rows, self.weight, self.epsilon)
+            return normed.view(x.shape)
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.epsilon)
 
 
@@ -86,6 +89,8 @@ class SwiGLU(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., 2·ffn] → [..., ffn]."""
+        if cpu_layers.usable(x):
+            return cpu_layers.swiglu(x)
         result: Tensor = _SwiGLU.apply(x)
         return result
 
