@@ -115,6 +115,15 @@ class LossMeter:
             before.copy_(sums)
         self._lost_weights += torch.stack([skipped.double() * weight for weight in weight_sums.tolist()])
 
+    def restore(self, totals: torch.Tensor, groups: Sequence[Sequence[str]]) -> None:
+        """Take over the `totals` of a meter of `groups`; those of a group that is there no more are dropped."""
+        width = 2 * len(MODALITIES)
+        self.totals[width * len(self.groups) :] = totals[width * len(groups) :]
+        for number, (task, language, source) in enumerate(groups):
+            if (task, language, source) in self.groups:
+                at = self.groups.index((task, language, source))
+                self.totals[width * at : width * (at + 1)] = totals[width * number : width * (number + 1)]
+
     def reduce(self) -> None:
         """Move this interval's sums of all ranks into `totals`. The only device sync, and a collective."""
         local = torch.zeros(self.state_size, dtype=torch.float64, device=self._sums.device)

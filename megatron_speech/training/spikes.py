@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_speech.training.checkpoint.store import CheckpointInfo, find_latest
 from megatron_speech.training.optimizer_config import SpikesConfig
 from megatron_speech.training.recipe import Recipe
+from megatron_speech.training.run_log import RunLog
 from megatron_speech.training.stages import Ended, Position
 
 QUANTITIES = ("loss", "grad_norm")
@@ -161,24 +162,44 @@ class SpikeGuard:
             self.rewinds = state["rewinds"]
 
 
-def skip_record(recipe: Recipe, ended: Ended, verdict: Verdict) -> dict[str, Any]:
-    """A line of metrics.jsonl about a skipped step: which sequences it was of, and why."""
-    before = Position.at_step(recipe, verdict.step - 1, ended)
-    return {
-        **Position.at_step(recipe, verdict.step, ended).as_record(recipe),
-        "split": "skipped",
-        "first_sequence": before.consumed_sequences,
-        **dict(zip(QUANTITIES, verdict.values, strict=True)),
-        "skipped_in_row": verdict.skipped_in_row,
-        "reason": verdict.reason,
-    }
+def tell_of_skips(guard: SpikeGuard, step: int, recipe: Recipe, ended: Ended, log: RunLog) -> Verdict | None:
+    """Log the steps skipped since the last call, by the sequences that they were of, up to step `step`.
+
+    Returns:
+        The verdict at which `skip_limit` was reached, and no later ones are told of: they will be done again. Or None.
+    """
+    for verdict in guard.read(step):
+        if verdict.skipped_in_row == 0:
+            continue
+        after = Position.at_step(recipe, verdict.step, ended)
+        first = Position.at_step(recipe, verdict.step - 1, ended).consumed_sequences
+        record = after.as_record(recipe)
+        log.write(
+            {
+                **record,
+                "split": "skipped",
+                "first_sequence": first,
+                **dict(zip(QUANTITIES, verdict.values, strict=True)),
+                "skipped_in_row": verdict.skipped_in_row,
+                "reason": verdict.reason,
+            }
+        )
+        log.say(
+            f"{record['stage']} step {verdict.step} skipped, sequences {first:,} to "
+            f"{after.consumed_sequences - 1:,}: {verdict.reason}"
+        )
+        if verdict.skipped_in_row >= guard.config.skip_limit:
+            return verdict
+    return None
 
 
-def rewind_record(recipe: Recipe, ended: Ended, verdict: Verdict, info: CheckpointInfo) -> dict[str, Any]:
-    """A line of metrics.jsonl about going back: to which checkpoint, and which sequences are stepped over."""
-    return {
-        **Position.at_step(recipe, verdict.step, ended).as_record(recipe),
-        "split": "rewound",
-        "checkpoint": info.path.name,
-        "first_sequence": Position.at_step(recipe, info.step, ended).consumed_sequences,
-    }
+def tell_of_rewind(info: CheckpointInfo, verdict: Verdict, recipe: Recipe, ended: Ended, log: RunLog) -> None:
+    """Log that the run has gone back to `info` after `verdict`, and which sequences it steps over."""
+    after = Position.at_step(recipe, verdict.step, ended)
+    first = Position.at_step(recipe, info.step, ended).consumed_sequences
+    record = after.as_record(recipe)
+    log.write({**record, "split": "rewound", "checkpoint": info.path.name, "first_sequence": first})
+    log.say(
+        f"{record['stage']} goes back to {info.path.name} and on from sequence {after.consumed_sequences:,}; "
+        f"{first:,} to {after.consumed_sequences - 1:,} are stepped over"
+    )

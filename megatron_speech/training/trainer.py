@@ -28,13 +28,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_speech.data.config import LossConfig
 from megatron_speech.data.indexed import TokenDataset
-from megatron_speech.data.loader import GlobalBatch, MicroBatch
+from megatron_speech.data.loader import GlobalBatch
 from megatron_speech.data.stage_data import StageData, open_datasets, save_blend
 from megatron_speech.files import prepare_output_directory, sha256_file, write_json
-from megatron_speech.model.attention import PackedSequences
 from megatron_speech.ops.cross_entropy import LinearLoss
 from megatron_speech.parallel import groups
-from megatron_speech.token_space import MODALITIES, TokenSpace
+from megatron_speech.token_space import TokenSpace
 from megatron_speech.training import checkpoint, environment
 from megatron_speech.training.agreement import agreed
 from megatron_speech.training.batches import stage_batches
@@ -46,13 +45,14 @@ from megatron_speech.training.execution import Execution
 from megatron_speech.training.exporters import open_exporters
 from megatron_speech.training.freezing import freeze_parameters, frozen_ids
 from megatron_speech.training.initial import start_from
+from megatron_speech.training.inputs import Inputs
 from megatron_speech.training.metrics import LossMeter, memory_gib, peak_tflops
 from megatron_speech.training.optimizer import Optimizer
 from megatron_speech.training.preflight import Preflight
 from megatron_speech.training.recipe import Recipe, StageConfig
 from megatron_speech.training.run_log import RunLog, console_line, duration, record_failure
 from megatron_speech.training.safety import Safety
-from megatron_speech.training.spikes import SpikeGuard, Verdict, rewind_record, skip_record
+from megatron_speech.training.spikes import SpikeGuard, Verdict, tell_of_rewind, tell_of_skips
 from megatron_speech.training.stages import Position, steps_of, total_steps
 from megatron_speech.training.timing import Clock
 from megatron_speech.training.validation import Validator, validation_sequences
@@ -303,7 +303,7 @@ class Trainer:
         scheduler.step(self.position.stage_step)
         meter = self._meter(stage, data)
         if self.position.stage_step and self._loaded:
-            _restore_meter(meter, self._loaded["meter"], self._loaded["groups"])
+            meter.restore(self._loaded["meter"], self._loaded["groups"])
         self._loaded = {}
         validator = self._make_validator(index)
         self._clock = Clock()
@@ -411,11 +411,11 @@ class Trainer:
         plain = loss.model_copy(update={"label_smoothing": 0.0, "z_loss": 0.0}) if forward_only else loss
         context, fused = self.recipe.parallel.context, self.chunks[0].fused_attention
         inputs = [
-            _Inputs(micro_batch, self.device, plain, scales, fused=fused, context=context)
+            Inputs(micro_batch, self.device, plain, scales, fused=fused, context=context)
             for micro_batch in self.execution.own(batch.micro_batches)
         ]
 
-        def forward_step(iterator: Iterator[_Inputs], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        def forward_step(iterator: Iterator[Inputs], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             micro_batch = next(iterator)
             output = model(
                 input_ids=micro_batch.tokens,
@@ -515,20 +515,12 @@ class Trainer:
         """
         if self._spikes is None:
             return False
-        for verdict in self._spikes.read(self.position.step):
-            if verdict.skipped_in_row == 0:
-                continue
-            record = skip_record(self.recipe, self._ended, verdict)
-            self._log.write(record)
-            self._log.say(
-                f"{record['stage']} step {verdict.step} skipped, sequences {record['first_sequence']:,} to "
-                f"{record['consumed_sequences'] - 1:,}: {verdict.reason}"
-            )
-            if verdict.skipped_in_row >= self._spikes.config.skip_limit:
-                with self._safety.progress.doing("going back to a checkpoint"):
-                    self._go_back(self._spikes, verdict)
-                return True
-        return False
+        verdict = tell_of_skips(self._spikes, self.position.step, self.recipe, self._ended, self._log)
+        if verdict is None:
+            return False
+        with self._safety.progress.doing("going back to a checkpoint"):
+            self._go_back(self._spikes, verdict)
+        return True
 
     def _go_back(self, guard: SpikeGuard, verdict: Verdict) -> None:
         self._checkpoints.wait()
@@ -542,12 +534,7 @@ class Trainer:
         rewinds = guard.rewinds
         guard.load_state(state.get("spikes") if begun else None)
         guard.rewinds = rewinds
-        record = rewind_record(self.recipe, self._ended, verdict, info)
-        self._log.write(record)
-        self._log.say(
-            f"{record['stage']} goes back to {info.path.name} and on from sequence {record['consumed_sequences']:,}; "
-            f"{record['first_sequence']:,} to {record['consumed_sequences'] - 1:,} are stepped over"
-        )
+        tell_of_rewind(info, verdict, self.recipe, self._ended, self._log)
 
     def _meter(self, stage: StageConfig, data: StageData) -> LossMeter:
         counts = parallel_state.get_context_parallel_rank() == 0
@@ -631,59 +618,6 @@ class Trainer:
 
     def _write_status(self, state: str, message: str = "", *, force: bool = True) -> None:
         self._log.status(state, self.position.as_record(self.recipe), message, force=force)
-
-
-class _Inputs:
-    """A micro-batch on the model's device, flattened to one packed row of T = B·S positions.
-
-    `scales`: what weight 1 counts for in the loss of the global batch, of all labels or by modality.
-    """
-
-    def __init__(
-        self,
-        batch: MicroBatch,
-        device: torch.device,
-        loss: LossConfig,
-        scales: list[float],
-        *,
-        fused: bool,
-        context: int,
-    ) -> None:
-        self.tokens = batch.tokens.view(1, -1).to(device, non_blocking=True)
-        self.labels = batch.labels.view(1, -1).to(device, non_blocking=True)
-        self.weights = batch.loss_weights.view(-1).to(device, non_blocking=True)
-        self.group_ids = batch.group_ids.view(-1).to(device, non_blocking=True)
-        self.packed = PackedSequences.build(
-            batch.cu_seqlens,
-            position_ids=batch.position_ids,
-            loss_weights=batch.loss_weights * _by_position(scales, batch.group_ids),
-            row_pointers=batch.row_pointers,
-            fused=fused,
-            context=context,
-            device=device,
-        )
-        self.packed.label_smoothing, self.packed.z_loss = loss.label_smoothing, loss.z_loss
-
-    def learned(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss weights, group ids) of the tokens that the head returns losses of."""
-        rows = self.packed.loss_rows
-        assert rows is not None
-        return self.weights.index_select(0, rows), self.group_ids.index_select(0, rows)
-
-
-def _by_position(scales: list[float], group_ids: torch.Tensor) -> float | torch.Tensor:
-    """The factor of each position: the only one, or that of its label's modality (any where nothing is learned)."""
-    return scales[0] if len(scales) == 1 else torch.tensor(scales)[group_ids.long() % len(scales)]
-
-
-def _restore_meter(meter: LossMeter, totals: torch.Tensor, groups: list[Any]) -> None:
-    """Give a meter the sums that one over `groups` had; of a group that is there no more they are dropped."""
-    width = 2 * len(MODALITIES)
-    meter.totals[width * len(meter.groups) :] = totals[width * len(groups) :]
-    for number, group in enumerate(groups):
-        if tuple(group) in meter.groups:
-            at = meter.groups.index(tuple(group))
-            meter.totals[width * at : width * (at + 1)] = totals[width * number : width * (number + 1)]
 
 
 def _every(step: int, interval: int) -> bool:
