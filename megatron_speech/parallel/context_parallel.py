@@ -98,6 +98,6 @@ def _share_micro_batch(batch: MicroBatch, ranks: int, rank: int, total: int) -> 
         position_ids=pick(batch.position_ids, 0),
         group_ids=pick(batch.group_ids, NO_GROUP),
         cu_seqlens=torch.from_numpy(own.cu_seqlens),
-        row_pointers=torch.tensor([0, len(own.cu_seqlens) - 1], dtype=torch.int32),
+        row_pointers=torch.tensor([0, len(own.cu_seqlens) - 2], dtype=torch.int32),  # the last one is all padding
         max_seqlen=int(np.diff(own.cu_seqlens).max(initial=0)),
     )

@@ -1,9 +1,13 @@
 """One process, one small model for the tests of the model room."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for te_stand_ins
 
 
 @pytest.fixture(autouse=True)

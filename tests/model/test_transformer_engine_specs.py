@@ -1,23 +1,15 @@
 """The Transformer Engine back-end, without its kernels: megatron-core's spec with stand-ins of the same structure.
 
-The stand-ins have TE's parameters under TE's names, its `_extra_state`, its sharding and its contract for packed
-documents; the arithmetic is plain PyTorch. So the wiring is real: spec, initial weights, RoPE per document,
-checkpoints to and from the torch back-end.
+The wiring is real: spec, initial weights, RoPE per document, checkpoints to and from the torch back-end.
 """
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.models.gpt import gpt_layer_specs
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from te_stand_ins import Norm, install
 
 from megatron_speech.errors import InputError
 from megatron_speech.model import specs
@@ -32,97 +24,10 @@ SHAPE = {"preset": "tiny", "qk_norm": True, "qkv_bias": True, "tie_embeddings": 
 LENGTHS = [5, 31, 1, 40, 12]
 
 
-class ExtraState:
-    """TE keeps FP8's scales here; an empty tensor says that there are none."""
-
-    def get_extra_state(self):
-        return torch.empty(0, dtype=torch.uint8)
-
-    def set_extra_state(self, state):
-        assert state is None or state.numel() == 0
-        self.restored = state
-
-
-class Norm(ExtraState, torch.nn.Module):
-    """te.pytorch.RMSNorm."""
-
-    def __init__(self, config, hidden_size, eps=1e-5):
-        super().__init__()
-        self.eps, self.weight = eps, torch.nn.Parameter(torch.full((hidden_size,), 3.0))
-
-    def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-
-
-class NormLinear(ExtraState, ColumnParallelLinear):
-    """megatron-core's TELayerNormColumnParallelLinear."""
-
-    def __init__(self, input_size, output_size, *, config, **options):
-        options.pop("stride", None)
-        super().__init__(input_size, output_size, config=config, **options)
-        self.eps, self.layer_norm_weight = config.layernorm_epsilon, torch.nn.Parameter(torch.full((input_size,), 3.0))
-
-    def forward(self, x):
-        return super().forward(F.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps))
-
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0, "bias": 0}, sharded_offsets
-        )
-
-
-class Linear(ExtraState, RowParallelLinear):
-    """megatron-core's TERowParallelLinear."""
-
-
-class Attention(torch.nn.Module):
-    """megatron-core's TEDotProductAttention for `thd`: [T, heads, D], queries and keys already turned."""
-
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, **options):
-        super().__init__()
-
-    def forward(self, query, key, value, attention_mask, *, attn_mask_type, attention_bias=None, packed_seq_params):
-        assert packed_seq_params.qkv_format == "thd" and query.dim() == 3
-        assert attn_mask_type.name == "causal"  # megatron-core makes padding_causal of it
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
-        assert all(last - first <= packed_seq_params.max_seqlen_q for first, last in itertools.pairwise(bounds))
-        out = []
-        for first, last in itertools.pairwise(bounds):
-            q, k, v = (x[first:last].transpose(0, 1) for x in (query, key, value))
-            out.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(0, 1))
-        return torch.cat(out).flatten(1)
-
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        return {}
-
-
-class Provider(LocalSpecProvider):
-    """megatron-core's TESpecProvider."""
-
-    def column_parallel_layer_norm_linear(self):
-        return NormLinear
-
-    def row_parallel_linear(self):
-        return Linear
-
-    def fuse_layernorm_and_linear(self):
-        return True
-
-    def layer_norm(self, rms_norm=False, for_qk=False):
-        return Norm
-
-    def core_attention(self):
-        return Attention
-
-
 @pytest.fixture
 def engine(monkeypatch):
     """Transformer Engine seems to be there."""
-    from megatron.core.extensions import transformer_engine
-
-    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", Provider, raising=False)
-    monkeypatch.setattr(transformer_engine, "TENorm", Norm)
-    monkeypatch.setattr(specs, "transformer_engine_missing", lambda: None)
+    install(monkeypatch.setattr)
 
 
 def build(backend, seed=3):

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 # Workers are found by name in the processes of the fork server.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "training")]  # the latter: toy_runs
+_TESTS = Path(__file__).parent.parent
+# The others for toy_runs and te_stand_ins.
+sys.path[:0] = [str(_TESTS / room) for room in ("parallel", "training", "model")]
 
 
 @pytest.fixture(scope="session")

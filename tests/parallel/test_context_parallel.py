@@ -94,7 +94,12 @@ def test_what_the_ranks_compute_together_is_the_micro_batch():
 def test_fused_attention_is_told_of_the_padded_documents():
     (part,) = context_parallel.share_micro_batches([micro_batch([5, 12, 3])], 2, 1)
     packed = PackedSequences.build(
-        part.cu_seqlens, loss_weights=part.loss_weights, position_ids=part.position_ids, fused=True, context=2
+        part.cu_seqlens,
+        loss_weights=part.loss_weights,
+        position_ids=part.position_ids,
+        row_pointers=part.row_pointers,
+        fused=True,
+        context=2,
     )
     assert packed.qkv_format == "thd" and packed.layout is None
     assert packed.cu_seqlens_q.tolist() == [0, 8, 20, 24] and packed.cu_seqlens_q.dtype == torch.int32

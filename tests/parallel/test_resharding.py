@@ -22,6 +22,9 @@ LAYOUTS = {
     "data of four": (4, {}),
     "sharded by four": (4, {"distributed_optimizer": True, "overlap_grad_reduce": True}),
     "tensor x sharded": (4, {"tensor": 2, "distributed_optimizer": True}),
+    "context x tensor": (4, {"context": 2, "tensor": 2, "sequence_parallel": True}),
+    "context x pipeline": (4, {"context": 2, "pipeline": 2}),
+    "context x sharded": (4, {"context": 2, "distributed_optimizer": True}),
 }
 
 
@@ -49,10 +52,11 @@ def train(run_ranks, recipe, tmp_path_factory):
 
     def run(layout, directory, *overrides):
         processes, section = LAYOUTS[layout]
+        worker = train_worker.train_on_stand_ins if section.get("context", 1) > 1 else train_worker.train
         words = [f"parallel={section}", *overrides]
         logs = tmp_path_factory.mktemp("logs")
         try:
-            run_ranks(train_worker.train, processes, str(logs), [str(recipe), f"run_dir={directory}", *words])
+            run_ranks(worker, processes, str(logs), [str(recipe), f"run_dir={directory}", *words])
         except AssertionError as error:
             raise AssertionError((logs / "0.log").read_text()) from error
         return directory
@@ -111,3 +115,21 @@ def test_masters_of_bf16_move_between_kinds_of_optimizer_to_the_bit(train, whole
         train(loaded, run, "precision=bf16")
         losses = [[line["loss"] for line in read_metrics(path)] for path in (run, plain)]
         np.testing.assert_array_equal(*losses)
+
+
+@pytest.mark.parametrize("layout", ["context x tensor", "context x pipeline", "context x sharded"])
+def test_context_parallel_ranks_train_what_one_process_trains(whole, layout):
+    """With stand-ins for Transformer Engine's modules; shares of documents, sums and counts are the trainer's."""
+    ours, theirs = read_metrics(whole(layout)), read_metrics(whole("one"))
+    check_continued(whole(layout), whole("one"))
+    for line, other in zip(ours, theirs, strict=True):
+        for key in other:
+            if key.startswith("loss") or key == "pad_fraction":
+                assert line[key] == pytest.approx(other[key], rel=1e-5), (line["step"], key)
+
+
+def test_a_checkpoint_goes_on_with_another_back_end_and_context_parallelism(train, whole, tmp_path):
+    for saved, loaded in (("pipeline", "context x sharded"), ("context x tensor", "data")):
+        run = copy_until(whole(saved), tmp_path / loaded, HALF)
+        train(loaded, run)
+        check_continued(run, whole("one"))

@@ -6,12 +6,14 @@ import os
 import sys
 from pathlib import Path
 
+import te_stand_ins
 import torch
 import torch.distributed as dist
 
 from megatron_speech import cli
+from megatron_speech.model import specs
 from megatron_speech.parallel import groups
-from megatron_speech.training import trainer  # noqa: F401  imported once, by the fork server
+from megatron_speech.training import execution, trainer  # noqa: F401  imported once, by the fork server
 
 
 def train(rank: int, world_size: int, directory: str, arguments: list[str]) -> None:
@@ -25,3 +27,11 @@ def train(rank: int, world_size: int, directory: str, arguments: list[str]) -> N
     groups.destroy()
     log.close()
     sys.exit(status)
+
+
+def train_on_stand_ins(rank: int, world_size: int, directory: str, arguments: list[str]) -> None:
+    """The same with Transformer Engine's place taken by stand-ins, in fp32 and with megatron-core's own RoPE."""
+    te_stand_ins.install(setattr)
+    execution.choose_backend = lambda *_: specs.Backend("te", "stand-ins")
+    specs.core_fields = lambda backend: {"cp_comm_type": "p2p"}
+    train(rank, world_size, directory, arguments)
