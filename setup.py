@@ -132,7 +132,8 @@ def extensions() -> list[Extension]:
         Extension(
             "megatron_speech._layers",
             sources=["csrc/layers.cpp"],
-            include_dirs=[pybind11.get_include()],
+            depends=["csrc/vectors.h"],
+            include_dirs=[pybind11.get_include(), "csrc"],
             language="c++",
             # Fused multiply-add is what these are about; -Wno-psabi: vectors are passed between inlined functions only.
             extra_compile_args=[
