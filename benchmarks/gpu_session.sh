@@ -36,6 +36,8 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | 
 step build_extension "$PYTHON" setup.py -q build_ext --inplace
 step compile_check "$PYTHON" -m megatron_speech.ops.compile_check
 step ops_on_cuda "$PYTHON" -m pytest -q tests/ops
+step optimizer_on_cuda "$PYTHON" -m pytest -q tests/training/test_freezing.py tests/training/test_ema.py \
+  tests/training/test_spikes.py tests/training/test_determinism.py -k "frozen or thirty or skipped_step or bit_identical"
 step loss_mask_pt "$PYTHON" -m megatron_speech.cli benchmark loss-mask --policy pt --rows 32 --json "$out/loss_mask_pt.json"
 step loss_mask_sft "$PYTHON" -m megatron_speech.cli benchmark loss-mask --policy sft --rows 32 --json "$out/loss_mask_sft.json"
 step train_cuda_vs_cpu "$PYTHON" benchmarks/gpu_check.py --json "$out/gpu_check.json"

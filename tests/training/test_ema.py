@@ -41,12 +41,14 @@ def test_thirty_updates_give_the_naive_average_in_fp32(
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     from megatron_speech.model.builder import build_model
+    from megatron_speech.parallel import groups
     from megatron_speech.training.optimizer import Optimizer
 
     values = toy_recipe(Path("/toy"), ema={"decay": decay}, precision=precision)
     values["parallel"] = {"distributed_optimizer": distributed}
     recipe = Recipe.model_validate(values)
     (chunk,) = build_model(recipe.model, 384, max_sequence_length=64, seed=1, precision=precision)
+    chunk.to(groups.device())
     config = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
     model = DistributedDataParallel(chunk.config, config, chunk)
     optimizer = Optimizer(recipe, [model])

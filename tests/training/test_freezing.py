@@ -37,6 +37,7 @@ def trainable(
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     from megatron_speech.model.builder import build_model
+    from megatron_speech.parallel import groups
     from megatron_speech.training.freezing import freeze_parameters
     from megatron_speech.training.optimizer import Optimizer
 
@@ -45,6 +46,7 @@ def trainable(
     values["parallel"] = {"distributed_optimizer": distributed}
     recipe = Recipe.model_validate(values)
     chunks = build_model(recipe.model, 384, max_sequence_length=64, seed=1, precision=precision)
+    chunks[0].to(groups.device())
     freeze_parameters(chunks, recipe.optimizer.freeze)
     config = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
     wrapped = DistributedDataParallel(chunks[0].config, config, chunks[0])

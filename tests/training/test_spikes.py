@@ -72,6 +72,7 @@ def test_a_skipped_step_moves_nothing(parallel: None, distributed: bool) -> None
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     from megatron_speech.model.builder import build_model
+    from megatron_speech.parallel import groups
     from megatron_speech.training.optimizer import Optimizer
 
     values = toy_recipe(Path("/toy"), ema={"decay": 0.9}, parallel={"distributed_optimizer": distributed})
@@ -79,6 +80,7 @@ def test_a_skipped_step_moves_nothing(parallel: None, distributed: bool) -> None
 
     def make() -> tuple[Any, Optimizer]:
         (chunk,) = build_model(recipe.model, 384, max_sequence_length=64, seed=1)
+        chunk.to(groups.device())
         wrapped = DistributedDataParallel(
             chunk.config, DistributedDataParallelConfig(use_distributed_optimizer=distributed), chunk
         )
