@@ -15,6 +15,7 @@ from megatron_speech.data.config import StrictConfig
 from megatron_speech.errors import InputError
 from megatron_speech.files import read_json
 from megatron_speech.model.config import ModelConfig
+from megatron_speech.training.remote import fetch_checkpoint, is_url
 
 if TYPE_CHECKING:
     from megatron_speech.token_space import TokenSpace
@@ -48,7 +49,7 @@ def fill_model(values: dict[Any, Any], source: str) -> None:
         return
     if model is not None and (not isinstance(model, dict) or model.get("preset") or model.get("num_layers")):
         return
-    path = Path(init["checkpoint"])
+    path = fetch_checkpoint(init["checkpoint"]) if is_url(init["checkpoint"]) else Path(init["checkpoint"])
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     found = [path] if (path / "checkpoint.json").is_file() else sorted(folder.glob("step_*/checkpoint.json"))
     if not found:

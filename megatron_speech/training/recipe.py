@@ -43,6 +43,7 @@ from megatron_speech.training.optimizer_config import (
     TableConfig,
 )
 from megatron_speech.training.parallel_config import ParallelConfig
+from megatron_speech.training.remote import is_url
 from megatron_speech.training.run_config import LoggingConfig, PreflightConfig, WatchdogConfig
 
 
@@ -349,8 +350,8 @@ def _absolutise(layer: dict[Any, Any], folder: Path) -> None:
     """Make the relative paths of a recipe layer absolute against `folder`, in place."""
 
     def absolute(value: Any) -> Any:
-        # An interpolation such as ${oc.env:DATA}/x is filled in later; it is expected to be absolute.
-        if not isinstance(value, str) or value.startswith("${"):
+        # An interpolation such as ${oc.env:DATA}/x is filled in later; it is expected to be absolute. A URL is.
+        if not isinstance(value, str) or value.startswith("${") or is_url(value):
             return value
         return os.path.normpath(folder / Path(value).expanduser())
 

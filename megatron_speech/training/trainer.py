@@ -265,6 +265,7 @@ class Trainer:
         if self.position.stage_index >= end:
             what = self.recipe.name if end == len(names) else f"{self.recipe.name} through {through}"
             self._log.say(f"{what} is finished: nothing left to do in {self.directory}")
+            self._checkpoints.finish(copied=True)
             self._write_status("finished" if self.position.stage_index == len(names) else "paused")
             self._log.close()
             self._safety.finish()
@@ -282,7 +283,7 @@ class Trainer:
                     at = self.position.stage_index
                     state = "finished" if at == len(names) else "paused" if at == end else "preempted"
                     message = ""
-                self._checkpoints.finish()
+                self._checkpoints.finish(copied=state != "preempted")
                 self._write_status(state, message)
                 self._safety.finish()
             return state

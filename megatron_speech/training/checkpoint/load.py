@@ -27,6 +27,7 @@ from megatron_speech.training.checkpoint.extra_state import only_saved_extra_sta
 from megatron_speech.training.checkpoint.store import CheckpointInfo, find_damage, find_latest, read_info
 from megatron_speech.training.ema import averaged_state
 from megatron_speech.training.optimizer import Optimizer
+from megatron_speech.training.remote import fetch_checkpoint, is_url
 
 
 def load_checkpoint(info: CheckpointInfo, *, chunks: list[Any], optimizer: Optimizer) -> dict[str, Any]:
@@ -99,12 +100,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> tuple[CheckpointInfo, Token
     A collective where torch.distributed is up: all ranks get the same answer.
 
     Args:
-        path: a checkpoint directory, RUN/checkpoints/best, or a run directory (its newest checkpoint is taken).
+        path: a checkpoint directory, RUN/checkpoints/best, or a run directory (its newest checkpoint is taken); or
+            the URL of a checkpoint or of what a run copies its checkpoints to.
 
     Raises:
         InputError: there is no checkpoint there, or it is damaged.
     """
-    path = Path(path)
+    path = fetch_checkpoint(os.fspath(path)) if is_url(path) else Path(path)
     if (path / "checkpoint.json").is_file():
         info = read_info(path.resolve())
         if problem := find_damage(info):

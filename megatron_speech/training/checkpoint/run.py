@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_speech.errors import OutputError
 from megatron_speech.token_space import TokenSpace
+from megatron_speech.training.agreement import agreed
 from megatron_speech.training.checkpoint.retention import Soundness, promote_best, prune
 from megatron_speech.training.checkpoint.save import Aftermath, CheckpointSaver, SaveReport
 from megatron_speech.training.checkpoint.store import (
@@ -24,6 +25,7 @@ from megatron_speech.training.checkpoint_config import is_due
 from megatron_speech.training.optimizer import Optimizer
 from megatron_speech.training.recipe import Recipe, StageConfig
 from megatron_speech.training.run_log import RunLog
+from megatron_speech.training.upload import Uploader
 
 
 def newest_checkpoint(directory: Path) -> CheckpointInfo | None:
@@ -56,6 +58,10 @@ class RunCheckpoints:
         if info is not None and dist.get_rank() == 0:
             point_link(directory / "latest", info.path.name)
             promote_best(directory, info.fields["stage"])
+        self._uploader: Uploader | None = None
+        with agreed():
+            if self._config.upload is not None and dist.get_rank() == 0:
+                self._uploader = Uploader(directory.parent, self._config)
         self._saver = CheckpointSaver(
             directory, recipe=recipe, space=space, asynchronous=self._config.asynchronous, after_save=self._after_save
         )
@@ -90,8 +96,8 @@ class RunCheckpoints:
         for report in self._saver.wait():
             self._tell(report)
 
-    def finish(self) -> None:
-        """Wait for the last one, which the run needs.
+    def finish(self, *, copied: bool) -> None:
+        """Wait for the last one, which the run needs; with `copied` also for copies that are still to be made.
 
         Raises:
             OutputError: it could not be written.
@@ -99,18 +105,34 @@ class RunCheckpoints:
         self.wait()
         if self._problem is not None:
             raise OutputError(f"{self._problem}; free some space and start the same command again")
+        if self._uploader is not None:
+            if copied:
+                left = self._uploader.finish()
+                if left:
+                    names = ", ".join(left)
+                    self._log.alarm("copies", f"{names}: not copied yet; start the same command again to go on copying")
+                prune(self.directory, self._config, problem=self._soundness.problem, waiting=left)
+            self._uploader.close()
 
     def close(self, *, failed: bool) -> None:
-        """End with the run, see :meth:`CheckpointSaver.close`."""
+        """End with the run, see :meth:`CheckpointSaver.close`. What is not copied yet the next process copies."""
         self._saver.close(failed=failed)
+        if self._uploader is not None:
+            self._uploader.close()
 
     def _after_save(self, info: CheckpointInfo) -> Aftermath:
-        """On rank 0, beside the training: read it back, promote, prune."""
+        """On rank 0, beside the training: read it back, promote, have it copied, prune."""
         alarms = []
+        waiting: list[str] = []
         if problem := self._soundness.problem(info.path):
             alarms.append(f"checkpoint {info.path} was written, but cannot be read back: {problem}")
+        elif self._uploader is not None:
+            for name in self._uploader.add(info.path.name):
+                alarms.append(f"{name} is not copied: more than checkpoint.upload.max_waiting are waiting")
+        if self._uploader is not None:
+            waiting = self._uploader.waiting()
         best = promote_best(self.directory, info.fields["stage"])
-        alarms += prune(self.directory, self._config, problem=self._soundness.problem)
+        alarms += prune(self.directory, self._config, problem=self._soundness.problem, waiting=waiting)
         return Aftermath(best is not None and best.step == info.step, alarms)
 
     def _tell(self, report: SaveReport) -> None:
