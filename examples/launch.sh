@@ -5,10 +5,12 @@
 #
 #   NPROC   processes on this node; default: one per visible GPU, or 1 without a GPU
 #   PYTHON  the interpreter that has megatron_speech; default: .venv of this checkout, else python3
+#
+# TERM and USR1 let the run save and end; the same command continues.
 set -euo pipefail
 
 if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
-  sed -n '2,7s/^# \{0,1\}//p' "$0"
+  sed -n '2,9s/^# \{0,1\}//p' "$0"
   exit 2
 fi
 
@@ -26,4 +28,17 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # torchrun sets one thread per process unless told; on a node without GPUs the cores are shared out instead.
 if [[ $gpus -eq 0 ]]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + NPROC - 1) / NPROC ))}; fi
 
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" -m megatron_speech.cli train "$@"
+"$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" -m megatron_speech.cli train "$@" &
+launcher=$!
+# torchrun itself would end on these: at once on USR1, and 30 s after TERM it kills what has not saved by then. Its
+# processes get the signal from here, save, and end as they should; torchrun ends with them.
+forward() { kill -s "$1" $(<"/proc/$launcher/task/$launcher/children") 2>/dev/null || true; }
+trap 'forward TERM' TERM
+trap 'forward USR1' USR1
+# A trapped signal ends `wait` early; torchrun's own status is what counts.
+while :; do
+  status=0
+  wait "$launcher" || status=$?
+  kill -0 "$launcher" 2>/dev/null || break
+done
+exit "$status"

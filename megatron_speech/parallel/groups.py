@@ -74,7 +74,8 @@ def initialize(
         rank, world_size = dist.get_rank(), dist.get_world_size()
     check_layout(world_size, tensor, pipeline, context, virtual_pipeline)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
+        # Under `srun --gpus-per-task=1` a process sees one GPU, whatever its number on the node.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
     if not dist.is_initialized():
         backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
         timeout = timedelta(minutes=timeout_minutes)
