@@ -165,6 +165,7 @@ class LossMeter:
             **{f"loss/{name}": loss / count for name, (loss, count) in sorted(named.items()) if count},
             "pad_fraction": counts["pad_tokens"] / positions if positions else 0.0,
             "tokens": counts["tokens"],
+            "learned": sum(count for name, (_, count) in named.items() if name.startswith("modality/")),
         }
 
 

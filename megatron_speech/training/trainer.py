@@ -54,6 +54,7 @@ from megatron_speech.training.run_log import RunLog, console_line, duration, rec
 from megatron_speech.training.safety import Safety
 from megatron_speech.training.spikes import SpikeGuard, Verdict, tell_of_rewind, tell_of_skips
 from megatron_speech.training.stages import Position, steps_of, total_steps
+from megatron_speech.training.throughput import Interval
 from megatron_speech.training.timing import Clock
 from megatron_speech.training.validation import Validator, validation_sequences
 
@@ -467,10 +468,7 @@ class Trainer:
         means = meter.read()
         seconds, steps, waited = self._clock.lap()
         stage, position = self.recipe.stages[index], self.position
-        tokens = means.pop("tokens")
-        pad_fraction = means.pop("pad_fraction")
-        per_second = tokens / seconds
-        flops = self._flops_per_token(index) * per_second / self.world_size / 1e12
+        measured = {name: means.pop(name) for name in ("tokens", "learned", "pad_fraction")}
         peak = peak_tflops(torch.cuda.get_device_name() if torch.cuda.is_available() else None)
         grad_norm = norm.item()
         slowest, host = self._safety.stragglers(waited / steps)
@@ -481,13 +479,13 @@ class Trainer:
             **means,
             "lr": self.optimizer.learning_rate,
             "grad_norm": grad_norm,
-            "tokens_per_second": per_second,
-            "tokens_per_second_per_gpu": per_second / self.world_size,
-            "tflops_per_gpu": flops,
-            "mfu": flops / peak if peak else None,
-            "pad_fraction": pad_fraction,
-            "data_wait_seconds": waited / steps,
-            "step_seconds": seconds / steps,
+            **Interval(seconds, steps, waited, **measured).record(
+                self.recipe.model,
+                self.space.size,
+                reach=self._reach(index),
+                processes=self.world_size,
+                peak_tflops=peak,
+            ),
             "memory_gib": memory_gib(),
             "slowest_rank": slowest.rank,
             "slowest_rank_seconds": slowest.seconds,
@@ -607,10 +605,6 @@ class Trainer:
             },
         )
         self._write_status("running")
-
-    def _flops_per_token(self, index: int) -> float:
-        """FLOPs of a document token."""
-        return self.recipe.model.flops_per_token(self._reach(index), self.space.size)
 
     def _reach(self, index: int) -> float:
         """Tokens that attention sees: those of a token's document, on average over the tokens of stage `index`."""

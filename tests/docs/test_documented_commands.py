@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 # One road: each page goes on from the files of the page before it.
-PAGES = ("data.md", "tokenizers.md", "blend.md", "training.md", "generation.md", "backbones.md")
+PAGES = ("data.md", "tokenizers.md", "blend.md", "training.md", "running.md", "generation.md", "backbones.md")
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
