@@ -6,8 +6,8 @@
 
 Repetitions are interleaved, forth and back, and ratios are taken within a repetition, so that a machine that slows down
 slows all of them; seconds are those of the clock on a GPU, and of the processor on a CPU, which others may share.
-Before anything is timed all sides are compared with each other, in loss and gradients. Memory is what the allocator
-holds at most during one call beyond the inputs: gradients are part of it.
+Before anything is timed ours is compared with full logits, in loss and gradients; the loss of every side is reported.
+Memory is what the allocator holds at most during one call beyond the inputs: gradients are part of it.
 """
 
 from __future__ import annotations
@@ -85,12 +85,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     results = []
     for masked in args.masked:
-        calls = make_calls(args, masked, device, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+        calls, losses = make_calls(args, masked, device, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
         memory = {name: peak_bytes(call, device) for name, call in calls.items()}
         seconds = interleave(
             {name: call for name, call in calls.items() if memory[name] is not None}, args.repetitions, device
         )
-        results.append({"masked": masked, "sides": sides(seconds, memory)})
+        results.append({"masked": masked, "sides": sides(seconds, memory, losses)})
     shape = {name: getattr(args, name) for name in ("ids", "hidden", "rows", "chunk_rows", "seed")}
     return {
         "benchmark": "head",
@@ -101,13 +101,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def sides(seconds: dict[str, list[float]], memory: dict[str, int | None]) -> dict[str, Any]:
-    """Seconds and bytes of each side, and how many times ours they are; None for what memory does not hold."""
+def sides(seconds: dict[str, list[float]], memory: dict[str, int | None], losses: dict[str, float]) -> dict[str, Any]:
+    """Loss, seconds and bytes of each side, and how many times ours they are; None for what memory does not hold."""
     ours, least = seconds["ours"], memory["ours"] or 1
     return {
         name: None
         if peak is None
         else {
+            "loss": losses[name],
             "seconds": summary(seconds[name]),
             "peak_bytes": peak,
             "seconds_to_ours": summary([theirs / own for theirs, own in zip(seconds[name], ours, strict=True)]),
@@ -117,8 +118,10 @@ def sides(seconds: dict[str, list[float]], memory: dict[str, int | None]) -> dic
     }
 
 
-def make_calls(args: argparse.Namespace, masked: float, device: torch.device, dtype: torch.dtype) -> dict[str, Call]:
-    """One forward and backward pass per side, on the same inputs; checked to agree."""
+def make_calls(
+    args: argparse.Namespace, masked: float, device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, Call], dict[str, float]]:
+    """One forward and backward pass per side, on the same inputs, and its loss."""
     import torch
     import torch.nn.functional as F
 
@@ -164,27 +167,27 @@ def make_calls(args: argparse.Namespace, masked: float, device: torch.device, dt
         return call
 
     calls = {name: backward(loss) for name, loss in losses.items()}
-    check(calls, hidden, table, 1e-5 if dtype == torch.float32 else 2e-2)
+    losses_found = check(calls, hidden, table, 1e-5 if dtype == torch.float32 else 2e-2)
     hidden.grad = table.grad = None
-    return calls
+    return calls, losses_found
 
 
-def check(calls: dict[str, Call], hidden: torch.Tensor, table: torch.Tensor, tolerance: float) -> None:
-    """Compare the loss and the size of the gradients of every side with ours."""
+def check(calls: dict[str, Call], hidden: torch.Tensor, table: torch.Tensor, tolerance: float) -> dict[str, float]:
+    """Compare our loss and the size of our gradients with those of full logits; returns the loss of every side."""
     import torch
 
-    expected: list[torch.Tensor] | None = None
+    found: dict[str, list[torch.Tensor]] = {}
     for name, call in calls.items():
         try:
             loss = call()
         except torch.OutOfMemoryError:
             continue  # reported as such by peak_bytes
         assert hidden.grad is not None and table.grad is not None
-        found = [loss.float(), hidden.grad.float().norm(), table.grad.float().norm()]
-        expected = expected or found
-        for ours, theirs in zip(expected, found, strict=True):
-            if not torch.allclose(ours, theirs, rtol=tolerance, atol=1e-12):
-                raise RuntimeError(f"head {name} disagrees with ours: {theirs.item()} instead of {ours.item()}")
+        found[name] = [loss.float(), hidden.grad.float().norm(), table.grad.float().norm()]
+    for ours, theirs in zip(found["ours"], found.get("full", found["ours"]), strict=True):
+        if not torch.allclose(ours, theirs, rtol=tolerance, atol=1e-12):
+            raise RuntimeError(f"the head disagrees with full logits: {ours.item()} instead of {theirs.item()}")
+    return {name: values[0].item() for name, values in found.items()}
 
 
 def interleave(calls: dict[str, Call], repetitions: int, device: torch.device) -> dict[str, list[float]]:
@@ -277,7 +280,7 @@ def print_report(report: dict[str, Any]) -> None:
                 continue
             line = (
                 f"    {name:13s}  {spread(side['seconds'], 1, 1e-3)} {unit}, "
-                f"{side['peak_bytes'] / 2**20:,.0f} MiB beyond the inputs"
+                f"{side['peak_bytes'] / 2**20:,.0f} MiB beyond the inputs, loss {side['loss']:.4f}"
             )
             if name != "ours":
                 line += (
