@@ -41,6 +41,36 @@ class Fp8Config(BaseModel):
             )
         return self
 
+    def token_multiple(self, tensor: int, sequence_parallel: bool) -> int:
+        """What a micro-batch's tokens have to be a multiple of.
+
+        Transformer Engine multiplies in FP8 where the tokens of a product are a multiple of 16 (8 forward, 16 for the
+        gradient of a weight), and gathers blocks of 128 whole under sequence parallelism.
+        """
+        if not sequence_parallel:
+            return 16
+        return tensor * (128 if self.recipe == "blockwise" else 16)
+
+    def check_widths(self, config: ModelConfig, tensor: int, sequence_parallel: bool) -> None:
+        """Raise ValueError for a model whose matrices cannot be multiplied in FP8 on `tensor` ranks."""
+        heads, groups, width = config.num_attention_heads, config.num_query_groups, config.kv_channels
+        multiple = 128 if self.recipe == "blockwise" and sequence_parallel else 16
+        for name, size, unit in (
+            ("model.hidden_size", config.hidden_size, multiple),
+            ("model.ffn_hidden_size", config.ffn_hidden_size, 16 * tensor),
+            ("model.num_attention_heads × kv_channels", heads * width, 16 * tensor),
+            (
+                "model.(num_attention_heads + 2·num_query_groups) × kv_channels",
+                (heads + 2 * groups) * width,
+                16 * tensor,
+            ),
+        ):
+            if size % unit:
+                raise ValueError(
+                    f"{name} is {size}: precision fp8 needs a multiple of {unit} on parallel.tensor {tensor}; choose "
+                    "another shape or layout, or precision bf16"
+                )
+
     def core_fields(self) -> dict[str, Any]:
         """Fields of megatron-core's TransformerConfig."""
         fields: dict[str, Any] = {

@@ -59,8 +59,9 @@ class Execution:
         if context == 1:
             return batches
         rank = parallel_state.get_context_parallel_rank()
-        # FP8 products take tokens by sixteens; sequence parallelism divides them by the tensor ranks.
-        return share_micro_batches(batches, context, rank, multiple=16 * self.recipe.parallel.tensor)
+        parallel = self.recipe.parallel
+        multiple = self.recipe.fp8.token_multiple(parallel.tensor, parallel.sequence_parallel)
+        return share_micro_batches(batches, context, rank, multiple=multiple)
 
     def record(self) -> dict[str, Any]:
         """For environment.json."""

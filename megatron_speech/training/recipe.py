@@ -161,10 +161,10 @@ class Recipe(StrictConfig):
             if self.fp8 != Fp8Config():
                 raise ValueError(f"fp8 is set, but precision is {self.precision}; set precision: fp8, or leave fp8 out")
             return self
-        # Transformer Engine multiplies in FP8 only where the tokens of a product are a multiple of 16.
-        multiple = 16 * (parallel.tensor if parallel.sequence_parallel else 1) * parallel.context
+        self.fp8.check_widths(self.model, parallel.tensor, parallel.sequence_parallel)
+        multiple = self.fp8.token_multiple(parallel.tensor, parallel.sequence_parallel)
         for stage in self.stages:
-            if stage.seq_length * stage.micro_batch_size % multiple:
+            if parallel.context == 1 and stage.seq_length * stage.micro_batch_size % multiple:  # else it is padded
                 raise ValueError(
                     f"stage {stage.name}: seq_length {stage.seq_length} × micro_batch_size {stage.micro_batch_size} is "
                     f"not a multiple of {multiple}, which precision fp8 needs; choose one that is, or precision bf16"
