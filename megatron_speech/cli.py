@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tokenizer": ("megatron_speech.commands.tokenizer", "train, extend or measure a text tokenizer"),
     "blend": ("megatron_speech.data.blend_command", "target and realised proportions of a recipe's stages"),
     "inspect": ("megatron_speech.data.inspect_command", "what a dataset is; --verify reads every byte"),
+    "estimate": ("megatron_speech.commands.estimate", "what each layout takes of a GPU's memory, without a GPU"),
     "train": ("megatron_speech.training.command", "train the stages of a recipe, or continue a run"),
     "generate": ("megatron_speech.generation.command", "speech from a checkpoint"),
     "evaluate": (

@@ -47,6 +47,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         rope_scaling=dict(factor=8.0),
         tie_embeddings=False,
     ),
+    "qwen3-0.6b": dict(
+        num_layers=28,
+        hidden_size=1024,
+        ffn_hidden_size=3072,
+        num_attention_heads=16,
+        num_query_groups=8,
+        kv_channels=128,
+        rope_base=1e6,
+        norm_epsilon=1e-6,
+        qk_norm=True,
+    ),
     "qwen3-1.7b": dict(
         num_layers=28,
         hidden_size=2048,
@@ -58,6 +69,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         norm_epsilon=1e-6,
         qk_norm=True,
     ),
+}
+# The sizes that recipes are made for, by size.
+PRESETS |= {
+    "0.6b": PRESETS["qwen3-0.6b"],
+    "1b": PRESETS["llama-3.2-1b"],
+    "1.7b": PRESETS["qwen3-1.7b"],
+    "8b": PRESETS["llama-3.1-8b"],
 }
 
 

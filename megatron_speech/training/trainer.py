@@ -34,7 +34,7 @@ from megatron_speech.files import prepare_output_directory, sha256_file, write_j
 from megatron_speech.ops.cross_entropy import LinearLoss
 from megatron_speech.parallel import groups
 from megatron_speech.token_space import TokenSpace
-from megatron_speech.training import checkpoint, environment
+from megatron_speech.training import checkpoint, environment, plan
 from megatron_speech.training.agreement import agreed
 from megatron_speech.training.batches import stage_batches
 from megatron_speech.training.changed_blend import stage_histories
@@ -108,6 +108,7 @@ class Trainer:
         with agreed():
             self.dp_size = recipe.data_parallel_size(self.world_size)
             self.space = TokenSpace.load(recipe.token_space)
+            plan.check_fits(recipe, self.space.padded_size, self.dp_size, self.device)
             self.datasets = open_datasets(recipe.data, self.space)
             self._fingerprints = {name: _fingerprint(dataset) for name, dataset in self.datasets.items()}
             prepare_output_directory(self.directory / "checkpoints")
@@ -239,10 +240,12 @@ class Trainer:
         )
         if self._start is not None:
             log.say(f"  {self._start}")
-        for line in self.execution.lines(self._reach(0)):
+        reports = [data.blend_report() for data in self.stages]
+        reaches = [self._reach(index) for index in range(len(self.stages))]
+        cost = plan.lines(recipe, self.space.padded_size, self.dp_size, self.device, reaches, reports)
+        for line in (*self.execution.lines(reaches[0]), *cost):
             log.say(f"  {line}")
-        for stage, data in zip(recipe.stages, self.stages, strict=True):
-            report = data.blend_report()
+        for stage, report in zip(recipe.stages, reports, strict=True):
             tasks = ", ".join(
                 f"{task} {row['realised']:.1%} (asked {row['target']:.1%})" for task, row in report["by_task"].items()
             )
