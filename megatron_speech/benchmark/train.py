@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
+import os
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="F", help="write the figures to F")
 
 
+@contextlib.contextmanager
+def _run_directory(of_recipe: Path) -> Iterator[str]:
+    """A temporary run directory that all processes of the run share, removed by the first one.
+
+    On several nodes it lies beside the run directory of the recipe: their own temporary folders are not shared.
+    """
+    import torch.distributed as dist
+
+    from megatron_speech.parallel import groups
+
+    groups.start()
+    folder: tempfile.TemporaryDirectory[str] | None = None
+    if dist.get_rank() == 0:
+        one_node = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE")) == os.environ.get("WORLD_SIZE")
+        if not one_node:
+            of_recipe.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(
+            prefix="megatron-speech-benchmark-", dir=None if one_node else of_recipe.parent
+        )
+    names = [folder.name if folder is not None else ""]
+    dist.broadcast_object_list(names, src=0)
+    try:
+        yield names[0]
+    finally:
+        groups.destroy()
+        if folder is not None:
+            folder.cleanup()
+
+
 def run(args: argparse.Namespace) -> int:
     """Train without validation or checkpoints in a temporary run directory, and report the middle of the figures."""
     for name in ("steps", "warmup_steps", "interval"):
@@ -48,12 +80,13 @@ def run(args: argparse.Namespace) -> int:
 
     prepare_imports()
     total = args.warmup_steps + args.steps
-    with tempfile.TemporaryDirectory(prefix="megatron-speech-benchmark-") as folder:
-        # Under torchrun each process has a folder of its own: only rank 0 writes figures, and the index is the same.
+    with _run_directory(load_recipe(args.recipe, args.overrides).run_directory) as folder:
         quiet = [
             f"run_dir={folder}",
             f"logging.interval_steps={args.interval}",
             "logging.tensorboard=false",
+            "logging.prometheus_port=null",
+            "logging.wandb=null",
             "validation.interval_steps=0",
             "checkpoint.interval_steps=0",
         ]
@@ -65,13 +98,9 @@ def run(args: argparse.Namespace) -> int:
         # One step more than is run: the stage does not end, so nothing is validated or saved.
         stage = stage.model_copy(update={"tokens": (total + 1) * stage.global_batch_tokens})
         recipe = recipe.model_copy(update={"stages": [stage]})
-        from megatron_speech.parallel import groups
         from megatron_speech.training.trainer import Trainer
 
-        try:
-            Trainer(recipe).run(max_steps=total)
-        finally:
-            groups.destroy()
+        Trainer(recipe).run(max_steps=total)
         if not is_main_process():
             return 0
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]

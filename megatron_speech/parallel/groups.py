@@ -68,23 +68,10 @@ def initialize(
 
     if parallel_state.model_parallel_is_initialized():
         raise RuntimeError("parallel groups exist already: call destroy() first")
-    rank = int(os.environ.get("RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if dist.is_initialized():
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     check_layout(world_size, tensor, pipeline, context, virtual_pipeline)
-    if torch.cuda.is_available():
-        # Under `srun --gpus-per-task=1` a process sees one GPU, whatever its number on the node.
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
-    if not dist.is_initialized():
-        backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
-        timeout = timedelta(minutes=timeout_minutes)
-        if world_size == 1 and init_method is None:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        else:
-            dist.init_process_group(
-                backend, init_method=init_method or "env://", rank=rank, world_size=world_size, timeout=timeout
-            )
+    start(backend=backend, init_method=init_method, timeout_minutes=timeout_minutes)
+    rank = dist.get_rank()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
@@ -98,6 +85,29 @@ def initialize(
         seed + 100 * parallel_state.get_pipeline_model_parallel_rank(), force_reset_rng=True
     )
     return Layout(world_size, rank, tensor, pipeline, virtual_pipeline, context)
+
+
+def start(*, backend: str | None = None, init_method: str | None = None, timeout_minutes: float = 30.0) -> None:
+    """Start torch.distributed, where it is not up yet, and take this process's device; :func:`initialize` does it too.
+
+    Args: as those of :func:`initialize`.
+    """
+    cpu_runtime.install()
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    if torch.cuda.is_available():
+        # Under `srun --gpus-per-task=1` a process sees one GPU, whatever its number on the node.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
+    if dist.is_initialized():
+        return
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    timeout = timedelta(minutes=timeout_minutes)
+    if world_size == 1 and init_method is None:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, init_method=init_method or "env://", rank=rank, world_size=world_size, timeout=timeout
+        )
 
 
 def check_layout(

@@ -333,7 +333,9 @@ def two_processes(
         [str(recipe_file), f"run_dir={folder / 'sharded'}", *LAYOUTS["distributed_optimizer"], "stages.sft.tokens=512"],
         [str(recipe_file), f"run_dir={folder / 'sharded'}", *LAYOUTS["distributed_optimizer"]],
         [str(recipe_file), f"run_dir={folder / 'spread'}", "stages.pt.micro_batch_size=1"],
-    ]
+        ["benchmark", "train", str(recipe_file), "--steps", "4", "--warmup-steps", "2", "--interval", "2", "--json",
+         str(folder / "figure.json")],
+    ]  # fmt: skip
     return folder, launch_two(*commands)
 
 
@@ -342,7 +344,15 @@ def test_two_processes_end_their_runs_as_they_should(
 ) -> None:
     _, done = two_processes
     assert done.returncode == 0, done.stderr
-    assert "exit codes [0, 0, 0, 0, 0, 2, 0, 0, 0]" in done.stdout
+    assert "exit codes [0, 0, 0, 0, 0, 2, 0, 0, 0, 0]" in done.stdout
+
+
+def test_a_recipe_is_measured_on_two_processes(
+    two_processes: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = two_processes
+    result = json.loads((folder / "figure.json").read_text())
+    assert result["measurements"] == 2 and result["tokens_per_second"] > result["tokens_per_second_per_gpu"] > 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,5 +1,7 @@
 """Started under torchrun: several `megatron-speech train` commands, one after the other, in the same processes.
 
+An argument list that begins with `benchmark` is that command.
+
 Importing torch and megatron-core takes most of the time of a run of a toy. argv[1]: JSON list of argument lists.
 
 The first command meets the environment as torchrun made it. The later ones would find the keys of the earlier ones in
@@ -36,7 +38,7 @@ if __name__ == "__main__":
     for attempt, arguments in enumerate(json.loads(sys.argv[1])):
         if attempt:
             join(attempt)
-        codes.append(cli.main(["train", *arguments]))
+        codes.append(cli.main(arguments if arguments[0] == "benchmark" else ["train", *arguments]))
         groups.destroy()
     if os.environ["RANK"] == "0":
         print("exit codes", json.dumps(codes), flush=True)
