@@ -1,13 +1,19 @@
 """Recipe section `init`: a run that begins with the weights of a checkpoint, an imported backbone for instance.
 
-Only the weights are taken, under any parallel layout; optimizer, schedules and position are those of a new run. A run
-that continues from a checkpoint of its own does not read it again. Light to import: no torch.
+Three ways to go on from a checkpoint:
+
+- continue: a run directory that holds checkpoints goes on from its newest; nothing in the recipe asks for it.
+- `init.mode: transfer`: a new run from the weights alone.
+- `init.mode: fine-tune`: a new run, with new schedules, data and step 0, from the weights; the first stage's
+  `carry_optimizer` decides on the optimizer's moments, as between two stages of one run.
+
+Any parallel layout reads any other's. A run that continues does not read `init` again. Light to import: no torch.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -19,6 +25,9 @@ from megatron_speech.training.remote import fetch_checkpoint, is_url
 
 if TYPE_CHECKING:
     from megatron_speech.token_space import TokenSpace
+    from megatron_speech.training.checkpoint import CheckpointInfo
+    from megatron_speech.training.optimizer import Optimizer
+    from megatron_speech.training.recipe import StageConfig
 
 # Fields of `model` that do not change what the weights mean.
 _FREE = ("preset", "init_std", "backend")
@@ -28,7 +37,11 @@ class InitConfig(StrictConfig):
     """Recipe section `init`: where the weights of step 0 come from."""
 
     checkpoint: str = Field(
-        description="a checkpoint, or a run directory for its newest; the section `model` is left out, or agrees"
+        description="a checkpoint, a run directory for its newest, or a URL; the section `model` is left out, or agrees"
+    )
+    mode: Literal["transfer", "fine-tune"] = Field(
+        default="transfer",
+        description="transfer: weights alone; fine-tune: the optimizer's moments too, if stages.0.carry_optimizer",
     )
 
 
@@ -62,8 +75,10 @@ def fill_model(values: dict[Any, Any], source: str) -> None:
     values["model"] = {**fields["model"], **{key: value for key, value in (model or {}).items() if value is not None}}
 
 
-def start_from(init: InitConfig, model: ModelConfig, space: TokenSpace, chunks: list[Any]) -> str:
-    """Load the weights into this rank's model chunks; returns a line for the log. A collective.
+def start_from(
+    init: InitConfig, model: ModelConfig, space: TokenSpace, chunks: list[Any]
+) -> tuple[CheckpointInfo, str]:
+    """Load the weights into this rank's model chunks; returns the checkpoint, and a line for the log. A collective.
 
     Args:
         init: the recipe's section.
@@ -94,4 +109,31 @@ def start_from(init: InitConfig, model: ModelConfig, space: TokenSpace, chunks: 
     load_weights(info, chunks)
     origin = (info.fields.get("source") or {}).get("folder")
     of = f"imported from {origin}" if origin else f"step {info.step} of a run"
-    return f"weights from {info.path} ({of}, {info.fields['precision']}); the optimizer starts afresh"
+    return info, f"{init.mode}: weights from {info.path} ({of}, {info.fields['precision']})"
+
+
+def carry_moments(
+    init: InitConfig, stage: StageConfig, info: CheckpointInfo, *, chunks: list[Any], optimizer: Optimizer
+) -> str:
+    """Take over the optimizer's moments where the recipe asks for it; returns the rest of the line. A collective.
+
+    Args:
+        init: the recipe's section.
+        stage: the first one.
+        info: the checkpoint that the weights came from.
+        chunks, optimizer: of this rank.
+
+    Raises:
+        InputError: the checkpoint has not got them.
+    """
+    from megatron_speech.training.checkpoint import load_moments
+
+    if init.mode == "transfer" or not stage.carry_optimizer:
+        return "the optimizer starts afresh"
+    if missing := load_moments(info, chunks=chunks, optimizer=optimizer):
+        raise InputError(
+            f"init.checkpoint {info.path} lacks {missing}, which stage {stage.name} would carry over: it holds weights "
+            "alone, or was trained with another precision or other frozen parameters; set "
+            f"stages.{stage.name}.carry_optimizer: false, or init.mode: transfer"
+        )
+    return "the optimizer's moments too; schedules, data and steps begin anew"

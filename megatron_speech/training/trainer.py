@@ -44,7 +44,7 @@ from megatron_speech.training.early_stop import EarlyStop, check_held_out
 from megatron_speech.training.execution import Execution
 from megatron_speech.training.exporters import open_exporters
 from megatron_speech.training.freezing import freeze_parameters, frozen_ids
-from megatron_speech.training.initial import start_from
+from megatron_speech.training.initial import carry_moments, start_from
 from megatron_speech.training.inputs import Inputs
 from megatron_speech.training.metrics import LossMeter, memory_gib, peak_tflops
 from megatron_speech.training.optimizer import Optimizer
@@ -172,7 +172,7 @@ class Trainer:
         self.chunks: list[Any] = self.execution.build(self.space)
         self._start = None
         if start and recipe.init is not None:
-            self._start = start_from(recipe.init, recipe.model, self.space, self.chunks)
+            start_info, self._start = start_from(recipe.init, recipe.model, self.space, self.chunks)
         freeze_parameters(self.chunks, recipe.optimizer.freeze)
         wrapping = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -194,6 +194,11 @@ class Trainer:
             for chunk in self.chunks:
                 chunk.config.no_sync_func = syncs[0] if len(syncs) == 1 else syncs
         self.optimizer = Optimizer(recipe, self.model, frozen_ids=frozen_ids(recipe.optimizer, self.space))
+        if start and recipe.init is not None:
+            carried = carry_moments(
+                recipe.init, recipe.stages[0], start_info, chunks=self.chunks, optimizer=self.optimizer
+            )
+            self._start = f"{self._start}; {carried}"
         self._schedule = get_forward_backward_func()
         last_stage = parallel_state.is_pipeline_last_stage()
         first_copy = parallel_state.get_tensor_model_parallel_rank() == 0

@@ -8,6 +8,7 @@ it, as a run's recipe wants it. load: into a run, or for inference. resume: what
 from megatron_speech.training.checkpoint.load import (
     load_checkpoint,
     load_for_inference,
+    load_moments,
     load_weights,
     open_checkpoint,
 )
@@ -27,6 +28,7 @@ from megatron_speech.training.checkpoint.store import (
 
 __all__ = [
     "FORMAT_VERSION", "CheckpointInfo", "RunCheckpoints", "check_resumable", "checkpoint_name", "clean_leftovers",
-    "find_latest", "list_checkpoints", "load_checkpoint", "load_for_inference", "load_weights", "newest_checkpoint",
-    "open_checkpoint", "promote_best", "prune", "read_info", "save_checkpoint", "save_weights", "say_resume",
+    "find_latest", "list_checkpoints", "load_checkpoint", "load_for_inference", "load_moments", "load_weights",
+    "newest_checkpoint", "open_checkpoint", "promote_best", "prune", "read_info", "save_checkpoint", "save_weights",
+    "say_resume",
 ]  # fmt: skip

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
 from megatron_speech.errors import InputError
 from megatron_speech.model.builder import SpeechGPTModel, build_model
@@ -53,6 +55,25 @@ def load_checkpoint(info: CheckpointInfo, *, chunks: list[Any], optimizer: Optim
     state = loaded["state"]
     assert isinstance(state, dict)
     return state
+
+
+def load_moments(info: CheckpointInfo, *, chunks: list[Any], optimizer: Optimizer) -> str | None:
+    """Load the optimizer's state alone, for a new run from these weights. A collective.
+
+    Returns:
+        What the checkpoint lacks of it, then nothing is loaded; None: nothing.
+    """
+    contents = model_state(chunks)
+    places = optimizer.sharded_state(merged(contents), METADATA, is_loading=True, with_ema=False)
+    with quiet():
+        saved = dist_checkpointing.load_tensors_metadata(str(info.path))
+        tensors, _ = extract_sharded_tensors_and_factories(places)
+        missing = sorted({value.key for value in nested_values(tensors)} - set(saved))
+        if missing:
+            return missing[0]
+        loaded = dist_checkpointing.load({"optimizer": places}, str(info.path))
+    optimizer.load_state(loaded["optimizer"])
+    return None
 
 
 def has_average(info: CheckpointInfo) -> bool:

@@ -13,17 +13,18 @@ from megatron_speech.training.recipe import Recipe, parse_recipe
 
 _HARMLESS = ("name", "run_dir", "token_space", "data.datasets", "data.cache_dir", "data.cache_gib",
              "data.stage_datasets", "data.on_change", "data.prefetch", "data.workers", "parallel", "checkpoint",
-             "validation", "logging", "ema", "spikes", "deterministic", "recompute", "model.backend")  # fmt: skip
+             "validation", "logging", "ema", "spikes", "deterministic", "recompute", "model.backend",
+             "init")  # fmt: skip
 _HARMLESS_IN_STAGE = ("max_epochs", "micro_batch_size", "checkpoint", "early_stop")
 
 
 def check_resumable(info: CheckpointInfo, recipe: Recipe, space: TokenSpace, fingerprints: dict[str, str]) -> list[str]:
     """Refuse to continue a checkpoint with a recipe that means another run; returns the harmless changes.
 
-    Harmless: where files lie, layout, intervals, the budget of a stage that is not over, anything in stages
-    that have not begun; what a stage draws on, where `data.on_change` is continue. Not harmless: whatever would
-    make the losses from here on differ from those of the run that was started (model, token space, datasets, seed,
-    optimizer, the running stage).
+    Harmless: where files lie, where the weights of step 0 came from, layout, intervals, the budget of a stage that is
+    not over, anything in stages that have not begun; what a stage draws on, where `data.on_change` is continue. Not
+    harmless: whatever would make the losses from here on differ from those of the run that was started (model, token
+    space, datasets, seed, optimizer, the running stage).
 
     Args:
         fingerprints: name → fingerprint of the manifest of each dataset.
