@@ -68,7 +68,8 @@ def choose_backend(pinned: str, precision: Precision, context: int) -> Backend:
         if precision == "fp32":
             raise InputError(f"{asked} needs precision bf16 or fp8: Transformer Engine's attention has no fp32")
         return Backend("te", "model.backend: te" if pinned == "te" else f"{needs} needs it")
-    return Backend("torch", missing or "nothing here needs Transformer Engine; model.backend: te takes it")
+    reason = f"no Transformer Engine: {missing}" if missing else "nothing here needs Transformer Engine"
+    return Backend("torch", reason)
 
 
 def transformer_engine_missing() -> str | None:

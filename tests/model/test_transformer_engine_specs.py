@@ -124,7 +124,7 @@ def test_without_transformer_engine_the_model_is_the_torch_one():
     if specs.transformer_engine_missing() is None:
         pytest.skip("Transformer Engine is here")
     backend = specs.choose_backend("auto", "bf16", 1)
-    assert backend.name == "torch" and backend.reason == "it is not installed"
+    assert backend.name == "torch" and backend.reason == "no Transformer Engine: it is not installed"
 
 
 # ---- FP8, as megatron-core names it
