@@ -9,7 +9,8 @@ Seconds are those of training steps, the wait for data included; validation and 
 parameter of the layers' matrices plus 6 · layers · heads · head width · reach for causal attention, where `reach` is
 the number of tokens that attention sees: the length of a token's document, on average over tokens. `head` is
 6 · hidden · vocabulary, for the tokens whose logits are computed: those that are learned. Recomputation is not
-counted. In fine-tuning, where prompts are not learned, a count of logits for every token would report work that is not done.
+counted. In fine-tuning, where prompts are not learned, a count of logits for every token would report work that is
+not done.
 """
 
 from __future__ import annotations
