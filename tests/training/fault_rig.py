@@ -2,9 +2,9 @@
 
 argv[1]: JSON {"recipe": path, "scenarios": [{"name", "overrides", "fault"}]}. `fault`: USR1, STOP or KILL, sent to
 rank 1 when rank 0 has printed its first line of training; "raise": it raises an error in its fourth step; "seed": it
-has another seed.
-Prints a JSON line per scenario: {"name", "codes": [rank 0, rank 1], "errors": [stderr of rank 0, of rank 1]}. No port
-is chosen here: the store takes a free one, as torchrun's does.
+has another seed; "none": nothing happens.
+Prints a JSON line per scenario: {"name", "codes": [rank 0, rank 1], "errors": [stderr of rank 0, of rank 1], "last":
+last line read of rank 0}. No port is chosen here: the store takes a free one, as torchrun's does.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def run(scenario: dict[str, Any], recipe: str, folder: Path) -> dict[str, Any]:
             child(rank, store.port, scenario, recipe, (writer, silent)[rank], folder / f"{scenario['name']}.{rank}")
         pids.append(pid)
     os.close(writer)
+    line = ""
     with os.fdopen(reader) as lines:
         for line in lines:
             if line.startswith("pt ") and scenario["fault"] in ("USR1", "STOP", "KILL"):
@@ -73,7 +74,7 @@ def run(scenario: dict[str, Any], recipe: str, folder: Path) -> dict[str, Any]:
         os.kill(pids[1], signal.SIGKILL)
     codes.append(os.waitstatus_to_exitcode(os.waitpid(pids[1], 0)[1]))
     texts = [(folder / f"{scenario['name']}.{rank}").read_text() for rank in range(2)]
-    return {"name": scenario["name"], "codes": codes, "errors": texts}
+    return {"name": scenario["name"], "codes": codes, "errors": texts, "last": line}
 
 
 if __name__ == "__main__":

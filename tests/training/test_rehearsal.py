@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy_runs import launch_two, toy_recipe, train, write_recipe
+from toy_runs import toy_recipe, train, write_recipe
 
 from megatron_speech import cli
 from megatron_speech.data.config import LossConfig
@@ -110,15 +110,6 @@ def test_a_model_that_does_not_learn_fails_the_gate(
     assert train(recipe, tmp_path / "run", "--overfit", "7") == 2
     assert "needed is a multiple of 2" in capsys.readouterr().err
     assert train(recipe, tmp_path / "run", "--overfit", "0") == 2
-
-
-def test_two_processes_rehearse_as_one(recipe: Path, tmp_path: Path) -> None:
-    common = [str(recipe), f"run_dir={tmp_path / 'run'}"]
-    done = launch_two(
-        [*common, "--dry-run"], [*common, "--overfit", "8", "stages.pt.skip=true", "stages.sft.lr.peak=5e-3"]
-    )
-    assert "exit codes [0, 0]" in done.stdout, done.stderr
-    assert "its batch has 512 tokens and 0 of padding" in done.stdout and "are known by heart" in done.stdout
 
 
 def micro_batch(documents: list[list[int]], learned_from: int = 1) -> object:

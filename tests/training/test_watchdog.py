@@ -207,6 +207,11 @@ def faults(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
         {"name": fault, "fault": fault, "overrides": [f"run_dir={folder / fault}", *common]}
         for fault in ("USR1", "STOP", "KILL", "raise", "seed")
     ]
+    gates = {"dry": ["--dry-run"], "overfit": ["--overfit", "8", "stages.pt.skip=true", "stages.sft.lr.peak=5e-3"]}
+    scenarios += [
+        {"name": name, "fault": "none", "overrides": [f"run_dir={folder / name}", *common[:1], *words]}
+        for name, words in gates.items()
+    ]
     request = json.dumps({"recipe": str(recipe), "scenarios": scenarios})
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("fault_rig.py")), request],
@@ -266,3 +271,11 @@ def test_processes_that_were_started_with_different_recipes_are_told_apart(
     assert first.startswith("error: the recipe differs between the processes: rank 1 on ") and first.count("\n") == 1
     assert "start all processes with the same recipe" in first and second == ""
     assert not (folder / "seed").exists()
+
+
+def test_two_processes_rehearse_as_one(faults: tuple[Path, dict[str, Any]]) -> None:
+    folder, results = faults
+    assert [results[name]["codes"] for name in ("dry", "overfit")] == [[0, 0], [0, 0]], results
+    assert "its batch has 512 tokens and 0 of padding" in results["dry"]["last"]
+    assert "8 sequences of stage sft are known by heart" in results["overfit"]["last"]
+    assert not (folder / "dry").exists() and not (folder / "overfit").exists()
