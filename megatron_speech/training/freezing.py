@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
@@ -56,6 +57,15 @@ def freeze_parameters(chunks: list[SpeechGPTModel], patterns: list[str]) -> None
             )
     if not any(each[2] for each in found):
         raise InputError(f"optimizer.freeze: {', '.join(patterns)} leave no parameter to train; drop one of them")
+    for chunk in chunks:
+        if chunk.pre_process:
+            # Recomputed layers have gradients only where what goes into them asks for one.
+            chunk.embedding.register_forward_hook(_ask_for_gradient)
+
+
+def _ask_for_gradient(_module: object, _inputs: object, hidden: Tensor) -> None:
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        hidden.requires_grad_()
 
 
 def _examples(names: Iterable[str]) -> list[str]:

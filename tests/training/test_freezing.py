@@ -183,6 +183,33 @@ def test_a_run_with_frozen_parts_is_saved_and_continues(toy: Path, tmp_path: Pat
             assert torch.equal(before[name], after[name]) == name.startswith("decoder.layers.0."), name
 
 
+def test_what_trains_beside_frozen_parts_takes_the_step_it_would_take_without_them(toy: Path, tmp_path: Path) -> None:
+    """In every way the gradients come: through a frozen head, above a frozen bottom, also where it is recomputed."""
+    from megatron_speech.parallel import groups
+    from megatron_speech.training.checkpoint import load_for_inference
+
+    values = toy_recipe(toy, optimizer={"clip_grad": 0.0}, validation={"interval_steps": 0})
+    values["model"]["tie_embeddings"] = False
+    values["stages"] = [values["stages"][0] | {"tokens": 512}]
+    recipe = write_recipe(tmp_path / "r.yaml", values)
+    bottom = ["embedding.*", "decoder.layers.0.*"]
+    weights = {}
+    for name, patterns, mode in (
+        ("all", [], "none"),
+        ("bottom", bottom, "none"),
+        ("recomputed", bottom, "full"),
+        ("head", ["output_layer.*"], "none"),
+    ):
+        run = tmp_path / name
+        assert train(recipe, run, f"optimizer.freeze={patterns}", f"recompute.mode={mode}") == 0
+        model, _, _ = load_for_inference(run)
+        weights[name] = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+        groups.destroy()
+        prefixes = tuple(pattern.removesuffix("*") for pattern in patterns)
+        for key, expected in weights["all"].items():
+            assert torch.equal(weights[name][key], expected) != key.startswith(prefixes or "-"), (name, key)
+
+
 def test_more_frozen_rows_than_ids_are_refused(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", toy_recipe(toy))
     assert train(recipe, tmp_path / "run", "optimizer.freeze_rows=9999") == 2
