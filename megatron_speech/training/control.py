@@ -39,12 +39,13 @@ class StopRequest:
         self._before.clear()
 
     def take_interrupts(self) -> None:
-        """From now on the first SIGINT asks too."""
-        self._take(signal.SIGINT)
+        """From now on the first SIGINT asks too; outside of `with` nothing changes."""
+        if self._before:
+            self._take(signal.SIGINT)
 
     def _take(self, number: int) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._before[number] = signal.signal(number, self._ask)
+            self._before.setdefault(number, signal.signal(number, self._ask))
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.wanted = True
