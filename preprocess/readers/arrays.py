@@ -87,7 +87,7 @@ class ArrayBatch:
         ends = (self.bounds - first).tolist()
         if self.eod is not None:
             ends_at_eod = block[np.maximum(self.bounds[1:] - first - 1, 0)] == self.eod if len(block) else None
-        rows = self.inner.read()[self.skip : self.skip + self.rows]
+        rows = list(self.inner.read())[self.skip : self.skip + self.rows]
         for i, (row, (begin, end)) in enumerate(zip(rows, itertools.pairwise(ends), strict=True)):
             if self.eod is not None:
                 if end > begin and ends_at_eod is not None and ends_at_eod[i]:

@@ -6,11 +6,11 @@ where files can be read from any position it says where the rows lie; of a strea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-BATCH_ROWS = 512
+BATCH_ROWS = 1024
 BATCH_BYTES = 4 << 20
 
 
@@ -39,6 +39,44 @@ class Row:
     notices: tuple[str, ...] = ()
 
 
+@dataclass
+class Rows:
+    """The rows of a batch by column. As a sequence it is the rows themselves; changing one changes no column.
+
+    Attributes:
+        number: of each row.
+        fields: of each row; empty where the row has none.
+        rejected: why rows have none, by index.
+        notices: of rows that have any, by index.
+    """
+
+    number: Sequence[int]
+    fields: list[dict[str, Any]]
+    rejected: dict[int, RowRejected] = field(default_factory=dict)
+    notices: dict[int, tuple[str, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rows: Sequence[Row] | Rows) -> Rows:
+        """The columns of some rows."""
+        if isinstance(rows, Rows):
+            return rows
+        return cls(
+            number=[row.number for row in rows],
+            fields=[row.fields for row in rows],
+            rejected={i: row.rejected for i, row in enumerate(rows) if row.rejected is not None},
+            notices={i: row.notices for i, row in enumerate(rows) if row.notices},
+        )
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+    def __getitem__(self, index: int) -> Row:
+        return Row(self.number[index], self.fields[index], self.rejected.get(index), self.notices.get(index, ()))
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self.__getitem__, range(len(self)))
+
+
 class RowBatch(Protocol):
     """Some consecutive rows of a file."""
 
@@ -52,7 +90,7 @@ class RowBatch(Protocol):
         """Number of rows."""
         ...
 
-    def read(self) -> list[Row]:
+    def read(self) -> list[Row] | Rows:
         """Read and parse the rows, `rows` of them."""
         ...
 

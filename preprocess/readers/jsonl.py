@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import orjson
 
 from megatron_speech.errors import InputError
 from preprocess.readers import source
-from preprocess.readers.base import BATCH_BYTES, BATCH_ROWS, Row, RowRejected, RunReader, StreamReader
+from preprocess.readers.base import BATCH_BYTES, BATCH_ROWS, Row, RowRejected, Rows, RunReader, StreamReader
 from preprocess.readers.compression import DamagedInput
 
 # A line longer than this is no row but a file without line ends; reading it would take the memory.
@@ -20,6 +21,8 @@ MAX_LINE_BYTES = 256 << 20
 
 # A larger file is not counted before it is converted: that would be a pass over the data that nobody sees.
 COUNTED_BYTES = 256 << 20
+
+_BLOCK_BYTES = 1 << 20  # looked through for line ends at a time
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LONG_NUMBER = b"0" * 19  # the shortest that may not fit into 64 bits
@@ -33,10 +36,25 @@ def _refuse_constant(name: str) -> Any:
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
-def parse_lines(lines: list[bytes], first: int, skip: int, rows: int) -> list[Row]:
-    """Rows `skip` to `skip + rows` of `lines`, the first of which is line `first`; blank ones are no rows."""
-    numbered = [(first + i, line) for i, line in enumerate(lines) if line and not line.isspace()]
-    return [parse_row(number, line) for number, line in numbered[skip : skip + rows]]
+def parse_lines(data: bytes, first: int, skip: int, rows: int) -> Rows:
+    """Rows `skip` to `skip + rows` of the lines in `data`, the first of which is line `first`; blank ones are no rows.
+
+    All are parsed as :func:`parse_row` does, but what it looks for in a line is looked for in all of them at once.
+    """
+    lines = data.split(b"\n")
+    number: Sequence[int] = range(first, first + len(lines))
+    if not all(lines) or any(map(bytes.isspace, lines)):
+        number = [i for i, line in zip(number, lines, strict=True) if line and not line.isspace()]
+        lines = [lines[i - first] for i in number]
+    number, lines = number[skip : skip + rows], lines[skip : skip + rows]
+    try:
+        if _LONG_NUMBER not in data.translate(_DIGITS_TO_ZERO):
+            fields = list(map(orjson.loads, lines))
+            if set(map(type, fields)) <= {dict}:
+                return Rows(number, fields)
+    except ValueError:
+        pass
+    return Rows.of(list(map(parse_row, number, lines)))
 
 
 def parse_row(number: int, text: bytes) -> Row:
@@ -82,14 +100,14 @@ class JsonlBatch:
     skip: int  # rows of the run before the first one wanted
     rows: int
 
-    def read(self) -> list[Row]:
+    def read(self) -> Rows:
         """Read and parse the lines."""
         with source.sentences(self.path), open(source.local_path(self.path) or "", "rb", buffering=0) as handle:
             handle.seek(self.offset)
             data = handle.read(self.size)
         if len(data) != self.size:
             raise InputError(f"input {self.path} became shorter while it was read; leave it alone and start again")
-        return parse_lines(data.split(b"\n"), self.line, self.skip, self.rows)
+        return parse_lines(data, self.line, self.skip, self.rows)
 
     def part(self, first: int, last: int) -> JsonlBatch:
         """Rows `first` to `last` of the run."""
@@ -101,49 +119,101 @@ class JsonlBytes:
     """A run of lines of a stream, as they are."""
 
     path: str
-    lines: list[bytes]
+    data: bytes
     line: int
     skip: int
     rows: int
 
-    def read(self) -> list[Row]:
+    def read(self) -> Rows:
         """Parse the lines."""
-        return parse_lines(self.lines, self.line, self.skip, self.rows)
+        return parse_lines(self.data, self.line, self.skip, self.rows)
 
     def part(self, first: int, last: int) -> JsonlBytes:
         """Rows `first` to `last` of the run."""
         return replace(self, skip=self.skip + first, rows=last - first)
 
 
-def _runs(handle: BinaryIO, path: str) -> Iterator[JsonlBytes]:
-    """The lines of a file in runs; a byte-order mark is left on the first one."""
-    lines: list[bytes] = []
-    number = first = 1
-    rows = size = done = 0
+class _Run(NamedTuple):
+    """Whole lines of a file."""
+
+    offset: int  # of the first byte
+    data: bytes
+    line: int  # the first one's number
+    lines: int
+    rows: int
+
+
+def _runs(handle: BinaryIO, path: str) -> Iterator[_Run]:
+    """The lines of a file in runs that end with the row that makes `BATCH_ROWS` or the line that makes `BATCH_BYTES`.
+
+    A byte-order mark is no part of the first one.
+    """
+    offset, line, done = 0, 1, 0
+    parts: list[bytes] = []  # of the run in the making, and how much that is
+    size = lines = rows = 0
     try:
-        while line := handle.readline(MAX_LINE_BYTES):
-            if len(line) == MAX_LINE_BYTES:
+        for block in _blocks(handle):
+            if line == 1 and not lines and block.startswith(_BYTE_ORDER_MARK):
+                offset, block = len(_BYTE_ORDER_MARK), block.removeprefix(_BYTE_ORDER_MARK)
+            ends = _line_ends(block)
+            starts = np.concatenate([[0], ends])[:-1]
+            longest = np.flatnonzero(ends - starts >= MAX_LINE_BYTES)
+            if len(longest):
                 raise InputError(
-                    f"input {path} line {number} is longer than {MAX_LINE_BYTES >> 20} MiB; needed one object per line"
+                    f"input {path} line {line + lines + longest[0]} is longer than {MAX_LINE_BYTES >> 20} MiB; "
+                    "needed one object per line"
                 )
-            text = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
-            lines.append(line)
-            number += 1
-            size += len(line)
-            rows += bool(text) and not text.isspace()
-            if rows == BATCH_ROWS or size >= BATCH_BYTES:
-                yield JsonlBytes(path, lines, first, 0, rows)
-                done += rows
-                first, rows, size, lines = number, 0, 0, []
+            so_far = np.cumsum(_is_row(block, starts, ends))  # rows up to and with each line
+            begin = first = counted = 0  # of the block: byte, line and rows that are in a run already
+            while True:
+                by_rows = np.searchsorted(so_far, counted + BATCH_ROWS - rows)
+                last = int(min(by_rows, np.searchsorted(ends, begin + BATCH_BYTES - size)))
+                if last >= len(ends):
+                    break
+                end = int(ends[last])
+                parts.append(block[begin:end])
+                rows += int(so_far[last]) - counted
+                run = _Run(offset, b"".join(parts), line, lines + last + 1 - first, rows)
+                yield run
+                offset, line, done = offset + len(run.data), line + run.lines, done + rows
+                begin, first, counted = end, last + 1, int(so_far[last])
+                parts, size, lines, rows = [], 0, 0, 0
+            if first < len(ends):
+                parts.append(block[begin:])
+                size += len(block) - begin
+                lines += len(ends) - first
+                rows += int(so_far[-1]) - counted
     except DamagedInput as error:
         raise InputError(f"{error}; {done + rows:,} rows were read before that; restore the file") from error
     if lines:
-        yield JsonlBytes(path, lines, first, 0, rows)
+        yield _Run(offset, b"".join(parts), line, lines, rows)
 
 
-def _without_mark(lines: list[bytes]) -> int:
-    """Bytes of a byte-order mark, which is no part of the first line."""
-    return len(_BYTE_ORDER_MARK) if lines[0].startswith(_BYTE_ORDER_MARK) else 0
+def _blocks(handle: BinaryIO) -> Iterator[bytes]:
+    """A file in pieces that end where a line does, but for the last one, and one that is too long for a line."""
+    parts: list[bytes] = []
+    while piece := handle.read1(_BLOCK_BYTES):  # type: ignore[attr-defined]  # a buffered reader, which has it
+        end = piece.rfind(b"\n") + 1
+        parts.append(piece[:end] if end else piece)
+        if end or sum(map(len, parts)) >= MAX_LINE_BYTES:
+            yield b"".join(parts)
+            parts = [piece[end:]] if end else []
+    if any(parts):
+        yield b"".join(parts)
+
+
+def _line_ends(block: bytes) -> np.ndarray:
+    """Where each line ends, behind its line end if it has one, int64 [lines]."""
+    ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + 1
+    return ends if block.endswith(b"\n") or not block else np.append(ends, len(block))
+
+
+def _is_row(block: bytes, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Which lines are not blank, bool [lines]."""
+    result = np.frombuffer(block, np.uint8)[starts] > ord(" ")  # no blank begins otherwise
+    for i in np.flatnonzero(~result).tolist():
+        result[i] = not block[starts[i] : ends[i]].isspace()
+    return result
 
 
 def _refuse_empty(path: str) -> None:
@@ -178,27 +248,26 @@ class JsonlReader(RunReader):
         if self._index is None:
             yield from self._scan()
             return
-        offsets, numbers, rows = self._index
-        for i in range(len(rows) - 1):
+        offsets, lines, rows = self._index
+        for i in range(len(lines)):
             size = offsets[i + 1] - offsets[i]
-            yield JsonlBatch(self.path, offsets[i], size, numbers[i], 0, rows[i + 1] - rows[i])
+            yield JsonlBatch(self.path, offsets[i], size, lines[i], 0, rows[i + 1] - rows[i])
 
     def _scan(self) -> Iterator[JsonlBatch]:
         """Read the file. The index holds of each run its byte offset, first line and the rows before it: 24 bytes."""
-        offsets, numbers, rows = array("q", [0]), array("q", [1]), array("q", [0])
+        offsets, lines, rows = array("q"), array("q"), array("q", [0])
+        end = 0
         with source.open_binary(self.path) as handle:
             for run in _runs(handle, self.path):
-                size = sum(map(len, run.lines))
-                if run.line == 1:
-                    offsets[0] = _without_mark(run.lines)
-                    size -= offsets[0]
-                yield JsonlBatch(self.path, offsets[-1], size, run.line, 0, run.rows)
-                offsets.append(offsets[-1] + size)
-                numbers.append(run.line + len(run.lines))
+                yield JsonlBatch(self.path, run.offset, len(run.data), run.line, 0, run.rows)
+                offsets.append(run.offset)
+                lines.append(run.line)
                 rows.append(rows[-1] + run.rows)
+                end = run.offset + len(run.data)
         if not rows[-1]:
             _refuse_empty(self.path)
-        self._index = offsets, numbers, rows
+        offsets.append(end)
+        self._index = offsets, lines, rows
 
 
 class JsonlStream(StreamReader):
@@ -208,9 +277,7 @@ class JsonlStream(StreamReader):
         empty = True
         with source.open_binary(self.path, sequential=True) as handle:
             for run in _runs(handle, self.path):
-                if run.line == 1:
-                    run.lines[0] = run.lines[0][_without_mark(run.lines) :]
                 empty = empty and not run.rows
-                yield run
+                yield JsonlBytes(self.path, run.data, run.line, 0, run.rows)
         if empty:
             _refuse_empty(self.path)

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_speech.errors import InputError
-from preprocess.readers.base import Row
-from preprocess.readers.jsonl import parse_row
+from preprocess.readers import jsonl
+from preprocess.readers.base import BATCH_ROWS, Row
+from preprocess.readers.jsonl import JsonlBatch, parse_lines, parse_row
 from preprocess.readers.open import Inputs
 
 ReadRows = Callable[..., list[Row]]
@@ -53,11 +54,11 @@ def test_every_way_to_the_same_bytes_gives_the_same_rows(tmp_path: Path, read_ro
 
 
 def test_streams_are_counted_only_when_asked_or_passed(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines(700)))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines(1700)))
     inputs = Inputs([str(tmp_path / "a.jsonl.gz")])
     assert inputs.known_rows is None
     assert sum(batch.rows for batch in inputs.batches(100, 200)) == 100 and inputs.known_rows is None
-    assert sum(batch.rows for batch in inputs.batches(100)) == 600 and inputs.known_rows == inputs.rows == 700
+    assert sum(batch.rows for batch in inputs.batches(100)) == 1600 and inputs.known_rows == inputs.rows == 1700
 
 
 @pytest.mark.parametrize("ending", ["gz", "zst"])
@@ -104,11 +105,11 @@ def test_a_byte_order_mark_alone_is_no_row(tmp_path: Path) -> None:
 
 def test_a_large_file_is_not_counted_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("preprocess.readers.jsonl.COUNTED_BYTES", 1000)
-    (tmp_path / "a.jsonl").write_bytes(lines(1200))
+    (tmp_path / "a.jsonl").write_bytes(lines(BATCH_ROWS + 700))
     inputs = Inputs([str(tmp_path / "a.jsonl")])
     batches = inputs.batches(0)
-    assert next(batches).rows == 512 and inputs.known_rows is None
-    assert 512 + sum(batch.rows for batch in batches) == 1200 == inputs.known_rows
+    assert next(batches).rows == BATCH_ROWS and inputs.known_rows is None
+    assert sum(batch.rows for batch in batches) == 700 and inputs.known_rows == BATCH_ROWS + 700
 
 
 REFUSED: dict[bytes, tuple[str, str]] = {
@@ -137,6 +138,62 @@ def test_lines_that_are_no_row_say_why(line: bytes) -> None:
 def test_integers_keep_every_digit() -> None:
     for number in (2**63 - 1, 2**63, 2**64 - 1, 2**64, -(2**63) - 1, 10**40 + 1):
         assert parse_row(1, json.dumps({"id": number, "deep": [{"x": number}]}).encode()).fields["id"] == number
+
+
+LINE = st.sampled_from(
+    [
+        *(line for line in REFUSED if len(line) < 100),
+        *(b'{"text": "x"}', b'{"i": %d}' % 2**64, b'{"a": [1', b"2]}", b'{"a": 1},{"b": 2}', b'{"text": "\\u00e9"}\r'),
+        *(b"", b" ", b"\t\r", b"\x0c", b"\xef\xbb\xbf", b"\xc2\xa0", b" {}", b"{}"),
+    ]
+)
+
+
+def shown(row: Row) -> tuple[object, ...]:
+    """A row, comparable."""
+    return row.number, repr(row.fields), row.rejected and (row.rejected.rule, row.rejected.reason), row.notices
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(LINE, max_size=8), st.integers(0, 3), st.integers(0, 8))
+def test_lines_are_parsed_together_as_each_alone(lines: list[bytes], skip: int, rows: int) -> None:
+    alone = [parse_row(5 + i, line) for i, line in enumerate(lines) if line and not line.isspace()]
+    together = parse_lines(b"\n".join(lines), 5, skip, rows)
+    assert [shown(row) for row in together] == [shown(row) for row in alone[skip : skip + rows]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(LINE, max_size=12), st.booleans(), st.booleans(), st.integers(1, 40), st.integers(1, 4), st.integers(1, 60)
+)
+def test_runs_of_lines_hold_every_row_once_wherever_blocks_and_runs_end(
+    tmp_path_factory: pytest.TempPathFactory,
+    lines: list[bytes],
+    mark: bool,
+    closed: bool,
+    block: int,
+    most: int,
+    size: int,
+) -> None:
+    path = tmp_path_factory.mktemp("runs") / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" * mark + b"\n".join(lines) + b"\n" * (closed and bool(lines)))
+    if mark and not lines[:1]:
+        lines = [b""]
+    elif lines and lines[0].startswith(b"\xef\xbb\xbf") and not mark:
+        lines = [lines[0][3:], *lines[1:]]
+    expected = [parse_row(i, line) for i, line in enumerate(lines, start=1) if line and not line.isspace()]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("_BLOCK_BYTES", block), ("BATCH_ROWS", most), ("BATCH_BYTES", size)):
+            patch.setattr(jsonl, name, value)
+        reader = jsonl.JsonlReader(str(path))
+        if not expected:
+            with pytest.raises(InputError, match="holds no rows"):
+                _ = reader.rows
+            return
+        scanned, indexed = list(reader._scan()), list(reader._runs())
+    assert scanned == indexed and all(isinstance(run, JsonlBatch) and run.rows <= most for run in scanned)
+    assert [shown(row) for run in scanned for row in run.read()] == [shown(row) for row in expected]
+    assert all(run.size < size + max(map(len, lines)) + 1 for run in scanned)
 
 
 JSON = st.recursive(
