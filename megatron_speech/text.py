@@ -10,8 +10,12 @@ blanks, and direction marks.
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 NORMALIZATION_VERSION = "nfc-whitespace-2"
 
@@ -19,6 +23,11 @@ NORMALIZATION_VERSION = "nfc-whitespace-2"
 _INVISIBLE = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff]")
 # Whatever a document might have to be changed for, but for runs of spaces and line ends.
 _UNUSUAL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]")
+_SPACE, _LINE_FEED, _TROUBLE = 1, 2, 8
+# Of each code point up to U+FFFF one of these, or 0, which is also right for all beyond.
+_KINDS = np.zeros(1 << 16, dtype=np.uint8)
+_KINDS[[code for code in range(1 << 16) if _UNUSUAL.match(chr(code))]] = _TROUBLE
+_KINDS[[ord(" "), ord("\n")]] = _SPACE, _LINE_FEED
 _BLANK_IN_LINE = re.compile(r"[^\S\n]+")
 _LINE_END = re.compile(r" ?\n ?")
 _EMPTY_LINES = re.compile(r"\n{3,}")
@@ -51,3 +60,42 @@ def normalize_document(text: str) -> str:
     if "\n\n\n" in text:
         text = _EMPTY_LINES.sub("\n\n", text)
     return text.strip()
+
+
+def normalize_transcripts(texts: Sequence[str]) -> list[str]:
+    """:func:`normalize_transcript` of each."""
+    return _normalize_all(texts, normalize_transcript, _SPACE)
+
+
+def normalize_documents(texts: Sequence[str]) -> list[str]:
+    """:func:`normalize_document` of each."""
+    return _normalize_all(texts, normalize_document, _LINE_FEED)
+
+
+def _normalize_all(texts: Sequence[str], normalize: Callable[[str], str], allowed: int) -> list[str]:
+    """`normalize` of each text. Most are normal as they are, which is seen of all at once.
+
+    A text stays as it is if it is NFC and holds no unusual character, no blank at its ends, and no two blanks side by
+    side but for two line ends. `allowed`: the greatest kind of character that is none to look at.
+    """
+    result = list(texts)
+    joined = "".join(result)
+    if not joined:
+        return [normalize(text) for text in result]
+    kinds = _KINDS.take(np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32), mode="clip")
+    ends = np.fromiter(itertools.accumulate(map(len, result)), np.int64, len(result))
+    odd = kinds > allowed
+    pairs = kinds[:-1] * kinds[1:]
+    odd[1:] |= (pairs == _SPACE * _SPACE) | (pairs == _SPACE * _LINE_FEED)
+    empty_lines = pairs == _LINE_FEED * _LINE_FEED
+    odd[2:] |= empty_lines[1:] & empty_lines[:-1]
+    odd[ends[ends > 0] - 1] |= kinds[ends[ends > 0] - 1] > 0
+    starts = np.concatenate([[0], ends[:-1]])
+    starts = starts[starts < len(kinds)]
+    odd[starts] |= kinds[starts] > 0
+    looked_at = set(np.searchsorted(ends, np.flatnonzero(odd), side="right").tolist())
+    if not joined.isascii() and not unicodedata.is_normalized("NFC", joined):
+        looked_at.update(i for i, text in enumerate(result) if not unicodedata.is_normalized("NFC", text))
+    for i in looked_at:
+        result[i] = normalize(result[i])
+    return result

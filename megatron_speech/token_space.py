@@ -346,7 +346,7 @@ class TokenSpace:
         """Ids of one text, int32 [n]; no specials are added or recognised."""
         return self._encoder.encode_batch([text])[0]
 
-    def encode_text_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_text_batch(self, texts: Sequence[str]) -> Sequence[np.ndarray]:
         """Ids of many texts, each int32 [n]."""
         return self._encoder.encode_batch(texts)
 

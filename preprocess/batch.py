@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from megatron_speech.ragged import Ragged, edges
 from megatron_speech.token_space import TokenSpace
 from preprocess.codes import CodesLoader
-from preprocess.columns import Samples
+from preprocess.columns import Samples, pick
 from preprocess.filters import Duplicate, Filters, Rule
 from preprocess.readers.base import RowRejected
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a batch as ids, row after row.
+
+    Attributes:
+        ids: of each text, int32.
+        rows: int64 [rows + 1]: row i has the texts rows[i] to rows[i + 1]; none if it was gone by then.
+        characters: of each text, int64 [texts]; 0 of one that came as ids.
+        unknown: how many ids of each text stand for what the tokenizer cannot spell, int64 [texts].
+        given: which of them came as ids, bool [texts].
+    """
+
+    ids: Ragged
+    rows: np.ndarray
+    characters: np.ndarray
+    unknown: np.ndarray
+    given: np.ndarray
 
 
 class Batch:
@@ -24,8 +46,7 @@ class Batch:
         has_texts: whether documents of the task hold text.
         codes: ids of each row's codes, int32 [frames * codebooks]; None where they were not read.
         checksums: of the codes that were read.
-        texts: ids of each row's texts, int32 [n] each; None where they were not made.
-        unknown: of those, how many stand for text that the tokenizer cannot spell.
+        texts: as ids; None where they were not made.
         dropped: rows per rule.
         rejected: rows for the file of rejected ones, in the order in which they were met.
     """
@@ -41,8 +62,7 @@ class Batch:
         count = len(samples)
         self.codes: list[np.ndarray | None] = [None] * count
         self.checksums: list[str | None] = [None] * count
-        self.texts: list[list[np.ndarray] | None] = [None] * count
-        self.unknown = [0] * count
+        self.texts: Texts | None = None
         self.dropped: Counter[str] = Counter()
         self._rejected: dict[int, dict[str, Any]] = {}
         self._gone = set(samples.rejected)
@@ -99,41 +119,47 @@ class Batch:
             self.reject(wanted[i], why)
 
     def encode_texts(self) -> None:
-        """Turn the texts of all rows that are alive into ids; a row without any goes."""
-        if not self.has_texts:
+        """Turn the texts of all rows that are alive into ids, once; a row with a text of none goes."""
+        if not self.has_texts or self.texts is not None:
             return
-        rows = [row for row in self.alive() if self.texts[row] is None]
-        texts = [text for row in rows for text in self.samples.texts[row]]
-        ids = iter(self.space.encode_text_batch(texts))
-        for row in rows:
-            given = self.samples.text_ids[row]
-            if given is not None:
-                self._take_ids(row, given)
+        rows = self.alive()
+        texts = pick(self.samples.texts, rows)
+        flat = list(itertools.chain.from_iterable(texts))
+        ids = Ragged.of(self.space.encode_text_batch(flat))
+        counts = np.zeros(len(self.samples), dtype=np.int64)
+        counts[rows] = np.fromiter(map(len, texts), np.int64, len(rows))
+        characters = np.fromiter(map(len, flat), np.int64, len(flat))
+        given = np.zeros(len(flat), dtype=bool)
+        taken = self._given_ids(rows)
+        if taken:
+            at = edges(counts)[list(taken)]  # the texts that they come before
+            counts[list(taken)] = 1
+            order = np.insert(np.arange(len(flat)), at, len(flat) + np.arange(len(at)))
+            ids = Ragged.of([*ids, *taken.values()]).take(order)
+            characters, given = np.insert(characters, at, 0), np.insert(given, at, True)
+        unknown = np.zeros(len(ids), dtype=np.int64)
+        if self.space.unknown_id is not None:
+            unknown = np.diff(edges(ids.flat == self.space.unknown_id)[ids.bounds])
+        self.texts = Texts(ids, edges(counts), characters, unknown, given)
+        empty = np.searchsorted(self.texts.rows, np.flatnonzero(ids.lengths == 0), side="right") - 1
+        for row in np.unique(empty).tolist():
+            self.reject(row, RowRejected("no_tokens", "the text tokenizer yields nothing for the text"))
+
+    def _given_ids(self, rows: Sequence[int]) -> dict[int, np.ndarray]:
+        """Text that was tokenised before, by row; a row goes where it cannot be the tokenizer's."""
+        result = {}
+        for row, ids in zip(rows, pick(self.samples.text_ids, rows), strict=True):
+            if ids is None:
                 continue
-            mine = self.texts[row] = [next(ids) for _ in self.samples.texts[row]]
-            if not all(map(len, mine)):
-                self.reject(row, RowRejected("no_tokens", "the text tokenizer yields nothing for the text"))
-        self._count_unknown(rows)
-
-    def _take_ids(self, row: int, given: np.ndarray) -> None:
-        """Text that was tokenised before."""
-        self.texts[row] = []
-        if not len(given):
-            self.reject(row, RowRejected("no_tokens", "field text_ids is empty"))
-        elif given.min() < 0 or given.max() >= self.space.text_size:
-            bad = given[(given < 0) | (given >= self.space.text_size)][0]
-            reason = f"field text_ids holds {int(bad)}, needed 0 to {self.space.text_size - 1}: another tokenizer's?"
-            self.reject(row, RowRejected("text_id_outside_tokenizer", reason))
-        else:
-            self.texts[row] = [given.astype(np.int32)]
-
-    def _count_unknown(self, rows: Sequence[int]) -> None:
-        unknown = self.space.unknown_id
-        if unknown is None:
-            return
-        for row in rows:
-            texts = self.texts[row] or []
-            self.unknown[row] = sum(int(np.count_nonzero(ids == unknown)) for ids in texts)
+            if not len(ids):
+                self.reject(row, RowRejected("no_tokens", "field text_ids is empty"))
+            elif ids.min() < 0 or ids.max() >= self.space.text_size:
+                bad = int(ids[(ids < 0) | (ids >= self.space.text_size)][0])
+                reason = f"field text_ids holds {bad}, needed 0 to {self.space.text_size - 1}: another tokenizer's?"
+                self.reject(row, RowRejected("text_id_outside_tokenizer", reason))
+            else:
+                result[row] = ids
+        return result
 
     # ---- what filters ask
 
@@ -147,7 +173,10 @@ class Batch:
 
     def text_counts(self, row: int) -> tuple[int, int]:
         """(text tokens, those of them that the tokenizer cannot spell) of a row whose texts are ids."""
-        return sum(map(len, self.texts[row] or [])), self.unknown[row]
+        texts = self.texts
+        assert texts is not None
+        begin, end = texts.rows[row : row + 2]
+        return int(texts.ids.bounds[end] - texts.ids.bounds[begin]), int(texts.unknown[begin:end].sum())
 
     def apply(self, rules: Iterable[Rule]) -> None:
         """Let rows meet rules in their order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import pickle
 from collections import Counter
@@ -17,13 +18,14 @@ from megatron_speech.data.documents_table import SCHEMA, derive_columns
 from megatron_speech.data.manifest import Totals
 from megatron_speech.errors import InputError
 from megatron_speech.files import sha256_hex
+from megatron_speech.ragged import edges, runs
 from megatron_speech.tasks import CODES, PROMPT_CODES, REF_CODES, REF_TEXT, TEXT, TURNS, turn_ids
 from megatron_speech.text import NORMALIZATION_VERSION
 from megatron_speech.token_space import TokenSpace
 from preprocess.batch import Batch, split_at_duplicate
 from preprocess.codes import CodesLoader
-from preprocess.columns import Samples, read_samples
-from preprocess.compile_batch import CompiledBatch, compile_batch
+from preprocess.columns import Constant, Samples, pick, read_samples, to_arrow
+from preprocess.compile_batch import Column, CompiledBatch, compile_batch
 from preprocess.filters import Filters
 from preprocess.readers.base import RowBatch
 from preprocess.references import Keys
@@ -218,13 +220,7 @@ class Converter:
         if quotes is None:
             plan.add_plain(rows)
         else:
-            for row in rows:
-                if work.plain is not None and work.plain[row]:
-                    plan.add(row, [])
-                elif quotes[row]:
-                    plan.add(row, quotes[row])
-                else:
-                    plan.without_quote(row)
+            plan.add_quoting(rows, quotes, work.plain)
         return plan.finish()
 
 
@@ -252,109 +248,115 @@ class _Plan:
         self.space = converter.space
         self.tokenizer_version = converter.tokenizer_version
         self.batch = batch
-        self.kept: list[int] = []
         self.notices = Counter(batch.samples.notices)
-        # Of each document: its row, its form, which of the row's texts it holds (-1: all or none), what it quotes.
-        self.row: list[int] = []
+        # Of each document: its row, its form, what it quotes, and the first and one after the last of its texts.
+        nothing = np.zeros(0, dtype=np.int64)
+        self.row, self.begin, self.end = nothing, nothing, nothing
         self.form: list[str] = []
-        self.text: list[int] = []
         self.quote: list[Quote | None] = []
+        self.kept: list[int] = []
 
     def add_plain(self, rows: list[int]) -> None:
-        """Documents of samples that quote nothing."""
-        if self.job.rules.task == "text_lm":
-            for row in rows:
-                self.add(row, [])
-            return
-        self.kept = rows
-        self.row = rows
+        """Documents of samples that quote nothing: one each, but of text rows one of each text or conversation."""
+        self.kept, self.row = rows, np.array(rows, dtype=np.int64)
         self.form = ["plain"] * len(rows)
-        self.text = [0 if self.job.rules.task == "tts" else -1] * len(rows)
-        self.quote = [None] * len(rows)
+        self._find_texts()
+        if self.job.rules.task == "text_lm":
+            turns = np.array([roles is not None for roles in pick(self.batch.samples.roles, rows)], dtype=bool)
+            count = np.where(turns, 1, self.end - self.begin)
+            last = np.repeat(np.where(turns, self.end, 0), count)
+            self.row = np.repeat(self.row, count)
+            self.begin = runs(self.begin, count)
+            self.end = np.maximum(self.begin + 1, last)
+            self.form = ["turns" if many else "plain" for many in np.repeat(turns, count).tolist()]
 
-    def without_quote(self, row: int) -> None:
-        self.notices["rows_without_reference"] += 1
-        if self.job.drop_unquoted:
-            self.batch.dropped["no_reference"] += 1
-        else:
-            self.add(row, [])
+    def add_quoting(self, rows: list[int], quotes: list[list[Quote]], plain: np.ndarray | None) -> None:
+        """Documents of samples of speech: one per quote, or a plain one."""
+        task, chosen = self.job.rules.task, []
+        for row in rows:
+            found: Sequence[Quote | None] = quotes[row]
+            if plain is not None and plain[row]:
+                found = [None]
+            elif not found:
+                self.notices["rows_without_reference"] += 1
+                if self.job.drop_unquoted:
+                    self.batch.dropped["no_reference"] += 1
+                    continue
+                found = [None]
+            self.kept.append(row)
+            for quote in found:
+                chosen.append(row)
+                self.quote.append(quote)
+                self.form.append("plain" if quote is None else "cloning" if task == "tts" else "continuation")
+        self.row = np.array(chosen, dtype=np.int64)
+        self._find_texts()
 
-    def add(self, row: int, quotes: Sequence[Quote]) -> None:
-        """The documents of one sample: one per quote, or one plain one (one per text of a text row)."""
-        self.kept.append(row)
-        task = self.job.rules.task
-        if task == "text_lm":
-            if self.batch.samples.roles[row] is not None:
-                self._emit(row, "turns", -1, None)
-            else:
-                for i in range(len(self.batch.texts[row] or ())):
-                    self._emit(row, "plain", i, None)
-            return
-        text = 0 if task == "tts" else -1
-        for quote in quotes:
-            self._emit(row, "cloning" if task == "tts" else "continuation", text, quote)
-        if not quotes:
-            self._emit(row, "plain", text, None)
+    def _find_texts(self) -> None:
+        texts = self.batch.texts
+        of_row = texts.rows if texts is not None else np.zeros(len(self.batch.samples) + 1, dtype=np.int64)
+        self.begin, self.end = of_row[self.row], of_row[self.row + 1]
 
-    def _emit(self, row: int, form: str, text: int, quote: Quote | None) -> None:
-        self.row.append(row)
-        self.form.append(form)
-        self.text.append(text)
-        self.quote.append(quote)
-
-    def _fields(self) -> dict[str, list[np.ndarray | None]]:
+    def _fields(self) -> dict[str, Column]:
         task, batch = self.job.rules.task, self.batch
-        fields: dict[str, list[np.ndarray | None]] = {}
-        if task != "text_lm":
-            fields[CODES] = [batch.codes[row] for row in self.row]
-        if task != "speech_lm":
-            texts = [batch.texts[row] or [] for row in self.row]
-            fields[TEXT] = [mine[i] if i >= 0 else None for mine, i in zip(texts, self.text, strict=True)]
+        fields: dict[str, Column] = {}
+        if self.job.rules.needs_codes:
+            fields[CODES] = self._of_rows(batch.codes)
+        if batch.texts is not None:
+            fields[TEXT] = batch.texts.ids.take(self.begin)
         if any(self.quote):
             codes = [quote.code_ids if quote else None for quote in self.quote]
             fields[PROMPT_CODES if task == "speech_lm" else REF_CODES] = codes
             if task == "tts":
                 fields[REF_TEXT] = [quote.text_ids if quote else None for quote in self.quote]
         if "turns" in self.form:
-            fields[TURNS] = [self._turns(row) if i < 0 else None for row, i in zip(self.row, self.text, strict=True)]
+            fields[TURNS] = [self._turns(i) if form == "turns" else None for i, form in enumerate(self.form)]
         return fields
 
-    def _turns(self, row: int) -> np.ndarray:
-        roles = self.batch.samples.roles[row] or []
-        return turn_ids(self.space, list(zip(roles, self.batch.texts[row] or [], strict=True)))
+    def _turns(self, document: int) -> np.ndarray:
+        texts = self.batch.texts
+        assert texts is not None
+        ids = [texts.ids[i] for i in range(self.begin[document], self.end[document])]
+        return turn_ids(self.space, list(zip(self.batch.samples.roles[self.row[document]] or [], ids, strict=True)))
+
+    @functools.cached_property
+    def _one_each(self) -> bool:
+        """One document of every row, as nearly always."""
+        return np.array_equal(self.row, np.arange(len(self.batch.samples)))
+
+    def _of_rows(self, column: Sequence[Any]) -> Sequence[Any]:
+        """What a column of the rows holds for each document."""
+        return column if self._one_each else pick(column, self.row.tolist())
 
     def _text_columns(self) -> dict[str, np.ndarray]:
         """Of each document's own text: characters, tokens made of them, and unknown ones. Given ids count as none."""
-        samples, count = self.batch.samples, len(self.row)
-        columns = {name: np.zeros(count, np.int64) for name in ("characters", "target_text_tokens", "unknown_tokens")}
-        if self.job.rules.task == "speech_lm":
-            return columns
-        unknown = self.space.unknown_id
-        for i, (row, text) in enumerate(zip(self.row, self.text, strict=True)):
-            texts, ids = samples.texts[row], self.batch.texts[row] or []
-            if not texts:
-                continue
-            if text >= 0:
-                texts, ids = texts[text : text + 1], ids[text : text + 1]
-            columns["characters"][i] = sum(map(len, texts))
-            columns["target_text_tokens"][i] = sum(map(len, ids))
-            if unknown is not None and self.batch.unknown[row]:
-                columns["unknown_tokens"][i] = sum(int(np.count_nonzero(part == unknown)) for part in ids)
-        return columns
+        texts = self.batch.texts
+        if texts is None:
+            zero = np.zeros(len(self.row), dtype=np.int64)
+            return {"characters": zero, "target_text_tokens": zero, "unknown_tokens": zero}
+
+        def total(values: np.ndarray) -> np.ndarray:
+            so_far = edges(values)
+            return so_far[self.end] - so_far[self.begin]
+
+        return {
+            "characters": total(texts.characters),
+            "target_text_tokens": total(np.where(texts.given, 0, texts.ids.lengths)),
+            "unknown_tokens": total(np.where(texts.given, 0, texts.unknown)),
+        }
 
     def finish(self) -> Documents:
         """All documents, as the writer takes them."""
         rules, batch = self.job.rules, self.batch
-        compiled = compile_batch(self.space, rules.task, self.form, self._fields(), append_eod=self.job.append_eod)
+        fields = self._fields()
+        compiled = compile_batch(self.space, rules.task, self.form, fields, append_eod=self.job.append_eod)
         counts = self._text_columns()
         text = compiled.text
         if "turns" in self.form:
             turns = np.array([form == "turns" for form in self.form])
             text = np.where(turns, counts["target_text_tokens"], text)
+        frames = np.zeros(len(self.row), dtype=np.int64)
         if rules.needs_codes:
-            frames = np.array([batch.frames(row) for row in self.row], dtype=np.int64)
-        else:
-            frames = np.zeros(len(self.row), dtype=np.int64)
+            frames += compiled.lengths[CODES] // self.space.codebook_count
         counts |= {
             "documents": np.ones(len(self.row), dtype=np.int64),
             "frames": frames,
@@ -384,17 +386,13 @@ class _Plan:
     def _table(self, compiled: CompiledBatch, counts: dict[str, np.ndarray]) -> pa.RecordBatch:
         """The rows of the documents table, but for what follows from names and ids."""
         rules, codec, batch, count = self.job.rules, self.space.codec, self.batch, len(self.row)
-        whole = self.row == list(range(len(batch.samples)))  # one document a row, as nearly always
-        columns: dict[str, Any] = {}
-        for name in _OF_SAMPLE:
-            column = getattr(batch.samples, name)
-            columns[name] = column if whole else [column[row] for row in self.row]
+        columns: dict[str, Any] = {name: self._of_rows(getattr(batch.samples, name)) for name in _OF_SAMPLE}
         for name in ("audio_tokens", "text_tokens", "tokens", "target_tokens"):
             columns[name] = counts[name].astype(np.int32)
         if rules.needs_codes:
             columns["code_len"] = counts["frames"].astype(np.int32)
             columns["duration_seconds"] = counts["frames"] / codec.frame_rate_hz
-            columns["checksum"] = [batch.checksums[row] for row in self.row]
+            columns["checksum"] = self._of_rows(batch.checksums)
         if any(self.quote):
             columns["reference_sample_id"] = [quote and quote.sample_id for quote in self.quote]
             columns["reference_source_id"] = [quote and quote.source_id for quote in self.quote]
@@ -404,28 +402,18 @@ class _Plan:
             "tokenizer_version": self.tokenizer_version,
             "normalization_version": NORMALIZATION_VERSION,
         }
-        arrays = []
-        for column_field in SCHEMA:
-            name, kind = column_field.name, column_field.type
-            if name in columns:
-                arrays.append(pa.array(columns[name], kind))
-            else:
-                value = constants.get(name)
-                arrays.append(pa.nulls(count, kind) if value is None else pa.repeat(pa.scalar(value, kind), count))
+        columns |= {name: Constant(constants.get(name), count) for name in SCHEMA.names if name not in columns}
+        arrays = [to_arrow(columns[name], kind) for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True)]
         return pa.record_batch(arrays, schema=SCHEMA)
 
     def _totals(self, counts: dict[str, np.ndarray]) -> dict[tuple[str, str], Totals]:
         samples = self.batch.samples
+        columns = self._of_rows(samples.language), self._of_rows(samples.dataset_source)
         index: dict[tuple[str, str], int] = {}
-        group = np.array(
-            [index.setdefault((samples.language[row], samples.dataset_source[row]), len(index)) for row in self.row],
-            dtype=np.int64,
-        )
-        sums = {}
-        for name, values in counts.items():
-            sums[name] = np.zeros(len(index), dtype=np.int64)
-            np.add.at(sums[name], group, values)
-        return {key: Totals(**{name: int(values[i]) for name, values in sums.items()}) for key, i in index.items()}
+        group = np.array([index.setdefault(key, len(index)) for key in zip(*columns, strict=True)], dtype=np.int64)
+        sums = np.zeros((len(index), len(counts)), dtype=np.int64)
+        np.add.at(sums, group, np.stack(list(counts.values()), axis=1))
+        return {key: Totals(**dict(zip(counts, sums[i].tolist(), strict=True))) for key, i in index.items()}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -42,6 +43,7 @@ def _start_worker(make_state: Callable[..., Any], arguments: tuple[Any, ...]) ->
         threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
     global _state
     _state = make_state(*arguments)
+    gc.freeze()
 
 
 def _die_with(sentinel: int) -> None:
@@ -70,6 +72,7 @@ def map_ordered(
     """
     if workers <= 1:
         state = make_state(*arguments)
+        gc.freeze()  # all modules and the state stay: the collector need not go through them with every batch
         for item in items:
             yield function(state, item)
         return

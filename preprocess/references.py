@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_speech.data.split import name_hash
-from preprocess.columns import Samples
+from preprocess.columns import Samples, to_arrow
 
 # Candidates beyond those asked for: a candidate may turn out to be unusable only when its codes are read.
 SPARE_CANDIDATES = 2
@@ -52,15 +52,15 @@ class Keys:
         # A name means something only within its data set.
         within = _hashes(samples.dataset_source, usable)
 
-        def hashes(names: list[str | None]) -> np.ndarray:
+        def hashes(names: Sequence[str | None]) -> np.ndarray:
             found = _hashes(names, usable)
             return np.where(found == 0, found, mix(found, 11) ^ within)
 
         nothing = np.zeros(count, dtype=np.uint64)
         return cls(
             usable=usable,
-            sample=hashes(list(samples.sample_id)),
-            source=hashes(list(samples.source_id)),
+            sample=hashes(samples.sample_id),
+            source=hashes(samples.source_id),
             speaker=hashes(samples.speaker_id),
             language=_hashes(samples.language, usable),
             order=np.array([NO_ORDER if order is None else order for order in samples.segment_order], dtype=np.int64),
@@ -76,7 +76,7 @@ class Keys:
 
 def _hashes(names: Sequence[str | None], usable: np.ndarray) -> np.ndarray:
     """A hash of each name, 0 where there is none or the row is not usable."""
-    column = pa.array(names, pa.string())
+    column = to_arrow(names, pa.string())
     there = column.is_valid().to_numpy(zero_copy_only=False) & usable
     return np.where(there, np.maximum(name_hash(column), np.uint64(1)), np.uint64(0))
 

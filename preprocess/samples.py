@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,7 +61,7 @@ class Sample:
     transcript_romanized: str | None = None
     codec_hash: str | None = None
     codes: CodesAt | None = None
-    texts: list[str] = field(default_factory=list)
+    texts: tuple[str, ...] = ()
     roles: list[str] | None = None  # one per text, for a conversation
     text_ids: np.ndarray | None = None  # int [n], in place of texts
     extra: str | None = None
@@ -111,7 +111,7 @@ class SampleRules:
         if self.needs_codes:
             sample.codes = _codes_at(fields, source.folder(path))
         if self.task == "tts":
-            sample.texts = [_transcript(fields, TRANSCRIPTS[self.transcript])]
+            sample.texts = (_transcript(fields, TRANSCRIPTS[self.transcript]),)
         elif self.task == "text_lm" and fields.get(TEXT_IDS) is not None:
             sample.text_ids = _text_ids(fields[TEXT_IDS])
             own = own | {TEXT_IDS}
@@ -201,12 +201,12 @@ def _transcript(fields: dict[str, Any], names: tuple[str, ...]) -> str:
     raise RowRejected("missing_field", f"field {names[0]} is missing")
 
 
-def _written_text(fields: dict[str, Any], keys: tuple[str, ...]) -> tuple[list[str] | None, list[str], set[str]]:
+def _written_text(fields: dict[str, Any], keys: tuple[str, ...]) -> tuple[list[str] | None, tuple[str, ...], set[str]]:
     """(roles or None, texts, fields used) of a text row: a conversation if there is one, else the named fields."""
     for name in ("messages", "turns"):
         if fields.get(name) is not None:
             roles, texts = _conversation(fields[name], name)
-            return roles, texts, {name}
+            return roles, tuple(texts), {name}
     texts = []
     for key in keys:
         if fields.get(key) is None:
@@ -217,7 +217,7 @@ def _written_text(fields: dict[str, Any], keys: tuple[str, ...]) -> tuple[list[s
         if not text:
             raise RowRejected("empty_text", f"field {key} is empty")
         texts.append(text)
-    return None, texts, set(keys)
+    return None, tuple(texts), set(keys)
 
 
 def _conversation(turns: Any, name: str) -> tuple[list[str], list[str]]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_speech.ops.extension import extension
+from megatron_speech.ragged import Ragged
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -35,14 +36,10 @@ class ByteLevelEncoder:
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int32 [n]; views of one array."""
+    def encode_batch(self, texts: Sequence[str]) -> Ragged:
+        """Ids of each text, int32 [n]."""
         flat, ends = self._kernel.encode(list(texts))
-        begin, result = 0, []
-        for end in ends.tolist():
-            result.append(flat[begin:end])
-            begin = end
-        return result
+        return Ragged(flat, np.concatenate([np.zeros(1, np.int64), ends]))
 
 
 def make(payload: bytes) -> ByteLevelEncoder | None:

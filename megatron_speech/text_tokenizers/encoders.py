@@ -22,7 +22,7 @@ class TextEncoder(Protocol):
     size: int
     unknown_id: int | None
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[np.ndarray]:
         """Ids of each text, int32 [n]."""
         ...
 
@@ -37,7 +37,7 @@ class _BytesEncoder:
     size = 256
     unknown_id: int | None = None
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8).astype(np.int32) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -54,7 +54,7 @@ class _SentencePieceEncoder:
         self.size = self._processor.vocab_size()
         self.unknown_id: int | None = self._processor.unk_id()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[np.ndarray]:
         return [np.asarray(ids, dtype=np.int32) for ids in self._processor.encode(list(texts), out_type=int)]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -88,7 +88,7 @@ class HuggingFaceEncoder:
         # The compiled kernel where it takes the tokenizer: the same ids, ten times as fast.
         self._kernel = byte_level.make(payload)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[np.ndarray]:
         """Ids of each text, int32 [n]."""
         if self._kernel is not None:
             return self._kernel.encode_batch(texts)

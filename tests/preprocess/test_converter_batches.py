@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from megatron_speech.data.split import name_hash
 from megatron_speech.files import sha256_hex
 from megatron_speech.tasks import TEMPLATES, compile_document, count_target_tokens
-from megatron_speech.text import normalize_document, normalize_transcript
+from megatron_speech.text import normalize_document, normalize_documents, normalize_transcript, normalize_transcripts
 from megatron_speech.token_space import CodecDescription, TokenSpace
 from preprocess.columns import VALUES, read_samples
 from preprocess.compile_batch import compile_batch
@@ -252,6 +252,18 @@ def test_normalisation_is_done_once_and_leaves_no_control_characters(text: str) 
         assert once == once.strip() and "  " not in once and "\n\n\n" not in once and "\ufeff" not in once
         assert not any(unicodedata.category(letter) == "Cc" for letter in once.replace("\n", ""))
     assert "\n" not in normalize_transcript(text)
+
+
+BLANKS_AND_MARKS = st.text(
+    st.sampled_from(" \n\r\t\x00\x85\u00a0\ufeff\u200d\u3000e\u0301a\u09c7\u09be😀\ud800"), max_size=6
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(BLANKS_AND_MARKS, st.sampled_from(["two words", "é", "a\n\nb", "", "ab  c"])), max_size=6))
+def test_texts_are_normalised_together_as_each_alone(texts: list[str]) -> None:
+    assert normalize_documents(texts) == [normalize_document(text) for text in texts]
+    assert normalize_transcripts(texts) == [normalize_transcript(text) for text in texts]
 
 
 def test_extra_fields_are_json_with_sorted_keys() -> None:
