@@ -21,8 +21,9 @@ from megatron_speech.model.config import ModelConfig
 # model that is 0.11 FLOP per token and parameter: all that a table of embeddings costs, since a look-up computes
 # nothing.
 _UPDATE_FLOPS_PER_PARAMETER = 0.11
-# The head computes its logits once more in the backward pass (ops/cross_entropy.py): 2 + 2 + 4 FLOP per weight.
-_HEAD_FLOPS_PER_PARAMETER = 8.0
+# Logits, and two products for their gradients (ops/cross_entropy.py). Every token is taken to have a loss, as in
+# pretraining; fine-tuning, which computes fewer logits, would put a layer or two more on the last stage.
+_HEAD_FLOPS_PER_PARAMETER = 6.0
 
 
 def split_layers(
