@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import resource
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +193,39 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_says_so_and_is_repeated(
     assert json.loads((run / "status.json").read_text())["state"] == "failed"
     assert train(recipe_file, run) == 0
     assert steps(run) == steps(reference)
+    assert without_timing(read_metrics(run)) == without_timing(read_metrics(reference))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 6 MB, which holds three checkpoints and not four."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", place], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("this user may not mount a small disk")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_disk_that_is_really_full_keeps_training_and_the_last_checkpoint(
+    recipe_file: Path, reference: Path, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run, ballast = small_disk / "run", small_disk / "ballast"
+    flags = ["checkpoint.keep_last=1", "checkpoint.keep_stage_ends=false", f"data.cache_dir={tmp_path / 'cache'}"]
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as handle:
+            while True:
+                handle.write(bytes(1 << 16))
+
+    at_record(monkeypatch, step_6=fill, step_9=ballast.unlink)
+    assert train(recipe_file, run, *flags) == 0
+    error = capsys.readouterr().err
+    assert "ALARM: step_00000008 could not be written: " in error and "No space left on device" in error
+    assert "The newest checkpoint is step_00000004" in error
+    assert hidden(run) == [] and 16 in steps(run) and 8 not in steps(run)
     assert without_timing(read_metrics(run)) == without_timing(read_metrics(reference))
 
 
