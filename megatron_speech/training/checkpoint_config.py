@@ -66,7 +66,9 @@ class UploadConfig(StrictConfig):
         default=4, ge=1, description="checkpoints kept here only because their copy is not there yet"
     )
     wait_minutes: float = Field(
-        default=30.0, ge=0.0, description="a finished run waits at most this long for its copies"
+        default=30.0,
+        ge=0.0,
+        description="a finished run waits so long for its copies; less than watchdog.pause_seconds",
     )
 
     @field_validator("options")

@@ -292,7 +292,8 @@ class Trainer:
                     at = self.position.stage_index
                     state = "finished" if at == len(names) else "paused" if at == end else "preempted"
                     message = ""
-                self._checkpoints.finish(copied=state != "preempted")
+                with self._safety.progress.doing("writing and copying the last checkpoint"):
+                    self._checkpoints.finish(copied=state != "preempted")
                 self._write_status(state, message)
                 self._safety.finish()
             return state
@@ -306,7 +307,8 @@ class Trainer:
     def _run_stage(self, index: int, limit: int) -> bool:
         """Train stage `index` from the current position on; False when the run was asked to stop."""
         recipe, stage, data = self.recipe, self.recipe.stages[index], self.stages[index]
-        self._checkpoints.wait()
+        with self._safety.progress.doing("writing a checkpoint"):
+            self._checkpoints.wait()
         if self.position.stage_step == 0:
             self._begin_stage(index)
         scheduler = self.optimizer.start_stage(stage)

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 # One road: each page goes on from the files of the page before it.
-PAGES = ("data.md", "tokenizers.md", "blend.md", "training.md", "running.md", "generation.md", "backbones.md")
+PAGES = (
+    "data.md", "tokenizers.md", "blend.md", "training.md", "checkpoints.md", "running.md", "generation.md",
+    "backbones.md",
+)  # fmt: skip
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
