@@ -1,7 +1,8 @@
 """The sides of `benchmark train-peer`: each a process that waits for its turn, trains some steps, and reports.
 
-Only one side trains at a time. A report holds the process's CPU seconds since its last one, so that what a side
-prepares while another has its turn (our loader's thread does) is accounted for, and the wall seconds of its turn.
+Only one side trains at a time. A report holds the wall and CPU seconds of its turn, all threads of the process
+included. (Our loader has two batches ready when a turn begins, and may make their successors after it has ended: a few
+milliseconds of a thread that are in no turn, nor are those of the peer, which has its samples in memory.)
 """
 
 from __future__ import annotations
@@ -58,18 +59,16 @@ class _Turns:
     def ready(self, **facts: Any) -> None:
         """Say that the side is set up, and wait for the first turn."""
         self._connection.send({"ready": True, **facts})
-        self._cpu = time.process_time()
         self._wait()
 
     def _wait(self) -> None:
         self._connection.recv()
-        self._wall = time.perf_counter()
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def end(self, *, last: bool, **figures: Any) -> None:
         """Report a turn; wait for the next one unless it was the last."""
-        wall, cpu = time.perf_counter() - self._wall, time.process_time()
-        self._connection.send({"wall_seconds": wall, "cpu_seconds": cpu - self._cpu, **figures})
-        self._cpu = cpu
+        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
+        self._connection.send({"wall_seconds": wall, "cpu_seconds": cpu, **figures})
         if not last:
             self._wait()
 
@@ -196,7 +195,7 @@ def train_dynamic(race: Race, connection: Connection) -> None:
     share = stage.micro_batch_size * stage.seq_length / stage.global_batch_tokens
 
     def sizes(samples_per_step: float) -> list[int]:
-        return [stage.micro_batch_size, max(1, round(samples_per_step * share)), max(1, round(samples_per_step))]
+        return [stage.micro_batch_size, max(1, round(samples_per_step * share))]
 
     _train_peer(race, connection, sizes, pad_to=None)
 
@@ -258,7 +257,7 @@ def _train_peer(
         for bf16 in (True, False)
         for attention in ATTENTIONS
     ]
-    limit = 2 * stage.global_batch_tokens
+    limit = stage.global_batch_tokens
     seconds = {
         setting: _trial(trainer(setting), steps_of(batches[0], setting, race.seed), limit) for setting in candidates
     }
