@@ -24,7 +24,6 @@ from megatron_speech.token_space import TokenSpace
 from megatron_speech.training.optimizer_config import LearningRateConfig, OptimizerConfig
 from megatron_speech.training.recipe import StageConfig
 
-PLAIN_ADAMW = ("beta1", "beta2", "eps", "weight_decay", "clip_grad")
 Attention = Literal["sdpa", "eager"]
 ATTENTIONS = get_args(Attention)
 
@@ -137,14 +136,6 @@ class PeerTrainer:
     ) -> None:
         self.model, self.setting, self.pad_id = model, setting, pad_id
         self.clip_grad = optimizer.clip_grad
-        plain = OptimizerConfig(**{name: getattr(optimizer, name) for name in PLAIN_ADAMW})
-        if optimizer != plain:
-            raise InputError(
-                f"the recipe's optimizer section goes beyond {', '.join(PLAIN_ADAMW)}, which is what Trainer's AdamW "
-                "knows; drop the rest"
-            )
-        if stage.lr.schedule == "wsd":
-            raise InputError(f"stage {stage.name}: lr.schedule is wsd, which the peer lacks; set cosine or linear")
         matrices = [p for p in model.parameters() if p.dim() > 1]
         self.optimizer = torch.optim.AdamW(
             [

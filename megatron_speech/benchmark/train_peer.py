@@ -24,6 +24,11 @@ from typing import Any
 
 from megatron_speech.errors import InputError
 from megatron_speech.files import write_json
+from megatron_speech.training.optimizer_config import OptimizerConfig
+from megatron_speech.training.recipe import Recipe, StageConfig
+
+PLAIN_ADAMW = ("beta1", "beta2", "eps", "weight_decay", "clip_grad")
+"""What of the section `optimizer` the peer has too."""
 
 PEERS = {"sft": ("padded", "dynamic"), "pt": ("chunks",)}
 
@@ -97,12 +102,11 @@ def measure(
             "checkpoint.interval_steps=0",
         ]
         recipe = load_recipe(recipe_path, [*overrides, *quiet])
-        if recipe.parallel.model_parallel_size > 1:
-            raise InputError(f"{recipe_path}: parallel asks for several processes; both sides are one: leave it out")
         names = [one.name for one in recipe.stages]
         if stage is not None and stage not in names:
             raise InputError(f"{recipe_path} has no stage {stage!r}; its stages are {', '.join(names)}")
         chosen = recipe.stages[names.index(stage) if stage is not None else -1]
+        check_comparable(recipe, chosen)
         turns = repetitions + warmup
         # One step more than is run: the stage does not end, so nothing is saved.
         chosen = chosen.model_copy(update={"tokens": (turns * steps + 1) * chosen.global_batch_tokens})
@@ -110,6 +114,36 @@ def measure(
         race = Race(recipe, steps, turns, Path(folder), seed)
         sides = _take_turns(race, ("ours", *PEERS["sft" if race.is_sft else "pt"]), threads)
     return _figures(race, sides, warmup)
+
+
+def check_comparable(recipe: Recipe, stage: StageConfig) -> None:
+    """Refuse what the peer's loop cannot do, before any side is started.
+
+    Raises:
+        InputError: names the field.
+    """
+    where, loss = f"stage {stage.name}", stage.loss
+    if recipe.parallel.model_parallel_size > 1:
+        raise InputError(f"recipe {recipe.name}: parallel asks for several processes; both sides are one: leave it out")
+    if recipe.precision == "fp8":
+        raise InputError(f"recipe {recipe.name}: precision is fp8, and the comparison runs on a CPU; set bf16 or fp32")
+    if {loss.text, loss.audio, loss.special} != {1.0} or loss.prompt not in (0.0, 1.0):
+        raise InputError(
+            f"{where}: the peer learns a token or does not, with labels of -100; set loss.text, loss.audio and "
+            "loss.special to 1 and loss.prompt to 0 or 1"
+        )
+    if stage.packing_mode != ("fit" if stage.is_sft else "cut") or stage.stitch is not None:
+        raise InputError(
+            f"{where}: the peer has documents (SFT) or chunks of them end to end (PT); set packing.mode to auto and "
+            "leave stitch out"
+        )
+    if stage.lr.schedule == "wsd":
+        raise InputError(f"{where}: lr.schedule is wsd, which the peer lacks; set cosine or linear")
+    if recipe.optimizer != OptimizerConfig(**{name: getattr(recipe.optimizer, name) for name in PLAIN_ADAMW}):
+        raise InputError(
+            f"recipe {recipe.name}: section optimizer goes beyond {', '.join(PLAIN_ADAMW)}, which is what Trainer's "
+            "AdamW knows; drop the rest"
+        )
 
 
 class _Side:

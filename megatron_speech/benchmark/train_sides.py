@@ -135,26 +135,12 @@ def peer_samples(race: Race) -> Iterator[list[Sample]]:
     """The samples of each optimizer step: for SFT its documents, for PT its rows, as run_clm's chunks.
 
     Taken from the batches that our side trains on, so that both learn the same tokens.
-
-    Raises:
-        InputError: loss weights or packing that a loop over labels of -100 cannot express.
     """
     from megatron_speech.benchmark.peer_trainer import Sample
     from megatron_speech.data.stage_data import StageData, open_datasets
     from megatron_speech.token_space import TokenSpace
 
     recipe, (stage,) = race.recipe, race.recipe.stages
-    loss = stage.loss
-    if {loss.text, loss.audio, loss.special} != {1.0} or loss.prompt not in (0.0, 1.0):
-        raise InputError(
-            f"stage {stage.name}: the peer learns a token or does not, with labels of -100; set loss.text, loss.audio "
-            "and loss.special to 1 and loss.prompt to 0 or 1"
-        )
-    if stage.packing_mode != ("fit" if race.is_sft else "cut") or stage.stitch is not None:
-        raise InputError(
-            f"stage {stage.name}: the peer has documents (SFT) or chunks of them end to end (PT); set packing.mode to "
-            "auto and leave stitch out"
-        )
     space = TokenSpace.load(recipe.token_space)
     datasets = open_datasets(recipe.data, space)
     cache = recipe.data.index_directory(recipe.run_directory)
