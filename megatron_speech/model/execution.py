@@ -159,9 +159,9 @@ class RecomputeConfig(BaseModel):
         """One line for the log: what is recomputed, and what it costs."""
         if self.mode == "none":
             return "nothing is recomputed in the backward pass"
-        what = "layers" if self.mode == "full" else " and ".join(self.parts) + " of layers"
+        what = "" if self.mode == "full" else " and ".join(self.parts) + " of "
         share = self.flops_per_token(config, seq_length, split) / config.flops_per_token(seq_length, vocab_size)
         return (
-            f"recompute {self.mode}: {self.recomputed_layers(split)} of {config.num_layers} {what} are computed again "
-            f"in the backward pass, +{share:.1%} FLOPs"
+            f"recompute {self.mode}: {what}{self.recomputed_layers(split)} of {config.num_layers} layers are computed "
+            f"again in the backward pass, +{share:.1%} FLOPs"
         )

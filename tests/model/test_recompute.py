@@ -70,7 +70,7 @@ def test_selective_recomputation_adds_what_it_names():
     assert mlp == 16 * 3 * 2048 * 8192 * 2
     both = RecomputeConfig(mode="selective", modules=("core_attn", "mlp"))
     assert both.flops_per_token(config, seq, (16,)) == attention + mlp
-    assert "core_attn and mlp of layers" in both.describe(config, seq, 1000, (16,))
+    assert "core_attn and mlp of 16 of 16 layers are computed again" in both.describe(config, seq, 1000, (16,))
     assert RecomputeConfig().describe(config, seq, 1000, (16,)) == "nothing is recomputed in the backward pass"
 
 
