@@ -1,10 +1,15 @@
-"""One GPU against the CPU: the same recipe on the same data must give the same losses; then how fast it trains.
+"""One GPU against the CPU, and how fast it trains.
 
-    python benchmarks/gpu_check.py --json gpu_check.json
+    python benchmarks/gpu_check.py agreement --json agreement.json
+    python benchmarks/gpu_check.py syncs --json syncs.json
+    python benchmarks/gpu_check.py speed --preset 1b --json speed.json
 
-Data is made on the spot (random walks over a codebook: something can be learned, nothing is downloaded). Three runs
-of a small recipe in processes of their own: CPU fp32 is the reference, CUDA fp32 must agree with it to 1e-3 relative
-(TF32 off), CUDA bf16 to 5e-2. Then tokens/s of PT and SFT of a larger preset in bf16.
+Data is made on the spot (random walks over a codebook: something can be learned, nothing is downloaded).
+
+agreement  Three runs of a small recipe in processes of their own: CPU fp32 is the reference, CUDA fp32 must agree with
+           it to 1e-3 relative (TF32 off), CUDA bf16 to 5e-2.
+syncs      PyTorch tells of every call for which the host waits for the device; a training step may have none.
+speed      Tokens/s of PT and SFT of a preset in bf16, with the 193,856 ids of the real job.
 """
 
 from __future__ import annotations
@@ -15,6 +20,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +35,8 @@ from megatron_speech.files import write_json, write_text
 from megatron_speech.token_space import CodecDescription, TokenSpace
 
 ROOT = Path(__file__).resolve().parent.parent
-CODES = 65_536  # one codebook at 50 Hz: the shape of the real job
+CODES = 65_536  # one codebook at 50 Hz
+REAL_CODES = 193_584  # so many that the head has the 193,856 rows of the real job, text and specials included
 TOLERANCES = {"cuda_fp32": 1e-3, "cuda_bf16": 5e-2}
 
 RECIPE = """
@@ -61,18 +70,18 @@ logging: {{interval_steps: 1, tensorboard: false}}
 """
 
 
-def make_data(folder: Path, samples: int, seed: int = 0) -> None:
+def make_data(folder: Path, samples: int, seed: int = 0, codes: int = CODES) -> None:
     """Token space, samples.jsonl with inline code files, and the datasets `speech` and `tts`."""
     rng = np.random.default_rng(seed)
-    codec = CodecDescription("random-walk", "0" * 64, 16_000, 50.0, ("codes",), (CODES,))
+    codec = CodecDescription("random-walk", "0" * 64, 16_000, 50.0, ("codes",), (codes,))
     TokenSpace.build("bytes", codec).save(folder / "ts.json")
     lengths = rng.integers(50, 400, samples)
     steps = rng.integers(-3, 4, lengths.sum())
-    start = np.repeat(rng.integers(0, CODES, samples), lengths)
+    start = np.repeat(rng.integers(0, codes, samples), lengths)
     first = np.repeat(np.cumsum(lengths) - lengths, lengths)
     walk = np.cumsum(steps)
-    codes = (start + walk - walk[first]) % CODES
-    np.save(folder / "codes.npy", codes.astype(np.uint16)[:, None])
+    ids = (start + walk - walk[first]) % codes
+    np.save(folder / "codes.npy", ids.astype(np.uint32)[:, None])
     offsets = np.cumsum(lengths) - lengths
     rows = (
         {
@@ -111,41 +120,125 @@ def train(folder: Path, name: str, *, cuda: bool, **fields: Any) -> list[dict[st
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
 
+def agreement(folder: Path, args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """Losses of ten steps on each device; what is out of tolerance."""
+    make_data(folder, samples=1000)
+    small = {"preset": "tiny", "tokens": 10 * 4096, "seq": 1024, "rows": 2, "batch": 4096}
+    runs = {"cpu_fp32": (False, "fp32"), "cuda_fp32": (True, "fp32"), "cuda_bf16": (True, "bf16")}
+    losses = {
+        key: np.array([line["loss"] for line in train(folder, key, cuda=cuda, precision=precision, **small)])
+        for key, (cuda, precision) in runs.items()
+    }
+    result: dict[str, Any] = {"losses": {key: values.tolist() for key, values in losses.items()}}
+    failures = []
+    for key, tolerance in TOLERANCES.items():
+        difference = float(np.max(np.abs(losses[key] / losses["cpu_fp32"] - 1)))
+        result[key] = {"largest_relative_difference": difference, "tolerance": tolerance}
+        if not difference <= tolerance:
+            failures.append(f"{key} differs from the CPU by {difference:.2e}")
+    return result, failures
+
+
+def syncs(folder: Path, args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """Calls within training steps for which the host waits for the device, in PT and in SFT."""
+    import torch
+
+    make_data(folder, samples=1000)
+    fields = {"preset": "tiny", "tokens": 12 * 4096, "seq": 1024, "rows": 2, "batch": 4096, "precision": "bf16"}
+    write_text(folder / "syncs.yaml", RECIPE.format(**fields))
+    overrides = [f"run_dir={folder / 'syncs'}", "logging.interval_steps=6"]
+    found = waits_in_steps(folder / "syncs.yaml", overrides, torch.cuda.set_sync_debug_mode)
+    failures = [f"{count} waits at {place}" for place, count in found["waits"].items()]
+    if not found["steps"]:
+        failures.append("no step was watched")
+    return found, failures
+
+
+def waits_in_steps(recipe: Path, overrides: list[str], set_mode: Callable[[str], None]) -> dict[str, Any]:
+    """Train `recipe` and watch every second half of a logging interval's steps.
+
+    Args:
+        recipe: what is trained.
+        overrides: of its values.
+        set_mode: `torch.cuda.set_sync_debug_mode`: what PyTorch does at a call for which the host waits.
+
+    Returns:
+        steps: how many were watched; waits: "file:line: message" → how often.
+    """
+    from megatron_speech.parallel import groups
+    from megatron_speech.training.environment import prepare_imports
+    from megatron_speech.training.recipe import load_recipe
+
+    prepare_imports()
+    from megatron_speech.training.trainer import Trainer
+
+    watched = 0
+    waits: Counter[str] = Counter()
+
+    class Watched(Trainer):
+        """The trainer, with its steps watched where memory and kernels have settled."""
+
+        def _train_step(self, *args: Any) -> Any:
+            nonlocal watched
+            interval = self.recipe.logging.interval_steps
+            if self.position.step % interval < interval // 2:
+                return super()._train_step(*args)
+            watched += 1
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                set_mode("warn")
+                try:
+                    return super()._train_step(*args)
+                finally:
+                    set_mode("default")
+                    for one in told:
+                        if "synchronizing CUDA operation" in str(one.message):
+                            waits[f"{one.filename}:{one.lineno}"] += 1
+
+    try:
+        Watched(load_recipe(recipe, overrides), say_environment=False).run()
+    finally:
+        groups.destroy()
+    return {"steps": watched, "waits": dict(waits)}
+
+
+def speed(folder: Path, args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """Medians of the later half of 16 steps of each stage."""
+    make_data(folder, samples=4000, codes=REAL_CODES)
+    large = {"preset": args.preset, "tokens": 16 * 65_536, "seq": 2048, "rows": 8, "batch": 65_536}
+    lines = train(folder, "speed", cuda=True, precision="bf16", **large)
+    result: dict[str, Any] = {"preset": args.preset, "ids": 272 + REAL_CODES}
+    for stage in ("pt", "sft"):
+        rows = [line for line in lines if line["stage"] == stage][8:]
+        result[stage] = {
+            key: None if rows[0][key] is None else float(np.median([row[key] for row in rows]))
+            for key in ("tokens_per_second_per_gpu", "tflops_per_gpu", "mfu", "data_wait_seconds", "memory_gib")
+        }
+    result["environment"] = json.loads((folder / "speed" / "environment.json").read_text())
+    return result, []
+
+
+PARTS = {"agreement": agreement, "syncs": syncs, "speed": speed}
+
+
 @command
 def main() -> int:
-    """Run the comparison and the measurement."""
+    """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS, help="what is checked")
     parser.add_argument("--json", type=Path, required=True, help="figures are written here")
-    parser.add_argument("--preset", default="qwen2.5-0.5b", help="shape whose speed is measured (qwen2.5-0.5b)")
+    parser.add_argument("--preset", default="1b", help="shape whose speed is measured (1b)")
     args = parser.parse_args()
-    result: dict[str, Any] = {"agreement": {}, "speed": {}}
-    failures = []
+    import torch
+
+    if not torch.cuda.is_available():
+        print("no CUDA device is visible: these checks need one", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as name:
-        folder = Path(name)
-        make_data(folder, samples=4000)
-        small = {"preset": "tiny", "tokens": 10 * 4096, "seq": 1024, "rows": 2, "batch": 4096}
-        runs = {"cpu_fp32": (False, "fp32"), "cuda_fp32": (True, "fp32"), "cuda_bf16": (True, "bf16")}
-        losses = {
-            key: np.array([line["loss"] for line in train(folder, key, cuda=cuda, precision=precision, **small)])
-            for key, (cuda, precision) in runs.items()
-        }
-        for key, tolerance in TOLERANCES.items():
-            difference = float(np.max(np.abs(losses[key] / losses["cpu_fp32"] - 1)))
-            result["agreement"][key] = {"largest_relative_difference": difference, "tolerance": tolerance}
-            if not difference <= tolerance:
-                failures.append(f"{key} differs from the CPU by {difference:.2e}")
-        large = {"preset": args.preset, "tokens": 30 * 65_536, "seq": 2048, "rows": 8, "batch": 65_536}
-        lines = train(folder, "speed", cuda=True, precision="bf16", **large)
-        for stage in ("pt", "sft"):
-            rows = [line for line in lines if line["stage"] == stage][10:]
-            result["speed"][stage] = {
-                key: float(np.median([row[key] for row in rows]))
-                for key in ("tokens_per_second_per_gpu", "tflops_per_gpu", "data_wait_seconds", "memory_gib")
-            }
-        result["environment"] = json.loads((folder / "speed" / "environment.json").read_text())
-    write_json(args.json, result)
-    print(json.dumps({"agreement": result["agreement"], "speed": result["speed"]}, indent=2))
-    print("; ".join(failures) or f"agrees; {result['speed']['pt']['tokens_per_second_per_gpu']:,.0f} PT tokens/s")
+        result, failures = PARTS[args.part](Path(name), args)
+    write_json(args.json, {**result, "failures": failures})
+    print(json.dumps({key: value for key, value in result.items() if key != "environment"}, indent=2))
+    print("; ".join(failures) or f"{args.part}: ok")
     return 1 if failures else 0
 
 
