@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -193,6 +194,18 @@ class StageData:
     def table(self) -> SegmentTable:
         """Where every token of every sequence comes from."""
         return self._table
+
+    @functools.cached_property
+    def reach(self) -> float:
+        """Tokens of a token's document, on average over the first million segments' tokens: what attention sees."""
+        lengths = np.asarray(self.table.length[:1_000_000], dtype=np.float64)
+        return float((lengths**2).sum() / max(1.0, lengths.sum()))
+
+    @property
+    def documents_due(self) -> int:
+        """Documents that the stage, after a change of its blend, takes before it begins epochs of all."""
+        partly = [s for s in self.strata if s["documents_due"] < s["documents_available"]]
+        return sum(int(stratum["documents_due"]) for stratum in partly)
 
     def verify(self) -> dict[str, str]:
         """Read the whole index and compare it with its checksums (SHA-256 by column), which are returned.

@@ -142,6 +142,22 @@ def lines(
     return said
 
 
+def stage_lines(recipe: Recipe, blends: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each stage does, for the run's log; `blends` as for :func:`lines`."""
+    said = []
+    for stage, blend in zip(recipe.stages, blends, strict=True):
+        tasks = ", ".join(
+            f"{task} {row['realised']:.1%} (asked {row['target']:.1%})" for task, row in blend["by_task"].items()
+        )
+        ramp = "" if stage.batch_ramp is None else f"{stage.batch_ramp.start} to "
+        said.append(
+            f"{stage.name}: {stage.steps} steps × {ramp}{stage.global_batch_tokens} tokens, seq_length "
+            f"{stage.seq_length}, lr {stage.lr.peak:g} → {stage.lr.floor:g}; {tasks}; "
+            f"padding {blend['pad_fraction']:.1%}"
+        )
+    return said
+
+
 def scaled(value: float) -> str:
     """A number with its SI prefix, for a unit to follow: `1.23 G`, `5 `."""
     power = max(0, min(7, math.floor(math.log10(max(value, 1.0)) / 3)))

@@ -128,7 +128,8 @@ class Trainer:
         if self.is_main:
             self._say_plan()
             if change is not None:
-                self._log.say(f"{change}; {self._documents_due():,} documents are still due and come first")
+                running = self.stages[min(self.position.stage_index, len(self.stages) - 1)]
+                self._log.say(f"{change}; {running.documents_due:,} documents are still due and come first")
 
     def _find_checkpoint(self) -> checkpoint.CheckpointInfo | None:
         """The checkpoint that the run goes on from. A collective."""
@@ -226,12 +227,6 @@ class Trainer:
                 self._early_stop.load_state(state)
         checkpoint.say_resume(info, notes)
 
-    def _documents_due(self) -> int:
-        """Documents that the running stage, after a change of its blend, takes before it begins epochs of all."""
-        running = self.stages[min(self.position.stage_index, len(self.stages) - 1)]
-        partly = [s for s in running.strata if s["documents_due"] < s["documents_available"]]
-        return sum(int(stratum["documents_due"]) for stratum in partly)
-
     def _say_plan(self) -> None:
         recipe, log = self.recipe, self._log
         parameters = recipe.model.parameters(self.space.size)
@@ -246,20 +241,10 @@ class Trainer:
         if self._start is not None:
             log.say(f"  {self._start}")
         reports = [data.blend_report() for data in self.stages]
-        reaches = [self._reach(index) for index in range(len(self.stages))]
+        reaches = [data.reach for data in self.stages]
         cost = plan.lines(recipe, self.space.padded_size, self.dp_size, self.device, reaches, reports)
-        for line in (*self.execution.lines(reaches[0]), *cost):
+        for line in (*self.execution.lines(reaches[0]), *cost, *plan.stage_lines(recipe, reports)):
             log.say(f"  {line}")
-        for stage, report in zip(recipe.stages, reports, strict=True):
-            tasks = ", ".join(
-                f"{task} {row['realised']:.1%} (asked {row['target']:.1%})" for task, row in report["by_task"].items()
-            )
-            ramp = "" if stage.batch_ramp is None else f"{stage.batch_ramp.start} to "
-            log.say(
-                f"  {stage.name}: {stage.steps} steps × {ramp}{stage.global_batch_tokens} tokens, seq_length "
-                f"{stage.seq_length}, lr {stage.lr.peak:g} → {stage.lr.floor:g}; {tasks}; "
-                f"padding {report['pad_fraction']:.1%}"
-            )
 
     # ---- the run
 
@@ -492,7 +477,7 @@ class Trainer:
             **Interval(seconds, steps, waited, **measured).record(
                 self.recipe.model,
                 self.space.size,
-                reach=self._reach(index),
+                reach=self.stages[index].reach,
                 processes=self.world_size,
                 peak_tflops=peak,
             ),
@@ -615,11 +600,6 @@ class Trainer:
             },
         )
         self._write_status("running")
-
-    def _reach(self, index: int) -> float:
-        """Tokens that attention sees: those of a token's document, on average over the tokens of stage `index`."""
-        lengths = np.asarray(self.stages[index].table.length[:1_000_000], dtype=np.float64)
-        return float((lengths**2).sum() / max(1.0, lengths.sum()))
 
     def _write_status(self, state: str, message: str = "", *, force: bool = True) -> None:
         self._log.status(state, self.position.as_record(self.recipe), message, force=force)
