@@ -2,8 +2,9 @@
 
 One run trains with saves in it, in turn beside the training and waited for, with undisturbed steps in between: each
 save is compared with the steps after it. A step's time reaches from its beginning to the beginning of the next, so
-that what the training waits for a save is part of it. On a machine that others use too, the time that the training's
-thread computed says more: what it waits for a core is not in it, and what it copies is.
+that what the training waits for a save is part of it. On a machine that others use too, or that has no core left for
+the thread that writes, the time in which the training's thread did not wait for a core says more: what it copies, and
+what it waits for the other thread to let go of the interpreter, is in it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import datetime
 import itertools
 import statistics
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +31,13 @@ class Step:
 
     Attributes:
         began: seconds, of a clock.
-        computed: CPU seconds of the training's thread until then.
+        queued: seconds for which the training's thread has waited for a core until then.
         busy: whether a save was under way.
         saved: the kind of save that was taken since the step before: "beside", "waited", or None.
     """
 
     began: float
-    computed: float
+    queued: float
     busy: bool
     saved: str | None
 
@@ -71,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(
         f"{result['bytes'] / 1e6:,.0f} MB. Undisturbed step {spread(result['step_seconds'], 1, 1e-3)} ms; while one is "
-        f"saved beside it {spread(result['ratio'], 3)} times that ({spread(result['computed_ratio'], 3)} of what its "
-        f"thread computes), over {result['steps_during_save']['median']:.0f} steps. Training waits "
+        f"saved beside it {spread(result['ratio'], 3)} times that ({spread(result['ratio_with_cores'], 3)} with "
+        f"free cores), over {result['steps_during_save']['median']:.0f} steps. Training waits "
         f"{spread(result['waited_seconds'], 1, 1e-3)} ms; where it waits until all is written "
         f"{spread(result['synchronous_seconds'], 1, 1e-3)} ms"
     )
@@ -117,7 +119,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any] | None:
         def _train_step(self, *arguments: Any) -> Any:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            steps.append(Step(time.perf_counter(), time.thread_time(), self._checkpoints.busy, self.just_saved))
+            steps.append(Step(time.perf_counter(), seconds_queued(), self._checkpoints.busy, self.just_saved))
             self.just_saved = None
             return super()._train_step(*arguments)
 
@@ -164,6 +166,12 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any] | None:
     }
 
 
+def seconds_queued() -> float:
+    """Seconds for which the calling thread could have run and had no core; 0 where the system does not say."""
+    path = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
+    return int(path.read_text(encoding="ascii").split()[1]) / 1e9 if path.exists() else 0.0
+
+
 def compare(steps: list[Step]) -> dict[str, Any]:
     """Each save against the undisturbed steps that follow it, before the next one.
 
@@ -172,7 +180,10 @@ def compare(steps: list[Step]) -> dict[str, Any]:
     """
     saves: list[tuple[str, list[tuple[float, float]], list[tuple[float, float]]]] = []
     for step, following in itertools.pairwise(steps):
-        took = following.began - step.began, following.computed - step.computed
+        took = (
+            following.began - step.began,
+            following.began - step.began - (following.queued - step.queued),
+        )
         if following.saved is not None:
             saves.append((following.saved, [took], []))
         elif saves:
@@ -192,7 +203,7 @@ def compare(steps: list[Step]) -> dict[str, Any]:
         "step_seconds": summary([wall for _, _, undisturbed in saves for wall, _ in undisturbed]),
         "steps_during_save": summary([float(len(steps)) for kind, steps, _ in saves if kind == "beside"]),
         "ratio": summary(ratios(0)),
-        "computed_ratio": summary(ratios(1)),
+        "ratio_with_cores": summary(ratios(1)),
         "synchronous_seconds": summary(
             [
                 disturbed[0][0] - statistics.median(wall for wall, _ in undisturbed)
