@@ -271,12 +271,14 @@ def remedies(config: ModelConfig, vocab_size: int, layout: Layout, limit: float)
         changes.append(("recompute.mode: full", replace(layout, recompute=RecomputeConfig(mode="full"))))
     # Ranks on one machine share its memory: more of them there are no remedy.
     for times in (2, 4, 8) if layout.device == "cuda" else ():
-        tensor = layout.tensor * times
+        # On the same GPUs where they divide, else on as many times more.
+        fewer = times if layout.data % times == 0 else 1
+        base = replace(layout, data=layout.data // fewer, micro_batches=layout.micro_batches * fewer)
+        tensor, pipeline = layout.tensor * times, layout.pipeline * times
         if config.num_query_groups % tensor == 0 and config.ffn_hidden_size % tensor == 0:
-            changes.append((f"parallel.tensor: {tensor}", replace(layout, tensor=tensor)))
-        pipeline = layout.pipeline * times
+            changes.append((f"parallel.tensor: {tensor}", replace(base, tensor=tensor)))
         if pipeline * layout.virtual_pipeline <= config.num_layers:
-            longer = divided(config, vocab_size, layout.positions, replace(layout, pipeline=pipeline, split=()))
+            longer = divided(config, vocab_size, layout.positions, replace(base, pipeline=pipeline, split=()))
             changes.append((f"parallel.pipeline: {pipeline}", longer))
     found = []
     for change, changed in changes:

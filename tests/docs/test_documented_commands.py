@@ -12,8 +12,8 @@ import pytest
 
 # One road: each page goes on from the files of the page before it.
 PAGES = (
-    "data.md", "tokenizers.md", "blend.md", "training.md", "checkpoints.md", "running.md", "generation.md",
-    "backbones.md",
+    "data.md", "tokenizers.md", "blend.md", "training.md", "parallelism.md", "checkpoints.md", "running.md",
+    "generation.md", "backbones.md",
 )  # fmt: skip
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
