@@ -50,6 +50,7 @@ def s3(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setenv(name, value)
     import s3fs
 
+    s3fs.S3FileSystem.clear_instance_cache()  # one that was made without these credentials keeps to that
     system = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
     system.mkdir("speech")
     yield system
