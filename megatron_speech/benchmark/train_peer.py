@@ -98,6 +98,7 @@ def measure(
             f"run_dir={folder}/run",
             f"logging.interval_steps={steps}",
             "logging.tensorboard=false",
+            "watchdog.enabled=false",  # it would take a turn of the others for a step that hangs
             "validation.interval_steps=0",
             "checkpoint.interval_steps=0",
         ]

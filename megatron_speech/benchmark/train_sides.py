@@ -181,7 +181,8 @@ def train_dynamic(race: Race, connection: Connection) -> None:
     share = stage.micro_batch_size * stage.seq_length / stage.global_batch_tokens
 
     def sizes(samples_per_step: float) -> list[int]:
-        return [stage.micro_batch_size, max(1, round(samples_per_step * share))]
+        alike = max(1, round(samples_per_step * share))  # as many tokens as one of our micro-batches
+        return [stage.micro_batch_size, alike, 2 * alike]
 
     _train_peer(race, connection, sizes, pad_to=None)
 
