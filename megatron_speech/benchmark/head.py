@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_speech.benchmark.measure import spread, summary
+from megatron_speech.benchmark.measure import report_of_kernels, spread, summary
 from megatron_speech.errors import InputError
-from megatron_speech.files import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -59,22 +57,7 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
     if wrong := [share for share in args.masked if not 0.0 <= share <= 1.0]:
         raise InputError(f"--masked is {wrong[0]}; a share lies between 0 and 1")
-    import torch
-
-    from megatron_speech.training.environment import detect
-
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
-        report = measure(args)
-        report["environment"] = detect()
-    finally:
-        torch.set_num_threads(threads_before)
-    report["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    print_report(report)
-    if args.json is not None:
-        write_json(args.json, report)
-    return 0
+    return report_of_kernels(args, measure, print_report)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,14 +7,13 @@ all of them. Before anything is timed the implementations are compared element f
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from megatron_speech.benchmark.measure import report_of_kernels
 from megatron_speech.errors import InputError
-from megatron_speech.files import write_json
 
 if TYPE_CHECKING:
     from megatron_speech.ops.loss_mask import MaskedBatch
@@ -45,22 +44,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("rows", "seq_length", "document_tokens", "vocabulary", "repetitions", "threads", "seconds"):
         if getattr(args, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
-    import torch
-
-    from megatron_speech.training.environment import detect
-
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
-        report = measure(args)
-        report["environment"] = detect()
-    finally:
-        torch.set_num_threads(threads_before)
-    report["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    print_report(report)
-    if args.json:
-        write_json(args.json, report)
-    return 0
+    return report_of_kernels(args, measure, print_report)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

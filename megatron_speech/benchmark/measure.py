@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import os
 import statistics
 import subprocess
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_speech.errors import InputError
+from megatron_speech.files import write_json
 
 SHOWN_LINES = 12
 
@@ -157,3 +160,31 @@ def spread(figure: dict[str, Any], digits: int = 1, scale: float = 1.0) -> str:
     """`median [min .. max]`."""
     middle, low, high = (f"{figure[name] / scale:,.{digits}f}" for name in ("median", "min", "max"))
     return f"{middle} [{low} .. {high}]"
+
+
+def report_of_kernels(
+    args: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    print_report: Callable[[dict[str, Any]], None],
+) -> int:
+    """Measure with `args.threads` threads, say what was found and where, and write it to `args.json` if that is given.
+
+    Returns:
+        The exit status of the command.
+    """
+    import torch
+
+    from megatron_speech.training.environment import detect
+
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    try:
+        report = measure(args)
+        report["environment"] = detect()
+    finally:
+        torch.set_num_threads(threads_before)
+    report["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    print_report(report)
+    if args.json is not None:
+        write_json(args.json, report)
+    return 0

@@ -21,21 +21,13 @@ from typing import Any
 import numpy as np
 
 from megatron_speech.errors import InputError
+from megatron_speech.token_layouts import LAYOUTS
 from preprocess.readers import source
 from preprocess.readers.base import BATCH_ROWS, Row, RowBatch, RowReader, RowRejected
 from preprocess.readers.flat import FlatFile, open_headerless, open_npy
 
 # In the order in which LLaSA's tools append them to a tokenizer that has none of them.
-SPECIALS = (
-    "<|TEXT_GENERATION_START|>",
-    "<|TEXT_GENERATION_END|>",
-    "<|TEXT_UNDERSTANDING_START|>",
-    "<|TEXT_UNDERSTANDING_END|>",
-    "<|SPEECH_GENERATION_START|>",
-    "<|SPEECH_GENERATION_END|>",
-    "<|SPEECH_UNDERSTANDING_START|>",
-    "<|SPEECH_UNDERSTANDING_END|>",
-)
+SPECIALS = LAYOUTS["llasa"].marks
 _FIRST_CODE = "<|s_0|>"
 _MEMMAP = re.compile(r".+_input_ids\.memmap")
 
