@@ -99,25 +99,31 @@ def collate(samples: Sequence[Sample], pad_to: int | None, pad_id: int) -> dict[
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def steps_of(turn: Sequence[Sequence[Sample]], setting: PeerSetting, seed: int) -> list[list[Sequence[Sample]]]:
+def steps_of(steps: Sequence[Sequence[Sample]], setting: PeerSetting, seed: int) -> list[list[Sequence[Sample]]]:
     """The samples of some optimizer steps as micro-batches, step by step.
 
-    Grouped by length, all samples of the turn are sorted as Trainer's sampler sorts a megabatch of 50 steps, and
-    shared out evenly: every step gets as many as another, give or take one, and the turn holds the same samples.
+    Grouped by length, samples are sorted within runs of 50 steps, as Trainer's sampler does it; the micro-batches are
+    then shuffled, so that every step and every turn has about as much to do, and shared out evenly.
     """
-    if setting.group_by_length:
-        from transformers.trainer_pt_utils import get_length_grouped_indices
+    if not setting.group_by_length:
+        return [[step[first : first + setting.rows] for first in range(0, len(step), setting.rows)] for step in steps]
+    from transformers.trainer_pt_utils import get_length_grouped_indices
 
-        samples = [sample for step in turn for sample in step]
-        order = get_length_grouped_indices(
-            [len(sample.input_ids) for sample in samples],
-            math.ceil(len(samples) / len(turn)),
-            mega_batch_mult=len(turn),
-            generator=torch.Generator().manual_seed(seed),
-        )
-        steps = [[samples[index] for index in part] for part in np.array_split(np.array(order), len(turn))]
-        turn = [step for step in steps if step]
-    return [[step[first : first + setting.rows] for first in range(0, len(step), setting.rows)] for step in turn]
+    samples = [sample for step in steps for sample in step]
+    generator = torch.Generator().manual_seed(seed)
+    order = get_length_grouped_indices(
+        [len(sample.input_ids) for sample in samples],
+        math.ceil(len(samples) / len(steps)),
+        mega_batch_mult=min(50, len(steps)),
+        generator=generator,
+    )
+    grouped = [
+        [samples[index] for index in order[first : first + setting.rows]]
+        for first in range(0, len(order), setting.rows)
+    ]
+    shuffled = torch.randperm(len(grouped), generator=generator).numpy()
+    shares = np.array_split(shuffled, min(len(steps), len(grouped)))
+    return [[grouped[index] for index in share] for share in shares]
 
 
 class PeerTrainer:

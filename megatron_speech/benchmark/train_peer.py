@@ -1,8 +1,9 @@
 """`megatron-speech benchmark train-peer RECIPE.yaml`: this project's trainer beside a `transformers` loop, in one run.
 
-Both start from the same weights of the same model (LLaMA, Qwen2 or Qwen3) and train on the same documents, step by
-step: every side is a process of its own, and they take turns of a few optimizer steps. What is compared is the time
-for equal work: of an SFT stage the learned (target) tokens per second, of a PT stage all tokens per second.
+All start from the same weights of the same model (LLaMA, Qwen2 or Qwen3) and train on the same documents: every side
+is a process of its own, and they take turns of a few optimizer steps. Step by step the documents are the same, but
+for the side that groups them by length: there they are the same over the whole run. Compared are the learned (target)
+tokens per second of an SFT stage, and all tokens per second of a PT stage.
 
     padded    SFT as LLaSA does it: every sample padded to seq_length, labels of -100 on the prompt, full logits
     dynamic   SFT, samples grouped by length and padded to the longest of the micro-batch; the fastest micro-batch
@@ -214,7 +215,7 @@ def _figures(race: Any, sides: list[_Side], warmup: int) -> dict[str, Any]:
 
     peers = sides[1:]
     stage, recipe = race.recipe.stages[0], race.recipe
-    # Every side trains the same samples in a turn: the first peer counts them.
+    # The first peer trains the samples that ours trains in the same turn, and counts them.
     work = peers[0].turns
     counted = "learned_tokens" if race.is_sft else "tokens"
     result: dict[str, Any] = {
@@ -235,31 +236,33 @@ def _figures(race: Any, sides: list[_Side], warmup: int) -> dict[str, Any]:
         "sides": {},
         "ratios": {},
     }
-    positions = {"ours": [race.steps * stage.global_batch_tokens] * len(work)}
-    positions |= {side.name: [turn["positions"] for turn in side.turns] for side in peers}
-    seconds: dict[str, dict[str, list[float]]] = {}
+    done = {"ours": [{**turn, "positions": race.steps * stage.global_batch_tokens} for turn in work]}
+    done |= {side.name: side.turns for side in peers}
     for side in sides:
-        seconds[side.name] = {
-            clock: [turn[f"{clock}_seconds"] for turn in side.turns[warmup:]] for clock in ("wall", "cpu")
-        }
         result["sides"][side.name] = {
             **{key: value for key, value in side.facts.items() if key != "ready"},
             **{
                 f"{counted}_per_{clock}_second": summary(
-                    [turn[counted] / value for turn, value in zip(work[warmup:], values, strict=True)]
+                    [
+                        mine[counted] / turn[f"{clock}_seconds"]
+                        for mine, turn in zip(done[side.name][warmup:], side.turns[warmup:], strict=True)
+                    ]
                 )
-                for clock, values in seconds[side.name].items()
+                for clock in ("wall", "cpu")
             },
-            "pad_fraction": 1 - result["data"]["tokens"] / sum(positions[side.name]),
+            "pad_fraction": 1
+            - sum(turn["tokens"] for turn in done[side.name]) / sum(turn["positions"] for turn in done[side.name]),
             "losses": [turn["loss"] for turn in side.turns],
         }
     result["sides"]["ours"]["setting"] = (
         f"{recipe.precision}, {stage.micro_batch_size} rows of {stage.seq_length} a micro-batch, packed"
     )
+    ours = result["sides"]["ours"]
     for side in peers:
+        theirs = result["sides"][side.name]
         result["ratios"][side.name] = {
-            clock: summary([b / a for a, b in zip(seconds["ours"][clock], seconds[side.name][clock], strict=True)])
-            for clock in ("wall", "cpu")
+            clock: summary([a / b for a, b in zip(ours[rate]["values"], theirs[rate]["values"], strict=True)])
+            for clock, rate in ((clock, f"{counted}_per_{clock}_second") for clock in ("wall", "cpu"))
         }
     return result
 

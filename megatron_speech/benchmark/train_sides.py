@@ -182,7 +182,7 @@ def train_dynamic(race: Race, connection: Connection) -> None:
 
     def sizes(samples_per_step: float) -> list[int]:
         alike = max(1, round(samples_per_step * share))  # as many tokens as one of our micro-batches
-        return [stage.micro_batch_size, alike, 2 * alike]
+        return [min(size, max(1, int(samples_per_step))) for size in (stage.micro_batch_size, alike, 2 * alike)]
 
     _train_peer(race, connection, sizes, pad_to=None)
 
@@ -203,14 +203,14 @@ SIDES: Mapping[str, Callable[[Race, Connection], None]] = {
 
 
 def _train_peer(
-    race: Race, connection: Connection, rows: Callable[[float], Sequence[int]], *, pad_to: int | None
+    race: Race, connection: Connection, sizes: Callable[[float], Sequence[int]], *, pad_to: int | None
 ) -> None:
     """The loop in its fastest setting here: precision, attention, and samples of a micro-batch.
 
     Args:
         race: what to train.
         connection: to the parent.
-        rows: samples per optimizer step → sizes of a micro-batch to try.
+        sizes: samples per optimizer step → sizes of a micro-batch to try.
         pad_to: as in PeerSetting; where it is None, samples are grouped by length.
     """
     import torch
@@ -231,7 +231,6 @@ def _train_peer(
     weights = torch.load(race.weights)
     made = list(zip(range(race.steps * race.turns), peer_samples(race), strict=False))
     samples = [step for _, step in made]
-    batches = [samples[first : first + race.steps] for first in range(0, len(samples), race.steps)]
 
     def trainer(setting: PeerSetting) -> PeerTrainer:
         model = transformers_model(recipe.model, space, stage.seq_length, setting.attention)
@@ -240,13 +239,13 @@ def _train_peer(
 
     candidates = [
         PeerSetting(size, pad_to, group_by_length=pad_to is None, bf16=bf16, attention=attention)
-        for size in sorted(set(rows(sum(map(len, samples)) / len(samples))))
+        for size in sorted(set(sizes(sum(map(len, samples)) / len(samples))))
         for bf16 in (True, False)
         for attention in ATTENTIONS
     ]
     limit = stage.global_batch_tokens
     seconds = {
-        setting: _trial(trainer(setting), steps_of(batches[0], setting, race.seed), limit) for setting in candidates
+        setting: _trial(trainer(setting), steps_of(samples, setting, race.seed), limit) for setting in candidates
     }
     chosen = min(seconds, key=lambda setting: seconds[setting])
     loop, turns = trainer(chosen), _Turns(race, connection)
@@ -255,16 +254,18 @@ def _train_peer(
         tried={setting.describe(): value for setting, value in seconds.items()},
         threads=torch.get_num_threads(),
     )
-    for number, turn in enumerate(batches):
+    steps = steps_of(samples, chosen, race.seed)
+    for first in range(0, len(steps), race.steps):
+        turn = steps[first : first + race.steps]
         losses, learned, positions = torch.zeros(()), 0, 0
-        for micro_batches in steps_of(turn, chosen, race.seed + number):
+        for micro_batches in turn:
             loss, count = loop.step(micro_batches)
             losses += loss * count
             learned += count
-            positions += sum(_positions(samples, chosen) for samples in micro_batches)
-        lengths = [len(sample.input_ids) for step in turn for sample in step]
+            positions += sum(_positions(rows, chosen) for rows in micro_batches)
+        lengths = [len(sample.input_ids) for step in turn for rows in step for sample in rows]
         turns.end(
-            last=number == race.turns - 1,
+            last=first + race.steps >= len(steps),
             loss=float(losses / learned),
             learned_tokens=learned,
             tokens=sum(lengths),
@@ -281,7 +282,7 @@ def _positions(samples: Sequence[Sample], setting: PeerSetting) -> int:
 
 
 def _trial(loop: Any, steps: Sequence[Sequence[Sequence[Sample]]], limit: int) -> float:
-    """CPU seconds per sample over micro-batches spread through a turn: about `limit` positions, after as many others.
+    """CPU seconds per sample over micro-batches spread through `steps`: about `limit` positions, after as many others.
 
     The loop is spent afterwards: it has trained.
     """
