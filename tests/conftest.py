@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Generator
 from pathlib import Path
 
 # Two test workers share two cores: one thread each. Set before torch is imported anywhere.
@@ -17,6 +19,16 @@ settings.register_profile("random", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, None, None]:
+    """Parallel groups end with the file of tests that brought them up: commands leave theirs to the process's end."""
+    yield
+    if (nextitem is None or nextitem.path != item.path) and "torch" in sys.modules:
+        from megatron_speech.parallel import groups
+
+        groups.destroy()
 
 
 @pytest.fixture(scope="session")
