@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from torch import Tensor
 
 from megatron_speech.training.masters import Master
+from megatron_speech.training.ranges import Parameters, Range
 
 PREFIX = "ema"
 """What the average of a parameter has before the parameter's key in a checkpoint."""
@@ -29,18 +29,11 @@ class Ema:
     Args:
         decay: d above.
         owned: this rank's masters.
-        parameters: all trained parameters of this rank's model chunks, in the same order on all data-parallel ranks.
-        group: the ranks that share the masters of a parameter among them (distributed optimizer); None: each holds
-            them whole.
     """
 
-    def __init__(
-        self, decay: float, owned: list[Master], parameters: list[Tensor], group: torch.distributed.ProcessGroup | None
-    ) -> None:
+    def __init__(self, decay: float, owned: list[Master]) -> None:
         self.decay = decay
         self._owned = owned
-        self._parameters = parameters
-        self._group = group
         self._averages = [master.values.detach().clone() for master in owned]
         # On the device, since only there it is known whether a step was skipped. float64 counts exactly.
         self._updates = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
@@ -90,46 +83,22 @@ class Ema:
 
     # ---- checkpoints
 
-    @torch.no_grad()
-    def sharded_state(self, model_state: ShardedStateDict, *, is_loading: bool) -> dict[str, Any]:
-        """The average as megatron-core shards the parameters, readable under any layout. A collective.
+    def ranges(self, parameters: Parameters, written: list[bool]) -> list[Range]:
+        """The average as this rank holds it, to be saved or to be filled by a load.
 
         Args:
-            model_state: sharded state of the model chunks.
-            is_loading: give places to be filled instead of values.
+            parameters: how those of the chunks are sharded.
+            written: for each master whether this rank writes it.
         """
-        tensors, _ = extract_sharded_tensors_and_factories(model_state)
-        of_parameter = {id(sharded.data): sharded for sharded in nested_values(tensors)}
-        places = {id(master.parameter): number for number, master in enumerate(self._owned)}
-        whole = {}
-        for number, parameter in enumerate(self._parameters):
-            place = places.get(id(parameter))
-            if is_loading:
-                values = torch.empty(parameter.shape, dtype=torch.float32)
-            elif self._group is None:
-                values = self._averages[places[id(parameter)]]
-            else:
-                values = self._gather(parameter, place)
-            whole[number] = make_sharded_optimizer_tensor(of_parameter[id(parameter)], values, PREFIX)
-        return {"values": whole, "updates": self._updates.cpu()}
+        return [
+            Range(PREFIX, parameters[id(master.parameter)], master.start, average, own)
+            for master, average, own in zip(self._owned, self._averages, written, strict=True)
+        ]
 
-    def _gather(self, parameter: Tensor, place: int | None) -> Tensor:
-        """The average of a whole parameter, on the CPU, from the ranges that the ranks of the group hold."""
-        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        if place is not None:
-            start = self._owned[place].start
-            whole[start : start + self._averages[place].numel()] = self._averages[place]
-        torch.distributed.all_reduce(whole, group=self._group)
-        return whole.view(parameter.shape).cpu()
-
-    @torch.no_grad()
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what a load has filled in."""
-        numbers = {id(parameter): number for number, parameter in enumerate(self._parameters)}
-        for average, master in zip(self._averages, self._owned, strict=True):
-            whole = state["values"][numbers[id(master.parameter)]].reshape(-1)
-            average.view(-1).copy_(whole[master.start : master.start + average.numel()])
-        self._updates.copy_(state["updates"])
+    @property
+    def updates(self) -> Tensor:
+        """How many the average has seen: a float64 scalar on the device, to be saved and set."""
+        return self._updates
 
 
 def averaged_state(model_state: ShardedStateDict, saved: set[str]) -> ShardedStateDict:

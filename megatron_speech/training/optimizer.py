@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     AdamOptimizerConfig,
@@ -23,8 +24,9 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron_speech.training.ema import Ema
 from megatron_speech.training.freezing import FrozenRows, without_table_decay
 from megatron_speech.training.masters import masters
-from megatron_speech.training.optimizer_state import load_values, sharded_places, sharded_values
+from megatron_speech.training.optimizer_state import set_step_count, state_ranges, step_count, writers
 from megatron_speech.training.parameters import group_overrides, parameter_rules
+from megatron_speech.training.ranges import Range, parameters_of
 from megatron_speech.training.recipe import Recipe, StageConfig
 
 
@@ -61,13 +63,11 @@ class Optimizer:
         self.clip_grad = section.clip_grad
         self._parts: list[MegatronOptimizer] = optimizer.chained_optimizers
         self._use_fused_kernel()
-        self._trained = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
         self._owned = [master for part in self._parts for master in masters(part, chunks)]
         self._frozen_rows = FrozenRows(frozen_ids, self._owned, models, rules) if frozen_ids else None
         self.ema: Ema | None = None
         if recipe.ema is not None:
-            sharing = self._parts[0].data_parallel_group if recipe.parallel.distributed_optimizer else None
-            self.ema = Ema(recipe.ema.decay, self._owned, self._trained, sharing)
+            self.ema = Ema(recipe.ema.decay, self._owned)
         # Which parameters count in the norm never changes: not the copies that tensor-parallel ranks share,
         # nor the tied head that another pipeline stage holds too.
         self._normed = [
@@ -141,36 +141,36 @@ class Optimizer:
         """Drop the parameters' gradients; the DDP buffers are zeroed by their owner."""
         self.core.zero_grad(set_to_none=True)
 
-    @torch.no_grad()
-    def sharded_state(
-        self, model_state: Any, metadata: dict[str, Any], *, is_loading: bool, with_ema: bool = True
-    ) -> dict[str, Any]:
-        """megatron-core's sharded state and the moving average: to save, or the places that a load will fill.
+    def ranges(self, model_state: ShardedStateDict, *, with_ema: bool = True) -> list[Range]:
+        """Moments, master weights and moving average as this rank holds them: to save, or for a load to fill.
 
         Args:
             model_state: sharded state of the model chunks.
-            metadata: megatron-core's, how a distributed optimizer is to be sharded.
-            is_loading: places instead of values.
             with_ema: False: the checkpoint to be loaded has no moving average.
         """
         (part,) = self._parts
-        if is_loading:
-            core = sharded_places(self._trained, model_state, masters=self.core.config.bf16)
-        else:
-            core = sharded_values(part, self._owned, model_state, metadata)
-        state: dict[str, Any] = {"core": core}
+        parameters = parameters_of(model_state)
+        ranges = state_ranges(part, self._owned, parameters)
         if self.ema is not None and with_ema:
-            state["ema"] = self.ema.sharded_state(model_state, is_loading=is_loading)
-        return state
+            ranges += self.ema.ranges(parameters, writers(part, self._owned))
+        return ranges
+
+    def counts(self) -> dict[str, Any]:
+        """What is saved beside the ranges, the same on all ranks. A collective."""
+        (part,) = self._parts
+        counts: dict[str, Any] = {"core": {"step": step_count(part, self._owned)}}
+        if self.ema is not None:
+            counts["ema"] = {"updates": self.ema.updates.cpu()}
+        return counts
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what a load filled in; :meth:`start_stage` follows. In-place writes on parameters: no grad."""
+    def set_counts(self, counts: dict[str, Any]) -> None:
+        """After a load has filled the ranges; :meth:`start_stage` follows."""
         (part,) = self._parts
-        load_values(part, self._owned, self._trained, state["core"])
+        set_step_count(part, self._owned, int(counts["core"]["step"]))
         if self.ema is not None:
-            if "ema" in state:
-                self.ema.load_state(state["ema"])
+            if "ema" in counts:
+                self.ema.updates.copy_(counts["ema"]["updates"])
             else:  # of a checkpoint of a run that kept none
                 self.ema.restart()
 

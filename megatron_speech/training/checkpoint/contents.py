@@ -16,13 +16,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedState
 
 from megatron_speech.training.optimizer import Optimizer
 
-# Sharding of a distributed optimizer's state that loads under another data-parallel size; and every layer under a key
-# of its own, since a frozen one has no optimizer state beside it.
-METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-    "non_homogeneous_layers": True,
-}
+# Every layer under a key of its own, since a frozen one has no optimizer state beside it.
+METADATA = {"non_homogeneous_layers": True}
 
 
 @contextlib.contextmanager
@@ -35,10 +30,10 @@ def quiet() -> Iterator[None]:
 
 
 def run_state(chunks: list[Any], optimizer: Optimizer | None, state: dict[str, Any]) -> ShardedStateDict:
-    """Everything that a run continues from; a collective with a sharded optimizer."""
+    """Everything that a run continues from, but for the ranges that its optimizer holds. A collective."""
     contents = model_state(chunks)
     if optimizer is not None:
-        contents["optimizer"] = optimizer.sharded_state(merged(contents), METADATA, is_loading=False)
+        contents["optimizer"] = optimizer.counts()
     contents["rng"] = ShardedObject("rng", rng_state(), (dist.get_world_size(),), (dist.get_rank(),))
     contents["state"] = state
     return contents

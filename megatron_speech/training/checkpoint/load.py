@@ -8,9 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
 from megatron_speech.errors import InputError
 from megatron_speech.model.builder import SpeechGPTModel, build_model
@@ -18,7 +16,6 @@ from megatron_speech.model.config import ModelConfig
 from megatron_speech.parallel import groups
 from megatron_speech.token_space import TokenSpace
 from megatron_speech.training.checkpoint.contents import (
-    METADATA,
     load_model_state,
     merged,
     model_state,
@@ -29,6 +26,7 @@ from megatron_speech.training.checkpoint.extra_state import only_saved_extra_sta
 from megatron_speech.training.checkpoint.store import CheckpointInfo, find_damage, find_latest, read_info
 from megatron_speech.training.ema import averaged_state
 from megatron_speech.training.optimizer import Optimizer
+from megatron_speech.training.ranges import missing_key, read_ranges
 from megatron_speech.training.remote import fetch_checkpoint, is_url
 
 
@@ -40,16 +38,15 @@ def load_checkpoint(info: CheckpointInfo, *, chunks: list[Any], optimizer: Optim
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     contents = model_state(chunks)
-    contents["optimizer"] = optimizer.sharded_state(
-        merged(contents), METADATA, is_loading=True, with_ema=has_average(info)
-    )
+    ranges = optimizer.ranges(merged(contents), with_ema=has_average(info))
     same_layout = info.fields["layout"]["world_size"] == world
     if same_layout:
         contents["rng"] = ShardedObject("rng", None, (world,), (rank,))
     with quiet():
         loaded = dist_checkpointing.load(only_saved_extra_state(contents, chunks, info.path), str(info.path))
     load_model_state(chunks, loaded)
-    optimizer.load_state(loaded["optimizer"])
+    read_ranges(info.path, ranges)
+    optimizer.set_counts(loaded["optimizer"])
     if same_layout:
         restore_rng_state(loaded["rng"])
     state = loaded["state"]
@@ -63,16 +60,12 @@ def load_moments(info: CheckpointInfo, *, chunks: list[Any], optimizer: Optimize
     Returns:
         What the checkpoint lacks of it, then nothing is loaded; None: nothing.
     """
-    contents = model_state(chunks)
-    places = optimizer.sharded_state(merged(contents), METADATA, is_loading=True, with_ema=False)
-    with quiet():
-        saved = dist_checkpointing.load_tensors_metadata(str(info.path))
-        tensors, _ = extract_sharded_tensors_and_factories(places)
-        missing = sorted({value.key for value in nested_values(tensors)} - set(saved))
-        if missing:
-            return missing[0]
-        loaded = dist_checkpointing.load({"optimizer": places}, str(info.path))
-    optimizer.load_state(loaded["optimizer"])
+    ranges = optimizer.ranges(merged(model_state(chunks)), with_ema=False)
+    missing = missing_key(info.path, ranges)
+    if missing is not None:
+        return missing
+    read_ranges(info.path, ranges)
+    optimizer.set_counts(dist_checkpointing.load_common_state_dict(str(info.path))["optimizer"])
     return None
 
 

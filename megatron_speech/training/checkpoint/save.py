@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_speech.model.config import ModelConfig
 from megatron_speech.token_space import TokenSpace
-from megatron_speech.training.checkpoint.contents import model_state, run_state
+from megatron_speech.training.checkpoint.contents import merged, model_state, run_state
 from megatron_speech.training.checkpoint.store import CheckpointInfo, checkpoint_name, point_link, read_info
 from megatron_speech.training.checkpoint.writing import HostBuffers, PlannedSave, Sharing, plan_save, write_save
 from megatron_speech.training.optimizer import Optimizer
@@ -103,7 +103,8 @@ class CheckpointSaver:
         asked = time.perf_counter()
         self._join()
         started = time.perf_counter()
-        planned = plan_save(run_state(chunks, optimizer, state), self._sharing, self._buffers)
+        contents = run_state(chunks, optimizer, state)
+        planned = plan_save(contents, self._sharing, self._buffers, optimizer.ranges(merged(contents)))
         described = describe_run(self._recipe, fields)
         final = self.directory / checkpoint_name(fields["step"])
         if self._buffers is None:
@@ -217,7 +218,9 @@ def save_checkpoint(
         OSError: it could not be written.
     """
     final = directory / checkpoint_name(fields["step"])
-    planned = plan_save(run_state(chunks, optimizer, state), Sharing(), None)
+    contents = run_state(chunks, optimizer, state)
+    ranges = [] if optimizer is None else optimizer.ranges(merged(contents))
+    planned = plan_save(contents, Sharing(), None, ranges)
     _raise(write_save(planned, final, described=describe_run(recipe, fields), space=space, recipe=recipe, group=None))
     return final
 

@@ -11,11 +11,12 @@ The format is megatron-core's torch_dist; its own writer starts processes for ea
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -47,6 +48,7 @@ from megatron_speech.files import fsync_path, write_json
 from megatron_speech.token_space import TokenSpace
 from megatron_speech.training.checkpoint.contents import METADATA, quiet
 from megatron_speech.training.checkpoint.store import FORMAT_VERSION
+from megatron_speech.training.ranges import Range, write_items
 from megatron_speech.training.recipe import Recipe
 
 
@@ -145,7 +147,9 @@ class PlannedSave:
         return self.data[item.index]
 
 
-def plan_save(contents: ShardedStateDict, sharing: Sharing, buffers: HostBuffers | None) -> PlannedSave:
+def plan_save(
+    contents: ShardedStateDict, sharing: Sharing, buffers: HostBuffers | None, ranges: Sequence[Range] = ()
+) -> PlannedSave:
     """Find out what this rank writes, and take it out of the model's hands. A collective.
 
     Args:
@@ -153,6 +157,7 @@ def plan_save(contents: ShardedStateDict, sharing: Sharing, buffers: HostBuffers
         sharing: of all saves of this run.
         buffers: where the shards are copied to; None: the save reads the model's own, which must not change until
             it has been written.
+        ranges: of flattened parameters, what this rank's optimizer holds.
     """
     contents["content_metadata"] = dict(METADATA)  # what megatron-core looks up when it loads
     with quiet():
@@ -163,6 +168,9 @@ def plan_save(contents: ShardedStateDict, sharing: Sharing, buffers: HostBuffers
         planner.set_up_planner(mcore_to_pyt_state_dict(main_replicas, False), is_coordinator=dist.get_rank() == 0)
         plan = planner.create_local_plan()
         data: dict[MetadataIndex, Any] = {item.index: planner.resolve_data(item) for item in plan.items}
+        items, values = write_items(ranges)
+        plan = dataclasses.replace(plan, items=[*plan.items, *items])
+        data.update(values)
     tensors = {item.index: data[item.index] for item in plan.items if item.type != WriteItemType.BYTE_IO}
     if buffers is not None:
         data.update(buffers.copy(tensors))
