@@ -1,4 +1,4 @@
-"""AdamW's state in a checkpoint: by parameter, in ranges of it, the same whatever layout and kind of optimizer wrote it.
+"""AdamW's state in a checkpoint: ranges of each parameter, the same whatever layout and kind of optimizer wrote it.
 
     optimizer.state.exp_avg.KEY  optimizer.state.exp_avg_sq.KEY  optimizer.state.fp32_param.KEY (masters of bf16)
 

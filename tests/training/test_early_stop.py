@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from toy_runs import copy_until, read_metrics, toy_recipe, train, without_timing, write_recipe
 
+from megatron_speech.training.checkpoint import save
 from megatron_speech.training.early_stop import EarlyStop
 from megatron_speech.training.optimizer_config import EarlyStopConfig
+from megatron_speech.training.trainer import Trainer
 
 
 @given(
@@ -76,6 +80,32 @@ def test_a_continued_run_ends_the_stage_at_the_same_step(stopped: tuple[Path, Pa
     assert train(recipe, copy) == 0
     assert without_timing(read_metrics(copy)) == without_timing(read_metrics(run))
     assert train(recipe, copy) == 0  # finished: nothing to do
+
+
+def test_a_checkpoint_that_is_written_late_tells_of_its_own_moment(
+    stopped: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of step 10 reaches the disk when the stage has ended at step 12, and knows nothing of that."""
+    ended = threading.Event()
+    write, log_interval = save.write_save, Trainer._log_interval
+
+    def held(planned: Any, final: Path, **named: Any) -> str | None:
+        if final.name == "step_00000010":
+            assert ended.wait(60)
+        return write(planned, final, **named)
+
+    def told(trainer: Trainer, index: int, *rest: Any) -> None:
+        log_interval(trainer, index, *rest)
+        if trainer._ended:
+            ended.set()
+
+    monkeypatch.setattr(save, "write_save", held)
+    monkeypatch.setattr(Trainer, "_log_interval", told)
+    recipe, run = stopped
+    assert train(recipe, tmp_path / "run") == 0
+    for folder in (run, tmp_path / "run"):
+        fields = json.loads((folder / "checkpoints" / "step_00000010" / "checkpoint.json").read_text())
+        assert fields["ended_early"] == {} and not fields["stage_ended"]
 
 
 def test_a_new_patience_may_be_given_to_a_running_stage(stopped: tuple[Path, Path], tmp_path: Path) -> None:

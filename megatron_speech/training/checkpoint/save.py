@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -105,7 +106,7 @@ class CheckpointSaver:
         started = time.perf_counter()
         contents = run_state(chunks, optimizer, state)
         planned = plan_save(contents, self._sharing, self._buffers, optimizer.ranges(merged(contents)))
-        described = describe_run(self._recipe, fields)
+        described = copy.deepcopy(describe_run(self._recipe, fields))  # of now; what it names may change meanwhile
         final = self.directory / checkpoint_name(fields["step"])
         if self._buffers is None:
             self._write(planned, final, described, started, None)
