@@ -320,12 +320,12 @@ class Trainer:
                 validate = validator is not None and (_every(step, recipe.validation.interval_steps) or ended)
                 save = self._checkpoints.due(stage, step, self.position.stage_step) or ended
                 if (log or validate or save) and self._went_back():
-                    return True
+                    return self._leave_after_going_back(index, meter, validator)
                 if log:
                     self._log_interval(index, meter, norm)
                 stop = self._safety.stop_agreed(step)
                 if stop and self._went_back():
-                    return True
+                    return self._leave_after_going_back(index, meter, validator)
                 save = save or stop
                 self._checkpoints.speak()
                 if validate or save:
@@ -529,6 +529,13 @@ class Trainer:
         guard.load_state(state.get("spikes") if begun else None)
         guard.rewinds = rewinds
         tell_of_rewind(info, verdict, self.recipe, self._ended, self._log)
+
+    def _leave_after_going_back(self, index: int, meter: LossMeter, validator: Validator | None) -> bool:
+        """A stage whose last step was stepped over ends with a checkpoint like any other; True. A collective."""
+        if self.position.stage_index != index:
+            with self._safety.progress.doing("ending the stage"):
+                self._save(index, meter, self._validate(validator) if validator is not None else {})
+        return True
 
     def _meter(self, stage: StageConfig, data: StageData) -> LossMeter:
         counts = parallel_state.get_context_parallel_rank() == 0

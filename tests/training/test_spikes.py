@@ -261,6 +261,28 @@ def test_going_back_takes_the_state_of_the_checkpoint_and_a_continued_run_goes_b
         assert torch.equal(weights_of(checkpoint_of(never, step)), weights_of(checkpoint_of(run, step)))
 
 
+@pytest.mark.parametrize(("last", "stage_steps"), [(18, "512"), (23, "2560")])
+def test_a_stage_whose_last_step_is_stepped_over_ends_with_a_checkpoint(
+    recipe_file: Path, tmp_path: Path, spoil: Callable[..., None], last: int, stage_steps: str
+) -> None:
+    """Of the first stage, and of the last one: then the run is finished, and stays so."""
+    spoil(dict.fromkeys(range(last - 2, last + 1), math.nan))
+    run = tmp_path / "run"
+    overrides = ("validation.interval_steps=4", f"stages.sft.tokens={stage_steps}")
+    assert train(recipe_file, run, *overrides) == 0
+    (back,) = [line for line in read_metrics(run) if line.get("split") == "rewound"]
+    assert back["step"] == last
+    fields = json.loads((checkpoint_of(run, last) / "checkpoint.json").read_text())
+    assert fields["stage_ended"] and fields["validation"]["loss"] > 0
+    assert torch.equal(weights_of(checkpoint_of(run, last)), weights_of(run / "checkpoints" / back["checkpoint"]))
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("finished", 18 + int(stage_steps) // 512)
+    lines = read_metrics(run)
+    continued = copy_until(run, tmp_path / "copy", last)
+    assert train(recipe_file, continued, *overrides) == 0
+    assert without_timing(read_metrics(continued)) == without_timing(lines)
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
