@@ -58,10 +58,10 @@ def check_samples(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def choose_canaries(recordings: list[dict[str, Any]], per_language: int) -> list[dict[str, Any]]:
+def choose_canaries(recordings: list[dict[str, Any]], per_language: int, takes: int = 1) -> list[dict[str, Any]]:
     """What the evaluation says: held-out recordings' transcripts, in voices given by other held-out recordings.
 
-    Words are taken in turn, so that a few canaries cover as many transcripts as they can.
+    Words are taken in turn, so that a few canaries cover as many transcripts as they can. Each is said `takes` times.
     """
     by_language: dict[str, list[dict[str, Any]]] = defaultdict(list)
     by_speaker: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
@@ -86,7 +86,7 @@ def choose_canaries(recordings: list[dict[str, Any]], per_language: int) -> list
                 "text": row["transcript"],
                 "language": language,
                 "category": str(row.get("dataset_source") or "general"),
-                "seeds": [number],
+                "seeds": [number + 1000 * take for take in range(takes)],
                 "original_audio": row["wav_path"],
             }
             if others and row.get("speaker_id"):
@@ -110,8 +110,12 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="your samples.jsonl; without it a corpus is synthesised")
     parser.add_argument("--minutes", type=float, default=5.5, help="of training, both stages together (5.5)")
     parser.add_argument("--utterances", type=int, default=1800, help="to synthesise (1800)")
-    parser.add_argument("--canaries", type=int, default=20, help="utterances per language in the report (20)")
+    parser.add_argument("--canaries", type=int, default=40, help="held-out texts per language in the report (40)")
+    parser.add_argument("--takes", type=int, default=3, help="times that each is spoken, with other seeds (3)")
     args = parser.parse_args()
+    for name in ("canaries", "takes"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} is {getattr(args, name)}; needed: 1 or more")
     if args.minutes <= 0:
         raise InputError(f"--minutes is {args.minutes:g}; needed: more than 0")
     if args.data is not None:
@@ -179,7 +183,7 @@ def main() -> int:
     if length == LONGEST_SEQUENCE:
         overrides.append("stages.sft.packing.oversize=drop")
     data = load_recipe(recipe, overrides).data
-    canaries = choose_canaries(held_out_recordings(out / "codes", speech, data), args.canaries)
+    canaries = choose_canaries(held_out_recordings(out / "codes", speech, data), args.canaries, args.takes)
     if not canaries:
         raise InputError(
             f"none of the recordings of {samples} was held out for evaluation ({data.validation_fraction:.0%} of them "
@@ -195,7 +199,7 @@ def main() -> int:
         OMP_NUM_THREADS="1",
     )
     road.step(
-        f"Speak and listen: {len(canaries)} canaries",
+        f"Speak and listen: {len(canaries)} canaries × {args.takes}",
         megatron_speech(
             *("evaluate", "--checkpoint", out / "run", "--canaries", out / "canaries.yaml"),
             *("--run", out / "run", "--output-dir", out / "report"),
