@@ -138,6 +138,7 @@ class PackedSequences(PackedSeqParams):
     label_smoothing: float = 0.0  # of those losses; see `ops.cross_entropy`
     z_loss: float = 0.0
     logit_rows: Tensor | None = None  # [R] int64: tokens whose logits are wanted, None for all
+    head_rows: Tensor | None = None  # whichever of the two the head will read, set by the model
     layout: PaddedLayout | None = None
     segments: Tensor | None = None  # [n, 2] int64, first token and length of each document: for `ops.cpu_layers`
     kv_cache: KVCache | None = None

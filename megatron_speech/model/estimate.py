@@ -34,7 +34,8 @@ queries that share keys are there twice (+ q/t): projected and in rows of their 
 drops what is kept within the parts that it names: of mlp 3f/t, of core_attn the log-sums alone, since queries, keys,
 values and output are its neighbours' too. A pipeline rank holds the layers of several micro-batches at once: rank r of
 p stages min(m, p - r) of m under 1F1B, and min(m·v, 2(p - r - 1) + (v - 1)·p + 1) pieces under the interleaved
-schedule with v pieces a rank.
+schedule with v pieces a rank. Of the T - R positions without loss the last layer does not keep what belongs to its MLP
+and to the last norm, a·(3h + 3f/t) + 8 bytes, where it leaves them out (`specs.LastLayer`).
 
 **FLOPs** per token are those of :meth:`ModelConfig.flops_per_token`, and recomputation beside them.
 """
@@ -223,10 +224,22 @@ def memory(config: ModelConfig, vocab_size: int, layout: Layout, stage: int = 0)
     activations = in_flight(layout, stage) * kept + positions * again
     head = 0.0
     if last in pieces:
+        activations -= positions * (1.0 - layout.learned) * _left_out(config, layout)
         activations += positions * (a * h + 4) / (layout.tensor if layout.sequence_parallel else 1)
         head = _head_bytes(vocab_size, layout, h, positions)
     activations += positions * 4 * config.kv_channels  # cosines and sines
     return Memory(parameters, weights, 4.0 * parameters, float(states) * parameters / sharers, activations, head)
+
+
+def _left_out(config: ModelConfig, layout: Layout) -> float:
+    """Bytes that the last layer's MLP and the last norm do not keep of a position without loss."""
+    if layout.precision == "fp8" or layout.context > 1 or layout.sequence_parallel or layout.split[-1] == 0:
+        return 0.0
+    norm = layout.activation_bytes * config.hidden_size + 4.0
+    if layout.recompute.mode == "full" and (layout.recompute.layers or layout.split[-1]) >= layout.split[-1]:
+        return norm
+    mlp = 0.0 if "mlp" in layout.recompute.parts else 3 * config.ffn_hidden_size / layout.tensor
+    return norm + layout.activation_bytes * (2 * config.hidden_size + mlp) + 4.0
 
 
 def _head_bytes(vocab_size: int, layout: Layout, hidden: int, positions: float) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_speech.model.attention import PackedSequences, rotary_tables
 from megatron_speech.model.config import ModelConfig
+from megatron_speech.model.specs import LastLayer
 from megatron_speech.ops.cross_entropy import LinearLoss, linear_cross_entropy
 
 
@@ -57,6 +58,8 @@ class SpeechGPTModel(GPTModel):
         """
         if not isinstance(packed_seq_params, PackedSequences):
             raise TypeError("SpeechGPTModel needs packed_seq_params: a PackedSequences of the micro-batch")
+        packed = packed_seq_params
+        packed.head_rows = packed.logit_rows if labels is None else packed.loss_rows
         result: Tensor | LinearLoss = super().forward(
             input_ids, position_ids, attention_mask, labels=labels, packed_seq_params=packed_seq_params
         )
@@ -110,16 +113,16 @@ class SpeechGPTModel(GPTModel):
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
         else:
             hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=group)
-        hidden_TH = hidden_states.squeeze(1)
+        rows, hidden_RH = packed_seq_params.head_rows, hidden_states.squeeze(1)
+        if rows is not None and not (self.decoder.layers and isinstance(self.decoder.layers[-1], LastLayer)):
+            hidden_RH = hidden_RH.index_select(0, rows)
         if labels is None:
-            return self._logits(hidden_TH, table_VH, packed_seq_params.logit_rows)
-        labels_T, rows = labels.reshape(-1), packed_seq_params.loss_rows
-        if rows is not None:
-            hidden_TH, labels_T = hidden_TH.index_select(0, rows), labels_T.index_select(0, rows)
+            return self._logits(hidden_RH, table_VH)
+        labels_T = labels.reshape(-1)
         return linear_cross_entropy(
-            hidden_TH,
+            hidden_RH,
             table_VH,
-            labels_T,
+            labels_T if rows is None else labels_T.index_select(0, rows),
             packed_seq_params.row_weights,
             vocab_size=self.valid_vocab_size,
             label_smoothing=packed_seq_params.label_smoothing,
@@ -127,10 +130,8 @@ class SpeechGPTModel(GPTModel):
             group=group if group.size() > 1 else None,
         )
 
-    def _logits(self, hidden_TH: Tensor, table_VH: Tensor, rows: Tensor | None) -> Tensor:
-        if rows is not None:
-            hidden_TH = hidden_TH.index_select(0, rows)
-        logits = gather_from_tensor_model_parallel_region(hidden_TH @ table_VH.t(), group=self.pg_collection.tp)
+    def _logits(self, hidden_RH: Tensor, table_VH: Tensor) -> Tensor:
+        logits = gather_from_tensor_model_parallel_region(hidden_RH @ table_VH.t(), group=self.pg_collection.tp)
         logits = logits.float()
         if self.valid_vocab_size < logits.shape[-1]:
             if logits.requires_grad:  # autograd lets nobody write into what the gathering returned

@@ -9,9 +9,11 @@ Weights have the same names and initial values in both, and a checkpoint of one 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -19,9 +21,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
 
 from megatron_speech.errors import InputError
-from megatron_speech.model.attention import PackedSdpaAttention
+from megatron_speech.model.attention import PackedSdpaAttention, PackedSequences
 from megatron_speech.model.execution import Precision
 from megatron_speech.model.norm import RMSNorm, SwiGLU
 
@@ -94,9 +98,27 @@ def block_spec(core: TransformerConfig, backend: BackendName, vp_stage: int | No
     """The layers of this rank's chunk `vp_stage` of the model, and its last norm."""
     layer, norm = (_te_layer if backend == "te" else _torch_layer)(core)
     layer.submodules.mlp.submodules.activation_func = SwiGLU
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(core, vp_stage=vp_stage), layer_norm=norm
-    )
+    layers = [layer] * get_num_layers_to_build(core, vp_stage=vp_stage)
+    has_head = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+    # Sequence parallelism leaves a rank with a part of the rows, and FP8 wants their number round.
+    if layers and has_head and backend == "torch" and not core.sequence_parallel:
+        layers[-1] = replace(layer, module=LastLayer)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+class LastLayer(TransformerLayer):
+    """The layer below the head: behind its attention it goes on with the rows that the head will read, and no others.
+
+    Nobody attends to its output, so in SFT the prompt and the padding need nothing of its MLP.
+    """
+
+    def _forward_attention(
+        self, *arguments: Any, packed_seq_params: PackedSequences | None = None, **named: Any
+    ) -> tuple[Tensor, Any]:
+        assert packed_seq_params is not None
+        hidden, context = super()._forward_attention(*arguments, packed_seq_params=packed_seq_params, **named)
+        rows = packed_seq_params.head_rows
+        return hidden if rows is None else hidden.index_select(0, rows), context
 
 
 def _torch_layer(core: TransformerConfig) -> tuple[ModuleSpec, Any]:

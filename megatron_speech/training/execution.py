@@ -35,6 +35,13 @@ class Execution:
         split = layer_split(recipe.model, space.padded_size, _longest(recipe), recipe.parallel.pipeline_layout)
         return cls(recipe, space.size, backend, split)
 
+    @property
+    def top_of_learned(self) -> bool:
+        """Whether the last layer's MLP runs for learned tokens alone, see :class:`specs.LastLayer`."""
+        parallel = self.recipe.parallel
+        whole_rows = not (parallel.sequence_parallel and parallel.tensor > 1)
+        return self.backend.name == "torch" and whole_rows and self.split[-1] > 0
+
     def build(self, space: TokenSpace) -> list[SpeechGPTModel]:
         """This rank's model chunks."""
         recipe = self.recipe

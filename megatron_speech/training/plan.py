@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_speech.errors import InputError
 from megatron_speech.model.estimate import GIB, Layout, Memory, divided, remedies, worst
+from megatron_speech.model.execution import RecomputeConfig
 from megatron_speech.training.recipe import Recipe, StageConfig
 
 if TYPE_CHECKING:
@@ -133,6 +135,11 @@ def lines(
         f"memory of the fullest rank, at least {found.total / GIB:.2f}{of} GiB (stage {stage.name}): "
         f"{found.describe()}; {found.parameters / 1e6:.2f} M parameters"
     ]
+    if recipe.recompute.mode != "none":
+        without = worst(recipe.model, vocab_size, replace(layout, recompute=RecomputeConfig()))
+        said.append(
+            f"recomputation: activations {found.activations / GIB:.3g} GiB, {without.activations / GIB:.3g} without it"
+        )
     split = layout.split
     flops = [recipe.model.flops_per_token(reach, vocab_size) for reach in reaches]
     again = [recipe.recompute.flops_per_token(recipe.model, reach, split) for reach in reaches]

@@ -480,6 +480,7 @@ class Trainer:
                 reach=self.stages[index].reach,
                 processes=self.world_size,
                 peak_tflops=peak,
+                top_of_learned=self.execution.top_of_learned,
             ),
             "memory_gib": memory_gib(),
             "slowest_rank": slowest.rank,

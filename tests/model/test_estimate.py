@@ -1,5 +1,7 @@
 """Estimates of one process against what is really kept; published sizes; remedies that help."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -60,11 +62,12 @@ def test_parameters_are_those_of_the_built_model(fields):
     assert rank_parameters(config, VOCAB, layout) == sum(p.numel() for p in model.parameters())
 
 
-def kept_for_backward(config, precision, recompute):
+def kept_for_backward(config, precision, recompute, learned=1.0):
     """Bytes of all that autograd keeps of a forward pass, parameters and what came from outside aside."""
     (model,) = build_model(config, VOCAB, precision=precision, recompute=recompute)
     ids = torch.randint(0, VOCAB, (1, POSITIONS))
-    packed = PackedSequences.build(torch.tensor([0, 100, POSITIONS]), loss_weights=torch.ones(POSITIONS))
+    weights = (torch.arange(POSITIONS) < learned * POSITIONS).float()
+    packed = PackedSequences.build(torch.tensor([0, 100, POSITIONS]), loss_weights=weights)
     outside = [*model.parameters(), ids, packed.position_ids, packed.loss_rows, packed.segments]
     outside = {tensor.untyped_storage().data_ptr() for tensor in outside}
     found = {}
@@ -100,6 +103,11 @@ def test_activations_are_what_autograd_keeps(fields, precision):
             # Labels, indices of rows and the like besides: under 64 bytes a position.
             estimate = memory(two, VOCAB, divided(two, VOCAB, POSITIONS, layout)).activations
             assert 0 <= kept[0] - estimate <= 64 * POSITIONS
+        # What is not learned goes no further than the last layer's attention.
+        quarter = replace(divided(two, VOCAB, POSITIONS, layout), learned=0.25)
+        whole, less = (memory(two, VOCAB, replace(quarter, learned=share)).activations for share in (1.0, 0.25))
+        found = kept[0] - kept_for_backward(two, precision, recompute, learned=0.25)
+        assert found == whole - less
 
 
 def test_a_micro_batch_twice_as_large_keeps_twice_as_much():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,8 @@ def test_a_run_tells_what_it_runs_on_and_what_it_recomputes(
     out = capsys.readouterr().out
     assert "layers run on torch (model.backend: torch)" in out
     assert "recompute full: 2 of 2 layers are computed again in the backward pass, +" in out
+    spared = re.search(r"recomputation: activations (.*) GiB, (.*) without it", out)
+    assert spared and 0 < float(spared[1]) < float(spared[2])
     recorded = json.loads((tmp_path / "full" / "environment.json").read_text())["model"]
     assert recorded == {
         "backend": "torch", "backend_reason": "model.backend: torch", "layers_per_pipeline_chunk": [2],

@@ -133,6 +133,10 @@ def test_the_command_lets_three_processes_take_turns(toy, tmp_path, capsys):
     assert found["kind"] == "SFT" and set(found["sides"]) == {"ours", "padded", "dynamic"}
     assert set(found["ratios"]) == {"padded", "dynamic"}
     assert all(len(ratio["wall"]["values"]) == 2 for ratio in found["ratios"].values())
+    assert all(
+        min(ratio["wall"]["values"]) * 0.5 < ratio["wall"]["overall"] < max(ratio["wall"]["values"]) * 2
+        for ratio in found["ratios"].values()
+    )
     assert found["sides"]["padded"]["pad_fraction"] > found["sides"]["ours"]["pad_fraction"]
     assert "ours / dynamic: " in capsys.readouterr().out
 
