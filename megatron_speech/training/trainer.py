@@ -318,20 +318,21 @@ class Trainer:
                 step, ended = self.position.step, self.position.stage_index != index
                 log = step % recipe.logging.interval_steps == 0 or ended or step == limit
                 validate = validator is not None and (_every(step, recipe.validation.interval_steps) or ended)
-                save = self._checkpoints.due(stage, step, self.position.stage_step) or ended
-                if (log or validate or save) and self._went_back():
+                due = self._checkpoints.due(stage, step, self.position.stage_step) or ended
+                if (log or validate or due) and self._went_back():
                     return self._leave_after_going_back(index, meter, validator)
                 if log:
                     self._log_interval(index, meter, norm)
                 stop = self._safety.stop_agreed(step)
                 if stop and self._went_back():
                     return self._leave_after_going_back(index, meter, validator)
-                save = save or stop
+                save = due or stop
                 self._checkpoints.speak()
                 if validate or save:
                     with self._clock.paused():
                         scores: dict[str, Any] = {}
-                        if validator is not None and (validate or not stop):
+                        # Not for a checkpoint that only the stop asks for: time is short, and no other run has it.
+                        if validator is not None and (validate or due):
                             with self._safety.progress.doing("validating"):
                                 scores = self._validate(validator)
                         if not ended and _every(step, recipe.validation.interval_steps) and self._ends_early(scores):

@@ -188,6 +188,32 @@ def test_a_run_that_is_asked_to_stop_saves_and_continues(
         assert line["grad_norm"] == other["grad_norm"]
 
 
+def test_a_stop_at_a_checkpoint_that_is_due_leaves_no_trace(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That checkpoint is validated as without the stop, though validation is due at other steps only."""
+    from megatron_speech.training.run_log import RunLog
+
+    overrides = ("checkpoint.interval_steps=7", "logging.interval_steps=7", "validation.interval_steps=10")
+    assert train(recipe_file, tmp_path / "undisturbed", *overrides) == 0
+    write = RunLog.write
+
+    def stop_at_step_seven(log: RunLog, record: dict[str, Any]) -> None:
+        write(log, record)
+        if record["step"] == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run = tmp_path / "stopped"
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLog, "write", stop_at_step_seven)
+        assert train(recipe_file, run, *overrides) == 0
+    assert json.loads((run / "status.json").read_text())["step"] == 7
+    assert train(recipe_file, run, *overrides) == 0
+    lines = without_timing(read_metrics(run))
+    assert (7, "validation") in [(line["step"], line.get("split")) for line in lines]
+    assert lines == without_timing(read_metrics(tmp_path / "undisturbed"))
+
+
 def test_a_damaged_checkpoint_is_skipped_with_a_notice(
     recipe_file: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
