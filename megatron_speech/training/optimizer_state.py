@@ -62,7 +62,7 @@ def step_count(part: MegatronOptimizer, owned: list[Master]) -> int:
     """Updates taken, on all ranks; those of which everything is frozen count none. A collective."""
     taken = 0.0
     if owned and isinstance(part.optimizer, torch.optim.AdamW):
-        taken = float(part.optimizer.state[owned[0].values]["step"])
+        taken = float(part.optimizer.state[owned[0].values].get("step", 0.0))  # none before the first update
     elif owned:
         taken = max(float(group.get("step", 0)) for group in part.optimizer.param_groups)
     count = torch.tensor([taken], dtype=torch.float64, device=torch.cuda.current_device())

@@ -261,11 +261,11 @@ def test_going_back_takes_the_state_of_the_checkpoint_and_a_continued_run_goes_b
         assert torch.equal(weights_of(checkpoint_of(never, step)), weights_of(checkpoint_of(run, step)))
 
 
-@pytest.mark.parametrize(("last", "stage_steps"), [(18, "512"), (23, "2560")])
+@pytest.mark.parametrize(("last", "stage_steps"), [(18, "512"), (23, "2560"), (21, "1536")])
 def test_a_stage_whose_last_step_is_stepped_over_ends_with_a_checkpoint(
     recipe_file: Path, tmp_path: Path, spoil: Callable[..., None], last: int, stage_steps: str
 ) -> None:
-    """Of the first stage, and of the last one: then the run is finished, and stays so."""
+    """Of the first stage, and of the last one: then the run is finished, and stays so. The third is all skipped."""
     spoil(dict.fromkeys(range(last - 2, last + 1), math.nan))
     run = tmp_path / "run"
     overrides = ("validation.interval_steps=4", f"stages.sft.tokens={stage_steps}")
