@@ -149,10 +149,10 @@ class Optimizer:
             with_ema: False: the checkpoint to be loaded has no moving average.
         """
         (part,) = self._parts
-        parameters = parameters_of(model_state)
-        ranges = state_ranges(part, self._owned, parameters)
+        parameters, written = parameters_of(model_state), writers(part, self._owned)
+        ranges = state_ranges(part, self._owned, parameters, written)
         if self.ema is not None and with_ema:
-            ranges += self.ema.ranges(parameters, writers(part, self._owned))
+            ranges += self.ema.ranges(parameters, written)
         return ranges
 
     def counts(self) -> dict[str, Any]:

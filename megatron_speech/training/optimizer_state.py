@@ -24,18 +24,21 @@ _MASTER = "fp32_param"
 
 
 @torch.no_grad()
-def state_ranges(part: MegatronOptimizer, owned: list[Master], parameters: Parameters) -> list[Range]:
+def state_ranges(
+    part: MegatronOptimizer, owned: list[Master], parameters: Parameters, written: list[bool]
+) -> list[Range]:
     """What this rank's optimizer holds, to be saved or to be filled by a load.
 
     Args:
         part: megatron-core's optimizer.
         owned: this rank's masters.
         parameters: how those of the chunks are sharded.
+        written: for each master whether this rank writes it, see :func:`writers`.
     """
     _begin(part, owned)
     return [
-        Range(f"{_PREFIX}.{name}", parameters[id(master.parameter)], master.start, values, written)
-        for master, written in zip(owned, writers(part, owned), strict=True)
+        Range(f"{_PREFIX}.{name}", parameters[id(master.parameter)], master.start, values, own)
+        for master, own in zip(owned, written, strict=True)
         for name, values in _of_master(part, master).items()
     ]
 

@@ -9,19 +9,18 @@ import os
 import resource
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_runs import read_metrics, toy_recipe, train, without_timing, write_recipe
+from toy_runs import at_record, read_metrics, toy_recipe, train, without_timing, write_recipe
 
 from megatron_speech.errors import InputError
 from megatron_speech.training.checkpoint_config import CheckpointConfig, is_due
 from megatron_speech.training.recipe import parse_recipe
-from megatron_speech.training.run_log import RunLog
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +46,6 @@ def steps(run: Path) -> list[int]:
 
 def hidden(run: Path) -> list[str]:
     return [name for name in os.listdir(run / "checkpoints") if name.startswith(".")]
-
-
-def at_record(monkeypatch: pytest.MonkeyPatch, **actions: Callable[[], None]) -> None:
-    """Call `actions["step_6"]` when the line of step 6 has been written."""
-    write = RunLog.write
-
-    def wrapped(log: RunLog, record: dict[str, Any]) -> None:
-        write(log, record)
-        if action := actions.get(f"step_{record['step']}"):
-            action()
-
-    monkeypatch.setattr(RunLog, "write", wrapped)
 
 
 # ---- what is written

@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from toy_runs import (
+    at_record,
     copy_until,
     launch_two,
     make_dataset,
@@ -163,21 +163,12 @@ def test_resume_is_bit_identical_within_a_stage_and_between_stages(
 def test_a_run_that_is_asked_to_stop_saves_and_continues(
     recipe_file: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_speech.training.run_log import RunLog
-
-    write = RunLog.write
-
-    def stop_at_step_six(log: RunLog, record: dict[str, Any]) -> None:
-        write(log, record)
-        if record["step"] == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     run = tmp_path / "stopped"
-    monkeypatch.setattr(RunLog, "write", stop_at_step_six)
-    assert train(recipe_file, run) == 0
+    with monkeypatch.context() as patched:
+        at_record(patched, step_6=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(recipe_file, run) == 0
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["step"]) == ("preempted", 6)
-    monkeypatch.setattr(RunLog, "write", write)
     assert train(recipe_file, run) == 0
     mine = [line for line in without_timing(read_metrics(run)) if "split" not in line]
     theirs = [line for line in without_timing(read_metrics(reference)) if "split" not in line]
@@ -192,20 +183,11 @@ def test_a_stop_at_a_checkpoint_that_is_due_leaves_no_trace(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That checkpoint is validated as without the stop, though validation is due at other steps only."""
-    from megatron_speech.training.run_log import RunLog
-
     overrides = ("checkpoint.interval_steps=7", "logging.interval_steps=7", "validation.interval_steps=10")
     assert train(recipe_file, tmp_path / "undisturbed", *overrides) == 0
-    write = RunLog.write
-
-    def stop_at_step_seven(log: RunLog, record: dict[str, Any]) -> None:
-        write(log, record)
-        if record["step"] == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     run = tmp_path / "stopped"
     with monkeypatch.context() as patched:
-        patched.setattr(RunLog, "write", stop_at_step_seven)
+        at_record(patched, step_7=lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert train(recipe_file, run, *overrides) == 0
     assert json.loads((run / "status.json").read_text())["step"] == 7
     assert train(recipe_file, run, *overrides) == 0

@@ -8,8 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,11 @@ from megatron_speech.data.documents_table import SCHEMA, derive_columns
 from megatron_speech.data.manifest import CodecEntry, FilterStatistics, Manifest, Totals
 from megatron_speech.tasks import TEMPLATE_HASH, compile_document
 from megatron_speech.token_space import CodecDescription, TokenSpace
+
+if TYPE_CHECKING:
+    import pytest
+
+    from megatron_speech.training.run_log import RunLog
 
 LETTERS = "abcdefgh"
 CODEC = CodecDescription("toy", "toy-1", 8000, 25.0, ("q0",), (64,))
@@ -149,6 +155,20 @@ def without_timing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def train(recipe: Path, run: Path, *overrides: str) -> int:
     """`megatron-speech train` in this process."""
     return cli.main(["train", str(recipe), f"run_dir={run}", *overrides])
+
+
+def at_record(monkeypatch: pytest.MonkeyPatch, **actions: Callable[[], None]) -> None:
+    """Call `actions["step_6"]` when the line of step 6 has been written."""
+    from megatron_speech.training.run_log import RunLog
+
+    write = RunLog.write
+
+    def wrapped(log: RunLog, record: dict[str, Any]) -> None:
+        write(log, record)
+        if action := actions.get(f"step_{record['step']}"):
+            action()
+
+    monkeypatch.setattr(RunLog, "write", wrapped)
 
 
 def copy_until(run: Path, copy: Path, step: int) -> Path:
