@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_speech.errors import command
 from megatron_speech.files import write_json, write_text
-from megatron_speech.token_space import CodecDescription, TokenSpace
+from megatron_speech.tokens.space import CodecDescription, TokenSpace
 
 ROOT = Path(__file__).resolve().parent.parent
 CODES = 65_536  # one codebook at 50 Hz
@@ -165,9 +165,9 @@ def waits_in_steps(recipe: Path, overrides: list[str], set_mode: Callable[[str],
     Returns:
         steps: how many were watched; waits: "file:line: message" → how often.
     """
+    from megatron_speech.environment import prepare_imports
     from megatron_speech.parallel import groups
-    from megatron_speech.training.environment import prepare_imports
-    from megatron_speech.training.recipe import load_recipe
+    from megatron_speech.recipe.load import load_recipe
 
     prepare_imports()
     from megatron_speech.training.trainer import Trainer

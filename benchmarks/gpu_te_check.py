@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.gpu_check import RECIPE, make_data
 from megatron_speech import cli
+from megatron_speech.environment import prepare_imports
 from megatron_speech.errors import command
 from megatron_speech.files import write_json, write_text
-from megatron_speech.training.environment import prepare_imports
 
 KINDS: dict[str, list[str]] = {
     "torch_bf16": ["precision=bf16", "model.backend=torch"],
@@ -45,8 +45,8 @@ def compare_back_ends(result: dict[str, Any]) -> list[str]:
     """Losses and gradients of both back-ends for the same weights and documents; returns what is wrong."""
     from megatron_speech.model.attention import PackedSequences
     from megatron_speech.model.builder import build_model, global_named_parameters
-    from megatron_speech.model.config import ModelConfig
     from megatron_speech.parallel import groups
+    from megatron_speech.recipe.model import ModelConfig
 
     groups.initialize()
     try:

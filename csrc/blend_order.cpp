@@ -1,4 +1,4 @@
-// The order of documents: what is meant, and a slow equal, is in megatron_speech/data/order.py.
+// The order of documents: what is meant, and a slow equal, is in megatron_speech/data/blend/order.py.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>

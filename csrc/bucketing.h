@@ -1,4 +1,4 @@
-// Length buckets: what is meant, and a slow equal, is in megatron_speech/data/bucketing.py.
+// Length buckets: what is meant, and a slow equal, is in megatron_speech/data/sequences/bucketing.py.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // Reading the documents of a batch out of memory-mapped datasets. What is meant, and a slow equal, is in
-// megatron_speech/data/gathering.py.
+// megatron_speech/data/loading/gathering.py.
 #pragma once
 
 #include <cstdint>

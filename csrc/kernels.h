@@ -18,7 +18,7 @@ bool loss_mask_cpu(const LossMaskProblem& p);
 // The CUDA kernels' code, thread by thread, with 4 or 256 threads to a block; for tests.
 void loss_mask_emulated(const LossMaskProblem& p, int threads, bool reversed);
 
-// See megatron_speech/data/packing_kernels.py for what the fields mean.
+// See megatron_speech/data/sequences/packing_kernels.py for what the fields mean.
 struct PackedSegments {
     std::vector<int64_t> seq_ptr;
     std::vector<int64_t> position;
@@ -34,7 +34,7 @@ PackedSegments pack_fit(const int32_t* lengths, int64_t count, int64_t seq_lengt
 
 uint64_t splitmix64(uint64_t x);
 
-// A keyed permutation of 0 … count - 1 without arrays; see `permuted` in megatron_speech/data/order.py.
+// A keyed permutation of 0 … count - 1 without arrays; see `permuted` in megatron_speech/data/blend/order.py.
 class Permutation {
   public:
     Permutation() = default;
@@ -78,7 +78,7 @@ struct OrderedDocuments {
     float* seconds;
 };
 
-// The endless order of documents, resumable; see `BlendOrder` in megatron_speech/data/order.py.
+// The endless order of documents, resumable; see `BlendOrder` in megatron_speech/data/blend/order.py.
 class BlendOrder {
   public:
     explicit BlendOrder(std::vector<StratumDocuments> strata);

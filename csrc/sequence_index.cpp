@@ -1,5 +1,5 @@
 // Packing of documents into sequences: what is meant, and a slow equal, is in
-// megatron_speech/data/packing_kernels.py.
+// megatron_speech/data/sequences/packing_kernels.py.
 #include <algorithm>
 #include <cstdint>
 #include <utility>

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_speech.data.config import DataConfig
-from megatron_speech.data.indexed import TokenDataset
-from megatron_speech.data.split import held_out
+from megatron_speech.data.dataset.indexed import TokenDataset
+from megatron_speech.data.dataset.split import held_out
 from megatron_speech.errors import InputError
 from megatron_speech.files import atomic_write, read_json, write_json
 from megatron_speech.generation.prompts import read_json_lines
+from megatron_speech.recipe.data import DataConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 
 from megatron_speech import __version__
+from megatron_speech.environment import prepare_imports
 from megatron_speech.errors import InputError, command
-from megatron_speech.training.environment import prepare_imports
+from megatron_speech.wording import suggestion
 
 # name → (module with add_arguments(parser) and run(args), one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "token-space": ("megatron_speech.commands.token_space", "fix the id space: text | specials | audio codes"),
     "tokenizer": ("megatron_speech.commands.tokenizer", "train, extend or measure a text tokenizer"),
-    "blend": ("megatron_speech.data.blend_command", "target and realised proportions of a recipe's stages"),
-    "inspect": ("megatron_speech.data.inspect_command", "what a dataset is; --verify reads every byte"),
+    "encode-audio": ("megatron_speech.preprocess.encode_audio", "recordings to codes"),
+    "preprocess-data": ("megatron_speech.preprocess.preprocess_data", "codes, pairs or text to a token dataset"),
+    "merge-datasets": ("megatron_speech.preprocess.merge_datasets", "token datasets joined into one"),
+    "blend": ("megatron_speech.commands.blend", "target and realised proportions of a recipe's stages"),
+    "inspect": ("megatron_speech.commands.inspect", "what a dataset is; --verify reads every byte"),
+    "stage-datasets": ("megatron_speech.commands.stage_datasets", "a recipe's datasets copied to this node's disk"),
     "estimate": ("megatron_speech.commands.estimate", "what each layout takes of a GPU's memory, without a GPU"),
-    "train": ("megatron_speech.training.command", "train the stages of a recipe, or continue a run"),
-    "generate": ("megatron_speech.generation.command", "speech from a checkpoint"),
+    "train": ("megatron_speech.commands.train", "train the stages of a recipe, or continue a run"),
+    "generate": ("megatron_speech.commands.generate", "speech from a checkpoint"),
     "evaluate": (
-        "megatron_speech.evaluation.command",
+        "megatron_speech.commands.evaluate",
         "what a checkpoint says on fixed canaries: report.json, report.html",
     ),
-    "convert": ("megatron_speech.convert.command", "Hugging Face folders to checkpoints and back"),
-    "benchmark": ("megatron_speech.benchmark.command", "measured figures, with device, versions and commit"),
+    "convert": ("megatron_speech.commands.convert", "Hugging Face folders to checkpoints and back"),
+    "benchmark": ("megatron_speech.commands.benchmark", "measured figures, with device, versions and commit"),
 }
 
 
@@ -50,9 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = next((word for word in arguments if not word.startswith("-")), None)
     if name is not None and name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"needed: one of {', '.join(COMMANDS)}"
-        raise InputError(f"megatron-speech has no command {name!r}; {hint}")
+        raise InputError(f"megatron-speech has no command {name!r}; {suggestion(name, COMMANDS)}")
     prepare_imports()  # before any room imports megatron-core
     parser = build_parser(name)
     args, rest = parser.parse_known_args(arguments)

@@ -36,7 +36,7 @@ from megatron_speech.codecs.audio import AudioError, read_audio
 from megatron_speech.errors import InputError, command
 from megatron_speech.files import atomic_write
 from megatron_speech.generation.prompts import read_json_lines
-from megatron_speech.text import normalize_transcript
+from megatron_speech.tokens.normalization import normalize_transcript
 
 MELS = 40
 WINDOW_SECONDS = 0.025

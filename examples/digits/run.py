@@ -25,7 +25,7 @@ from pipeline import (
 
 from megatron_speech.errors import InputError, command
 from megatron_speech.files import prepare_output_directory
-from megatron_speech.training.recipe import load_recipe
+from megatron_speech.recipe.load import load_recipe
 
 HERE = Path(__file__).resolve().parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}

@@ -42,8 +42,8 @@ from megatron_speech.evaluation.scorers import (
 )
 from megatron_speech.files import prepare_output_directory, write_json
 from megatron_speech.generation.prompts import read_json_lines
-from megatron_speech.text import normalize_transcript
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.tokens.normalization import normalize_transcript
+from megatron_speech.tokens.space import TokenSpace
 
 # A word head that saw fewer recordings of a word than this, on average, judges nothing.
 RECORDINGS_PER_CLASS = 5

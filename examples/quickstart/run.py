@@ -30,10 +30,10 @@ from pipeline import (
     write_jsonl,
 )
 
-from megatron_speech.data.indexed import TokenDataset
+from megatron_speech.data.dataset.indexed import TokenDataset
 from megatron_speech.errors import InputError, command
 from megatron_speech.files import prepare_output_directory, write_text
-from megatron_speech.training.recipe import load_recipe
+from megatron_speech.recipe.load import load_recipe
 
 HERE = Path(__file__).resolve().parent
 SHARES = {"pt": 0.4, "sft": 0.6}

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("saves", "interval", "warmup_steps"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be at least 1")
-    from megatron_speech.training.environment import prepare_imports
+    from megatron_speech.environment import prepare_imports
 
     prepare_imports()
     from megatron_speech.parallel import groups
@@ -93,9 +93,9 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any] | None:
     import torch
     import torch.distributed as dist
 
+    from megatron_speech.environment import detect
+    from megatron_speech.recipe.load import load_recipe
     from megatron_speech.training import checkpoint
-    from megatron_speech.training.environment import detect
-    from megatron_speech.training.recipe import load_recipe
     from megatron_speech.training.trainer import Trainer
 
     total = args.warmup_steps + 2 * args.saves * args.interval

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < least:
             raise InputError(f"--{name} is {getattr(args, name)}, needed at least {least}")
     peer = _peer(args) if args.peer_repository is not None else None
-    from megatron_speech.training.environment import detect
+    from megatron_speech.environment import detect
 
     report: dict[str, Any] = {
         "benchmark": "data",

@@ -25,7 +25,7 @@ from megatron_speech.benchmark.measure import (
     script,
     spread,
 )
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.tokens.space import TokenSpace
 
 CODES_PER_ROW = 500
 IDLE_ROWS = 64
@@ -110,7 +110,7 @@ FORMS: dict[str, Callable[[Path, int, int], Path]] = {
 def our_command(source: Path, space: Path, prefix: Path, workers: int) -> list[str]:
     """The conversion of codes alone."""
     return [
-        *script("preprocess.preprocess_data"),
+        *script("megatron_speech.preprocess.preprocess_data"),
         *("--task", "speech_lm", "--input", str(source), "--token-space", str(space)),
         *("--output-prefix", str(prefix), "--workers", str(workers)),
     ]

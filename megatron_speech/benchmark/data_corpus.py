@@ -99,7 +99,7 @@ def lexicon(script: Script, rng: np.random.Generator, words: int = LEXICON_WORDS
     return list(found)[:words]
 
 
-class Corpus:
+class BenchmarkCorpus:
     """Documents of one profile, in all scripts by their shares.
 
     Args:
@@ -179,7 +179,7 @@ def train_tokenizer(folder: Path, vocabulary: int, seed: int = 0) -> None:
         show_progress=False,
     )
     # Other documents than those that are measured: a tokenizer meets words that it has not seen.
-    text = (text for _, text in Corpus("paragraphs", seed + 1_000_003).documents(20_000))
+    text = (text for _, text in BenchmarkCorpus("paragraphs", seed + 1_000_003).documents(20_000))
     tokenizer.train_from_iterator(text, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

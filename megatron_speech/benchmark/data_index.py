@@ -109,7 +109,7 @@ def sizes_of(documents: int, strata: int) -> list[int]:
 
 def write_datasets(folder: Path, documents: int, strata: int, mean_tokens: float, seed: int) -> int:
     """Write datasets d00, d01, … into `folder`; returns their tokens. Deterministic."""
-    from megatron_speech.token_space import CodecDescription, TokenSpace
+    from megatron_speech.tokens.space import CodecDescription, TokenSpace
 
     codec = CodecDescription("synthetic", "0" * 64, 16_000, 25.0, ("codes",), (4096,))
     space = TokenSpace.build("bytes", codec)
@@ -132,13 +132,20 @@ def _lengths(random: np.random.Generator, count: int, mean: float) -> np.ndarray
 def _write_dataset(prefix: Path, number: int, documents: int, mean: float, space: Any, seed: int) -> int:
     import pyarrow as pa
 
-    from megatron_speech.data.documents_table import SCHEMA, DocumentsTableWriter
-    from megatron_speech.data.indexed import file_of
-    from megatron_speech.data.indexed_writer import write_index
-    from megatron_speech.data.manifest import CodecEntry, FileEntry, FilterStatistics, Manifest, Totals, write_manifest
-    from megatron_speech.data.split import splitmix64
+    from megatron_speech.data.dataset.documents_table import SCHEMA, DocumentsTableWriter
+    from megatron_speech.data.dataset.indexed import file_of
+    from megatron_speech.data.dataset.indexed_writer import write_index
+    from megatron_speech.data.dataset.manifest import (
+        CodecEntry,
+        FileEntry,
+        FilterStatistics,
+        Manifest,
+        Totals,
+        write_manifest,
+    )
+    from megatron_speech.data.dataset.split import splitmix64
     from megatron_speech.files import sha256_file, sha256_hex
-    from megatron_speech.tasks import TEMPLATE_HASH
+    from megatron_speech.tokens.templates import TEMPLATE_HASH
 
     random = np.random.default_rng([seed, number])
     task = _TASKS[number % len(_TASKS)]
@@ -251,9 +258,10 @@ def _watched() -> Iterator[dict[str, int]]:
 def _stage_of(folder: Path) -> tuple[Any, dict[str, float]]:
     """The stage's data, from nothing; and what opening took."""
     begin = time.perf_counter()
-    from megatron_speech.data.config import DataConfig, StageDataConfig
-    from megatron_speech.data.stage_data import StageData, open_datasets
-    from megatron_speech.token_space import TokenSpace
+    from megatron_speech.data.stage import StageData, open_datasets
+    from megatron_speech.recipe.data import DataConfig
+    from megatron_speech.recipe.stage import StageDataConfig
+    from megatron_speech.tokens.space import TokenSpace
 
     imported = time.perf_counter()
     recipe = json.loads((folder / "recipe.json").read_text())
@@ -338,8 +346,8 @@ def realised(table: Any, target: np.ndarray) -> list[dict[str, Any]]:
 
 def measure(args: argparse.Namespace, folder: Path, tokens: int) -> dict[str, Any]:
     """All figures; the files are left to the caller."""
-    from megatron_speech.data.index_cache import open_table
-    from megatron_speech.training.environment import detect
+    from megatron_speech.data.sequences.index_cache import open_table
+    from megatron_speech.environment import detect
 
     begin = time.perf_counter()
     held = write_datasets(folder, args.documents, args.strata, tokens / args.documents, args.seed)

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from megatron_speech.benchmark.data_codes import IDLE_ROWS, _fields
-from megatron_speech.benchmark.data_corpus import Corpus
+from megatron_speech.benchmark.data_corpus import BenchmarkCorpus
 from megatron_speech.benchmark.data_text import FLAT_CODEC
 from megatron_speech.benchmark.measure import module_environment, run_measured, script
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.tokens.space import TokenSpace
 
 MEDIAN_SECONDS, SIGMA, LEAST, MOST = 8.0, 0.6, 0.6, 45.0
 HOURS = (10_000, 100_000, 1_000_000)
@@ -39,7 +39,7 @@ def make_rows(folder: Path, rows: int, seed: int) -> tuple[Path, float]:
         size = min(1 << 24, len(codes) - start)
         codes[start : start + size] = rng.integers(0, FLAT_CODEC.codebook_sizes[0], size, dtype=np.uint16)
     del codes
-    texts = Corpus("transcripts", seed).documents(rows)
+    texts = BenchmarkCorpus("transcripts", seed).documents(rows)
     with open(folder / "samples.jsonl", "w", encoding="utf-8") as handle:
         for i, (end, length, (_, text)) in enumerate(zip(ends.tolist(), lengths.tolist(), texts, strict=True)):
             row = _fields(i) | {
@@ -56,7 +56,7 @@ def make_rows(folder: Path, rows: int, seed: int) -> tuple[Path, float]:
 
 def measure(folder: Path, *, rows: int, workers: int, seed: int) -> dict[str, Any]:
     """Constants of each task, measured over `rows` rows, and the table of `HOURS`."""
-    from megatron_speech.data.indexed import TokenDataset, file_of
+    from megatron_speech.data.dataset.indexed import TokenDataset, file_of
 
     space = folder / "sizes_space.json"
     TokenSpace.build("bytes", FLAT_CODEC).save(space)
@@ -70,7 +70,7 @@ def measure(folder: Path, *, rows: int, workers: int, seed: int) -> dict[str, An
         runs = {}
         for name, path in (("few", small), ("full", source)):
             command = [
-                *script("preprocess.preprocess_data"),
+                *script("megatron_speech.preprocess.preprocess_data"),
                 *("--task", task, "--input", str(path), "--token-space", str(space)),
                 *("--output-prefix", str(path.parent / task), "--workers", str(workers)),
             ]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_speech.benchmark.data_corpus import PROFILES, Corpus, train_tokenizer
+from megatron_speech.benchmark.data_corpus import PROFILES, BenchmarkCorpus, train_tokenizer
 from megatron_speech.benchmark.measure import (
     Measured,
     interleaved,
@@ -27,9 +27,9 @@ from megatron_speech.benchmark.measure import (
     script,
     spread,
 )
-from megatron_speech.data.indexed import TokenDataset
+from megatron_speech.data.dataset.indexed import TokenDataset
 from megatron_speech.errors import InputError
-from megatron_speech.token_space import CodecDescription, TokenSpace
+from megatron_speech.tokens.space import CodecDescription, TokenSpace
 
 IDLE_DOCUMENTS = 32
 # Documents of a profile for one of transcripts: about as many words in each profile.
@@ -103,7 +103,7 @@ def _package_version(repository: Path) -> str | None:
 def our_command(text: Path, space: Path, prefix: Path, workers: int) -> list[str]:
     """Our command line for a jsonl file."""
     return [
-        *script("preprocess.preprocess_data"),
+        *script("megatron_speech.preprocess.preprocess_data"),
         *("--task", "text_lm", "--input", str(text), "--token-space", str(space), "--output-prefix", str(prefix)),
         *("--workers", str(workers), "--append-eod"),
     ]
@@ -163,7 +163,7 @@ def measure(
         report["peer"] = peer.describe()
     for profile in profiles:
         count = max(IDLE_DOCUMENTS * 2, round(documents * SHARES[profile]))
-        corpus = Corpus(profile, seed)
+        corpus = BenchmarkCorpus(profile, seed)
         full, few = folder / f"{profile}.jsonl", folder / f"{profile}.few.jsonl"
         about = corpus.write_jsonl(full, count)
         corpus.write_jsonl(few, IDLE_DOCUMENTS)

@@ -18,15 +18,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_speech.data.config import DataConfig, StageDataConfig
-from megatron_speech.data.dataset_writer import DatasetWriter
-from megatron_speech.data.documents_table import SCHEMA, derive_columns
-from megatron_speech.data.indexed import TokenDataset
-from megatron_speech.data.manifest import CodecEntry, FilterStatistics, Manifest, Totals
-from megatron_speech.data.stage_data import StageData
+from megatron_speech.data.dataset.dataset_writer import DatasetWriter
+from megatron_speech.data.dataset.documents_table import SCHEMA, derive_columns
+from megatron_speech.data.dataset.indexed import TokenDataset
+from megatron_speech.data.dataset.manifest import CodecEntry, FilterStatistics, Manifest, Totals
+from megatron_speech.data.stage import StageData
 from megatron_speech.files import write_json
-from megatron_speech.tasks import TEMPLATE_HASH
-from megatron_speech.token_space import CodecDescription, TokenSpace
+from megatron_speech.recipe.data import DataConfig
+from megatron_speech.recipe.stage import StageDataConfig
+from megatron_speech.tokens.space import CodecDescription, TokenSpace
+from megatron_speech.tokens.templates import TEMPLATE_HASH
 
 CODEBOOK = 65_536  # codes of a 50 Hz single-codebook codec
 SEQ_LENGTH = 2048

@@ -174,7 +174,7 @@ def report_of_kernels(
     """
     import torch
 
-    from megatron_speech.training.environment import detect
+    from megatron_speech.environment import detect
 
     threads_before = torch.get_num_threads()
     torch.set_num_threads(args.threads)

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_speech.environment import prepare_imports
 from megatron_speech.files import write_json
-from megatron_speech.training.environment import prepare_imports
 
 
 class Tokenizer:

@@ -19,16 +19,17 @@ import torch
 from megatron_speech.convert.architectures import write_config
 from megatron_speech.convert.tensors import HEAD, slots
 from megatron_speech.errors import InputError
-from megatron_speech.model.config import ModelConfig
-from megatron_speech.token_space import TokenSpace
-from megatron_speech.training.optimizer_config import LearningRateConfig, OptimizerConfig
-from megatron_speech.training.recipe import StageConfig
+from megatron_speech.recipe.learning_rate import LearningRateConfig
+from megatron_speech.recipe.model import ModelConfig
+from megatron_speech.recipe.optimizer import OptimizerConfig
+from megatron_speech.recipe.stage import StageConfig
+from megatron_speech.tokens.space import TokenSpace
 
 Attention = Literal["sdpa", "eager"]
 ATTENTIONS = get_args(Attention)
 
 
-class Sample(NamedTuple):
+class PeerSample(NamedTuple):
     """A row of a Hugging Face dataset: int64 [n] each; labels are -100 where nothing is learned, and not shifted."""
 
     input_ids: np.ndarray
@@ -80,7 +81,7 @@ def transformers_model(
     return AutoModelForCausalLM.from_config(peer, attn_implementation=attention, dtype=torch.float32).train()
 
 
-def collate(samples: Sequence[Sample], pad_to: int | None, pad_id: int) -> dict[str, torch.Tensor]:
+def collate(samples: Sequence[PeerSample], pad_to: int | None, pad_id: int) -> dict[str, torch.Tensor]:
     """Samples padded on the right, as DataCollatorForSeq2Seq does: input_ids, attention_mask, labels, int64 [B, L]."""
     longest = max(len(sample.input_ids) for sample in samples)
     shape = len(samples), longest if pad_to is None else pad_to
@@ -99,7 +100,9 @@ def collate(samples: Sequence[Sample], pad_to: int | None, pad_id: int) -> dict[
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def steps_of(steps: Sequence[Sequence[Sample]], setting: PeerSetting, seed: int) -> list[list[Sequence[Sample]]]:
+def steps_of(
+    steps: Sequence[Sequence[PeerSample]], setting: PeerSetting, seed: int
+) -> list[list[Sequence[PeerSample]]]:
     """The samples of some optimizer steps as micro-batches, step by step.
 
     Grouped by length, samples are sorted within runs of 50 steps, as Trainer's sampler does it; the micro-batches are
@@ -158,7 +161,7 @@ class PeerTrainer:
             self.optimizer, lambda step: learning_rate(stage.lr, step + 1, stage.steps) / stage.lr.peak
         )
 
-    def step(self, micro_batches: Sequence[Sequence[Sample]]) -> tuple[torch.Tensor, int]:
+    def step(self, micro_batches: Sequence[Sequence[PeerSample]]) -> tuple[torch.Tensor, int]:
         """One optimizer step; returns Σ ce / learned tokens (before the update) and the number of learned tokens."""
         batches = [collate(samples, self.setting.pad_to, self.pad_id) for samples in micro_batches]
         learned = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)

@@ -26,8 +26,9 @@ from typing import Any
 
 from megatron_speech.errors import InputError
 from megatron_speech.files import write_json
-from megatron_speech.training.optimizer_config import OptimizerConfig
-from megatron_speech.training.recipe import Recipe, StageConfig
+from megatron_speech.recipe.optimizer import OptimizerConfig
+from megatron_speech.recipe.recipe import Recipe
+from megatron_speech.recipe.stage import StageConfig
 
 PLAIN_ADAMW = ("beta1", "beta2", "eps", "weight_decay", "clip_grad")
 """What of the section `optimizer` the peer has too."""
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} is {value}; it has to be at least 1")
-    from megatron_speech.training.environment import detect, prepare_imports
+    from megatron_speech.environment import detect, prepare_imports
 
     prepare_imports()
     result = measure(
@@ -93,7 +94,7 @@ def measure(
         InputError: a recipe that a side cannot train.
     """
     from megatron_speech.benchmark.train_sides import Race
-    from megatron_speech.training.recipe import load_recipe
+    from megatron_speech.recipe.load import load_recipe
 
     with tempfile.TemporaryDirectory(prefix="megatron-speech-benchmark-") as folder:
         quiet = [

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_speech.errors import InputError
-from megatron_speech.training.recipe import Recipe
+from megatron_speech.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from megatron_speech.benchmark.peer_trainer import PeerSetting, Sample
+    from megatron_speech.benchmark.peer_trainer import PeerSample, PeerSetting
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class _Turns:
 
 def run_side(side: Callable[[Race, Connection], None], race: Race, connection: Connection) -> None:
     """The child process: `side`, with what it raises sent to the parent."""
-    from megatron_speech.training.environment import prepare_imports
+    from megatron_speech.environment import prepare_imports
 
     prepare_imports()
     try:
@@ -131,14 +131,14 @@ def train_ours(race: Race, connection: Connection) -> None:
 # ---- the peer's side
 
 
-def peer_samples(race: Race) -> Iterator[list[Sample]]:
+def peer_samples(race: Race) -> Iterator[list[PeerSample]]:
     """The samples of each optimizer step: for SFT its documents, for PT its rows, as run_clm's chunks.
 
     Taken from the batches that our side trains on, so that both learn the same tokens.
     """
-    from megatron_speech.benchmark.peer_trainer import Sample
-    from megatron_speech.data.stage_data import StageData, open_datasets
-    from megatron_speech.token_space import TokenSpace
+    from megatron_speech.benchmark.peer_trainer import PeerSample
+    from megatron_speech.data.stage import StageData, open_datasets
+    from megatron_speech.tokens.space import TokenSpace
 
     recipe, (stage,) = race.recipe, race.recipe.stages
     space = TokenSpace.load(recipe.token_space)
@@ -147,17 +147,17 @@ def peer_samples(race: Race) -> Iterator[list[Sample]]:
     data = StageData(stage, recipe.data, datasets, space, seed=recipe.seed, cache_dir=cache)
     with data.loader(0, stage.micro_batch_size, stage.global_batch_sequences) as batches:
         for batch in batches:
-            samples: list[Sample] = []
+            samples: list[PeerSample] = []
             for micro in batch.micro_batches:
                 ids, labels = micro.tokens.numpy(), micro.labels.numpy()
                 if not race.is_sft:
-                    samples += [Sample(row, row) for row in ids]
+                    samples += [PeerSample(row, row) for row in ids]
                     continue
                 ids, labels = ids.ravel(), labels.ravel()
                 for begin, end in _documents(micro.cu_seqlens.numpy(), micro.row_pointers.numpy()):
                     # Ours are the labels of the next token; theirs are shifted in the model.
                     shifted = np.concatenate(([-100], labels[begin : end - 1]))
-                    samples.append(Sample(ids[begin:end], shifted))
+                    samples.append(PeerSample(ids[begin:end], shifted))
             yield samples
 
 
@@ -223,7 +223,7 @@ def _train_peer(
         steps_of,
         transformers_model,
     )
-    from megatron_speech.token_space import TokenSpace
+    from megatron_speech.tokens.space import TokenSpace
 
     recipe, (stage,) = race.recipe, race.recipe.stages
     torch.manual_seed(race.seed)
@@ -282,12 +282,12 @@ def _train_peer(
         )
 
 
-def _positions(samples: Sequence[Sample], setting: PeerSetting) -> int:
+def _positions(samples: Sequence[PeerSample], setting: PeerSetting) -> int:
     longest = max(len(sample.input_ids) for sample in samples)
     return len(samples) * (longest if setting.pad_to is None else setting.pad_to)
 
 
-def _trial(loop: Any, steps: Sequence[Sequence[Sequence[Sample]]], limit: int) -> float:
+def _trial(loop: Any, steps: Sequence[Sequence[Sequence[PeerSample]]], limit: int) -> float:
     """CPU seconds per token over micro-batches spread through `steps`: about `limit` positions, after as many others.
 
     The loop is spent afterwards: it has trained.

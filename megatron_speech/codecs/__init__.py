@@ -7,12 +7,12 @@ without constructor arguments which satisfies :class:`Codec`.
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 
 from megatron_speech.codecs.base import Codec
 from megatron_speech.errors import InputError
-from megatron_speech.token_space import CodecDescription
+from megatron_speech.tokens.space import CodecDescription
+from megatron_speech.wording import nearest
 
 __all__ = ["Codec", "codec_names", "describe_codec", "get_codec"]
 
@@ -42,10 +42,10 @@ def get_codec(name: str) -> Codec:
     """
     registered = _registered()
     if name not in registered:
-        nearest = difflib.get_close_matches(name.lower(), registered, n=1, cutoff=0.5)
+        near = nearest(name.lower(), registered)
         raise InputError(
             f"there is no codec {name!r}"
-            + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+            + (f"; did you mean {near!r}?" if near else "")
             + f" Known here: {', '.join(sorted(registered))}; others register in the entry-point group "
             f"{ENTRY_POINT_GROUP!r}"
         )

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from megatron_speech.errors import InputError
-from megatron_speech.token_space import CodecDescription
+from megatron_speech.tokens.space import CodecDescription
 
 
 @runtime_checkable

@@ -21,7 +21,7 @@ import numpy as np
 from megatron_speech.codecs.base import check_audio, check_codes
 from megatron_speech.errors import InputError
 from megatron_speech.files import canonical_json, sha256_hex
-from megatron_speech.token_space import CodecDescription
+from megatron_speech.tokens.space import CodecDescription
 
 MODE = 700
 FRAME_SAMPLES = 320

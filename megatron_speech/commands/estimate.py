@@ -10,10 +10,11 @@ from typing import Any
 
 from megatron_speech.errors import InputError
 from megatron_speech.files import write_json
-from megatron_speech.model.estimate import GIB, Layout, Memory, divided, worst
-from megatron_speech.model.execution import RecomputeConfig
+from megatron_speech.model.memory import GIB, Memory, MemoryLayout, divided, worst
+from megatron_speech.recipe.load import load_recipe
+from megatron_speech.recipe.recipe import Recipe
+from megatron_speech.recipe.recompute import RecomputeConfig
 from megatron_speech.training.plan import fullest, scaled
-from megatron_speech.training.recipe import Recipe, load_recipe
 
 # Cheapest first: what is tried when a layout does not fit.
 _RECOMPUTE = (RecomputeConfig(), RecomputeConfig(mode="selective", modules=("mlp",)), RecomputeConfig(mode="full"))
@@ -57,12 +58,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ids(recipe: Recipe) -> int:
-    from megatron_speech.token_space import TokenSpace
+    from megatron_speech.tokens.space import TokenSpace
 
     return TokenSpace.load(recipe.token_space).padded_size
 
 
-def layouts(recipe: Recipe, vocab_size: int, gpus: int) -> Iterator[tuple[Layout, Memory]]:
+def layouts(recipe: Recipe, vocab_size: int, gpus: int) -> Iterator[tuple[MemoryLayout, Memory]]:
     """Every layout of powers of two over `gpus`, with each kind of recomputation, and its fullest rank.
 
     Batches stay the recipe's. The optimizer's state is shared out wherever there is someone to share it with; tensor
@@ -100,7 +101,7 @@ def _powers(limit: int) -> list[int]:
     return [2**power for power in range(limit.bit_length()) if 2**power <= limit]
 
 
-def _row(layout: Layout, found: Memory, gpu_memory: float) -> dict[str, Any]:
+def _row(layout: MemoryLayout, found: Memory, gpu_memory: float) -> dict[str, Any]:
     recompute = layout.recompute
     return {
         "tensor": layout.tensor,

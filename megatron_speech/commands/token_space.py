@@ -10,8 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_speech.errors import InputError
 from megatron_speech.files import read_json
-from megatron_speech.token_layouts import LAYOUTS, OWN
-from megatron_speech.token_space import CodecDescription, TokenSpace
+from megatron_speech.tokens.layouts import LAYOUTS, OWN
+from megatron_speech.tokens.space import CodecDescription, TokenSpace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -132,10 +132,10 @@ def _check_sample(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from megatron_speech.files import sha256_hex
-    from megatron_speech.text import NORMALIZATION_VERSION
     from megatron_speech.text_tokenizers.corpus import draw_sample
     from megatron_speech.text_tokenizers.extend import RECORD_VERSION, check_model_output, write_model
     from megatron_speech.text_tokenizers.train import TrainOptions, train
+    from megatron_speech.tokens.normalization import NORMALIZATION_VERSION
 
     _check_sample(args)
     check_model_output(args.output)
@@ -202,8 +202,8 @@ def _extend(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from megatron_speech.text_tokenizers.encoders import open_text_tokenizer
-    from megatron_speech.text_tokenizers.report import by_language, measure, refuse_unknown, total
+    from megatron_speech.text_tokenizers.fertility import by_language, measure, refuse_unknown, total
+    from megatron_speech.tokens.encoders import open_text_tokenizer
 
     if args.max_unknown is not None and not 0 <= args.max_unknown <= 1:
         raise InputError(f"--max-unknown is {args.max_unknown}; needed a share from 0 to 1")
@@ -235,7 +235,7 @@ def _print_report(tokenizer: str, measures: dict[tuple[str, str], Any], everythi
     from rich.markup import escape
     from rich.table import Table
 
-    from megatron_speech.data.report import make_console
+    from megatron_speech.data.dataset.totals_table import make_console
 
     table = Table(title=escape(f"{tokenizer}: tokens by language and script"))
     for name in ("language", "script"):

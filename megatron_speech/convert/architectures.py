@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from megatron_speech.errors import InputError
 from megatron_speech.files import read_json
-from megatron_speech.model.config import ModelConfig
+from megatron_speech.recipe.model import ModelConfig
 
 # architecture → (model_type, and what `transformers` takes a field to be that a config.json leaves out)
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -16,9 +16,9 @@ from megatron_speech.convert.tensors import slots
 from megatron_speech.errors import InputError
 from megatron_speech.files import fsync_path, write_json
 from megatron_speech.model.builder import build_model, global_named_parameters
-from megatron_speech.model.config import ModelConfig
-from megatron_speech.model.execution import Precision
 from megatron_speech.parallel import groups
+from megatron_speech.recipe.model import ModelConfig
+from megatron_speech.recipe.precision import Precision
 from megatron_speech.training.checkpoint import load_weights, open_checkpoint
 
 

@@ -10,9 +10,9 @@ import tokenizers
 
 from megatron_speech.errors import InputError
 from megatron_speech.files import write_json
-from megatron_speech.text_tokenizers.byte_level import PATTERNS, byte_letters
-from megatron_speech.token_layouts import CODE_TOKEN, OWN, known_layout
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.tokens.byte_level import PATTERNS, byte_letters
+from megatron_speech.tokens.layouts import CODE_TOKEN, OWN, known_layout
+from megatron_speech.tokens.space import TokenSpace
 
 QWEN = 2  # of byte_level.PATTERNS
 

@@ -21,9 +21,9 @@ from megatron_speech.convert.tensors import Slot, slots
 from megatron_speech.convert.vocabulary import check_vocabulary
 from megatron_speech.errors import InputError
 from megatron_speech.model.builder import build_model, global_named_parameters
-from megatron_speech.model.config import ModelConfig
 from megatron_speech.parallel import groups
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.recipe.model import ModelConfig
+from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.training.checkpoint import save_weights
 
 _SHOWN = 3

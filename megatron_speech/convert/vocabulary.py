@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_speech.errors import InputError
 from megatron_speech.files import read_json
-from megatron_speech.token_layouts import OWN
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.tokens.layouts import OWN
+from megatron_speech.tokens.space import TokenSpace
 
 _SHOWN = 3
 

@@ -15,7 +15,6 @@ Paths are relative to the file, or absolute.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -26,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, m
 from megatron_speech.errors import InputError
 from megatron_speech.generation.prompts import Utterance
 from megatron_speech.generation.sampling import SamplingConfig
+from megatron_speech.wording import suggestion
 
 
 class _Section(BaseModel):
@@ -171,9 +171,8 @@ def _explain(location: Sequence[str | int], problem: dict[str, Any]) -> str:
     """One pydantic problem as a sentence."""
     dotted = ".".join(map(str, location))
     if problem["type"] == "extra_forbidden":
-        known = sorted(_fields_at(location[:-1]))
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        return f"unknown field {dotted!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
+        known = _fields_at(location[:-1])
+        return f"unknown field {dotted!r}; {suggestion(str(location[-1]), known)}"
     if problem["type"] == "missing":
         return f"field {dotted!r} is missing and has no default"
     hint = "; put it in quotes" if problem["type"] == "string_type" else ""

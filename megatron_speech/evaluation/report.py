@@ -6,7 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -14,9 +14,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 
-if TYPE_CHECKING:
-    from megatron_speech.evaluation.run_files import RunFiles
-    from megatron_speech.evaluation.runner import Evaluation
+from megatron_speech.evaluation.run_files import RunFiles
+from megatron_speech.evaluation.runner import Evaluation
 
 # Canaries whose sound is embedded: beyond these the report names the wav files beside it.
 EMBEDDED_PLAYERS = 400

@@ -33,8 +33,8 @@ from megatron_speech.evaluation.scorers import (
     missing_packages,
     normalise_text,
 )
-from megatron_speech.generation.engine import GenerationResult, SpeechGenerator
-from megatron_speech.generation.prompts import Utterance, to_requests
+from megatron_speech.generation.engine import GenerationResult, SpeechGenerator, to_requests
+from megatron_speech.generation.prompts import Utterance
 
 FORMAT_VERSION = 1
 

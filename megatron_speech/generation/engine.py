@@ -27,6 +27,8 @@ from torch.nn import functional
 from megatron_speech.codecs import Codec, get_codec
 from megatron_speech.codecs.audio import read_audio
 from megatron_speech.errors import InputError
+from megatron_speech.generation.prompts import Utterance
+from megatron_speech.generation.requests import GenerationRequest
 from megatron_speech.generation.sampling import (
     LegalIds,
     SamplingConfig,
@@ -37,9 +39,10 @@ from megatron_speech.generation.sampling import (
 )
 from megatron_speech.model.attention import KVCache, PackedSequences
 from megatron_speech.model.gpt import SpeechGPTModel
-from megatron_speech.tasks import compile_cloning_prompt, compile_prompt
-from megatron_speech.text import normalize_transcript
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.tokens.normalization import normalize_transcript
+from megatron_speech.tokens.space import TokenSpace
+from megatron_speech.tokens.templates import compile_cloning_prompt, compile_prompt
+from megatron_speech.training.checkpoint import load_for_inference
 
 # Requests in flight at once. A step of a small model costs nearly the same for 1 as for 100 of them.
 DEFAULT_BATCH_SIZE = 128
@@ -47,25 +50,6 @@ DEFAULT_BATCH_SIZE = 128
 # Rows of ended requests are computed in vain until they are more than this share of the batch; dropping them
 # copies the cache, so it is not done for each one.
 _IDLE_SHARE = 0.25
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """One utterance to be spoken.
-
-    Attributes:
-        text: what is to be said; not empty.
-        seed: of the noise, any integer; equal requests with equal seeds sound equal.
-        language: BCP-47, carried to the reports; the prompt does not depend on it.
-        reference_codes: int [T, K], a recording of the voice to be cloned.
-        reference_text: what is said in it. Both or neither.
-    """
-
-    text: str
-    seed: int = 0
-    language: str | None = None
-    reference_codes: np.ndarray | None = None
-    reference_text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -271,7 +255,6 @@ class SpeechGenerator:
             InputError: there is no sound checkpoint at `path`, or it has no moving average.
         """
         # Not at the top: opening a checkpoint imports megatron-core's whole training side.
-        from megatron_speech.training.checkpoint import load_for_inference
 
         if not Path(path).exists():
             raise InputError(f"checkpoint {path} does not exist; name a run directory or one of its checkpoints")
@@ -411,3 +394,30 @@ class SpeechGenerator:
                 if progress is not None:
                     progress(len(batch))
         return [result for result in results if result is not None]
+
+
+def to_requests(generator: SpeechGenerator, utterances: Sequence[Utterance]) -> list[GenerationRequest]:
+    """Encode the reference recordings (each once) and make the engine's requests.
+
+    Raises:
+        InputError: a recording is missing, unreadable or empty, or the text does not fit the model; by place.
+    """
+    codes: dict[Path, np.ndarray] = {}
+    requests = []
+    for utterance in utterances:
+        path = utterance.reference_audio
+        try:
+            if path is not None and path not in codes:
+                codes[path] = generator.encode_audio(path)
+            request = GenerationRequest(
+                text=utterance.text,
+                seed=utterance.seed,
+                language=utterance.language,
+                reference_codes=None if path is None else codes[path],
+                reference_text=utterance.reference_text,
+            )
+            generator.prompt(request)
+        except InputError as error:
+            raise InputError(f"{utterance.where}: {error}") from error
+        requests.append(request)
+    return requests

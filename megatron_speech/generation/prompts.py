@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from megatron_speech.errors import InputError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from megatron_speech.generation.engine import GenerationRequest, SpeechGenerator
 
 # An id becomes a file name on any system.
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
@@ -134,32 +128,3 @@ def read_json_lines(path: Path, what: str) -> list[tuple[int, dict[str, Any]]]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
-
-
-def to_requests(generator: SpeechGenerator, utterances: Sequence[Utterance]) -> list[GenerationRequest]:
-    """Encode the reference recordings (each once) and make the engine's requests.
-
-    Raises:
-        InputError: a recording is missing, unreadable or empty, or the text does not fit the model; by place.
-    """
-    from megatron_speech.generation.engine import GenerationRequest
-
-    codes: dict[Path, np.ndarray] = {}
-    requests = []
-    for utterance in utterances:
-        path = utterance.reference_audio
-        try:
-            if path is not None and path not in codes:
-                codes[path] = generator.encode_audio(path)
-            request = GenerationRequest(
-                text=utterance.text,
-                seed=utterance.seed,
-                language=utterance.language,
-                reference_codes=None if path is None else codes[path],
-                reference_text=utterance.reference_text,
-            )
-            generator.prompt(request)
-        except InputError as error:
-            raise InputError(f"{utterance.where}: {error}") from error
-        requests.append(request)
-    return requests

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_speech.errors import InputError
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.tokens.space import TokenSpace
 
 # Constants of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014),
 # as signed 64-bit integers because torch multiplies those with wrap-around on every device.

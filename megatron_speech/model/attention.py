@@ -162,7 +162,7 @@ class PackedSequences(PackedSeqParams):
         Args:
             cu_seqlens: [n+1] int32 over the flattened B·S tokens, first 0, last T; empty segments are allowed. Under
                 context parallelism over the tokens of all ranks, last T·context, and every length is a multiple of
-                2·context (:mod:`megatron_speech.parallel.context_parallel`).
+                2·context (:mod:`megatron_speech.data.loading.context_parallel`).
             position_ids: int64 of T elements in any shape; by default positions in each segment.
             loss_weights: float32 of T elements in any shape: what a token's loss counts for in the total; the head
                 works where it is not zero.

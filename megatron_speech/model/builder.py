@@ -17,11 +17,12 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from megatron_speech.errors import InputError
-from megatron_speech.model import specs
-from megatron_speech.model.config import ModelConfig
-from megatron_speech.model.execution import Fp8Config, Precision, RecomputeConfig
+from megatron_speech.model import pipeline_split, specs
 from megatron_speech.model.gpt import SpeechGPTModel
-from megatron_speech.parallel import pipeline_split
+from megatron_speech.recipe.model import ModelConfig
+from megatron_speech.recipe.parallel import check_pipeline_layout
+from megatron_speech.recipe.precision import Fp8Config, Precision
+from megatron_speech.recipe.recompute import RecomputeConfig
 
 
 def transformer_config(
@@ -182,7 +183,7 @@ def layer_split(
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     if pipeline_layout is not None:
-        return pipeline_split.check_split(pipeline_layout, config.num_layers, stages, chunks)
+        return check_pipeline_layout(pipeline_layout, config.num_layers, stages, chunks)
     return pipeline_split.split_layers(config, vocab_size, stages, chunks, max_sequence_length)
 
 

@@ -14,9 +14,9 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from megatron_speech.model.attention import PackedSequences, rotary_tables
-from megatron_speech.model.config import ModelConfig
 from megatron_speech.model.specs import LastLayer
 from megatron_speech.ops.cross_entropy import LinearLoss, linear_cross_entropy
+from megatron_speech.recipe.model import ModelConfig
 
 
 class SpeechGPTModel(GPTModel):

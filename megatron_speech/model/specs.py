@@ -26,8 +26,8 @@ from torch import Tensor
 
 from megatron_speech.errors import InputError
 from megatron_speech.model.attention import PackedSdpaAttention, PackedSequences
-from megatron_speech.model.execution import Precision
 from megatron_speech.model.norm import RMSNorm, SwiGLU
+from megatron_speech.recipe.precision import Precision
 
 BackendName = Literal["torch", "te"]
 

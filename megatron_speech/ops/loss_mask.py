@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from megatron_speech.errors import InputError
+from megatron_speech.modalities import MODALITIES
+from megatron_speech.ops import cuda_library
 from megatron_speech.ops.extension import extension, extension_status
-from megatron_speech.token_space import MODALITIES
 
 logger = logging.getLogger(__name__)
 
@@ -429,8 +430,6 @@ def _reference(batch: _Batch, policy: LossPolicy, out: MaskedBatch) -> None:
 
 
 def _cuda_library(device: torch.device) -> tuple[Any, str]:
-    from megatron_speech.ops import cuda_library
-
     return cuda_library.load(torch.cuda.get_device_capability(device))
 
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from megatron_speech.data.split import splitmix64
+from megatron_speech.data.dataset.split import splitmix64
 from megatron_speech.errors import InputError
-from megatron_speech.text import normalize_transcript
-from preprocess.readers.base import Row, RowRejected
-from preprocess.readers.open import Inputs
-from preprocess.samples import TRANSCRIPTS, SampleRules
+from megatron_speech.preprocess.readers.base import Row, RowRejected
+from megatron_speech.preprocess.readers.open import InputFiles
+from megatron_speech.preprocess.samples import TRANSCRIPTS, SampleRules
+from megatron_speech.tokens.normalization import normalize_transcript
 
 OTHER_CHARACTERS = 1_000_000  # kept of passages that are not wanted, to check what must not change
 
@@ -66,7 +66,7 @@ class Corpus:
         self.rows, self.dropped = 0, Counter()
         reasons: dict[str, str] = {}
         texts_found = False
-        inputs = Inputs(list(self.inputs))
+        inputs = InputFiles(list(self.inputs))
         with tqdm(desc=what, unit=" rows", disable=None, leave=False) as progress:
             for batch in inputs.batches(0):
                 texts: list[Text] = []

@@ -15,11 +15,13 @@ import numpy as np
 
 from megatron_speech.errors import InputError
 from megatron_speech.files import atomic_write, prepare_output_directory, read_json, sha256_hex, write_json
-from megatron_speech.text import NORMALIZATION_VERSION
 from megatron_speech.text_tokenizers.corpus import Corpus, draw_sample
-from megatron_speech.text_tokenizers.encoders import TextEncoder, encoder_of, open_text_tokenizer
+from megatron_speech.text_tokenizers.extend_huggingface import HuggingFaceBase
+from megatron_speech.text_tokenizers.extend_sentencepiece import SentencePieceBase
 from megatron_speech.text_tokenizers.scripts import main_script
 from megatron_speech.text_tokenizers.targets import Targets, coverage, new_scripts
+from megatron_speech.tokens.encoders import TextEncoder, encoder_of, open_text_tokenizer
+from megatron_speech.tokens.normalization import NORMALIZATION_VERSION
 
 RECORD_VERSION = 1
 ENCODE_AT_ONCE = 1_000
@@ -155,12 +157,8 @@ def extend(source: str | Path, corpus: Corpus, options: ExtendOptions) -> Extens
 
 def _open_base(kind: str, payload: bytes, where: str) -> Base:
     if kind == "sentencepiece":
-        from megatron_speech.text_tokenizers.extend_sentencepiece import SentencePieceBase
-
         return SentencePieceBase(payload, where)
     if kind == "huggingface":
-        from megatron_speech.text_tokenizers.extend_huggingface import HuggingFaceBase
-
         return HuggingFaceBase(payload, where)
     raise InputError("--base bytes spells every script already and has no pieces; name a tokenizer that has")
 

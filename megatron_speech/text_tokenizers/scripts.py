@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import unicodedata
 from collections import Counter
@@ -11,6 +10,7 @@ from collections.abc import Iterable
 import regex
 
 from megatron_speech.errors import InputError
+from megatron_speech.wording import nearest
 
 COMMON = frozenset({"Common", "Inherited", "Unknown"})  # digits, punctuation, joiners, marks of any script, unassigned
 
@@ -86,8 +86,8 @@ def parse_scripts(names: Iterable[str]) -> tuple[str, ...]:
     for name in names:
         key = name.strip().replace(" ", "_").lower()
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {known[near[0]]}?" if near else "needed: names such as Ethiopic, Devanagari or Tamil"
+            near = nearest(key, known)
+            hint = f"did you mean {known[near]!r}?" if near else "needed: names such as Ethiopic, Devanagari or Tamil"
             raise InputError(f"--scripts: {name!r} is no Unicode script; {hint}")
         if known[key] not in found:
             found.append(known[key])

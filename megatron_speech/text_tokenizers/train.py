@@ -1,8 +1,9 @@
 """sentencepiece models trained from text, with no normalisation and no control pieces of their own.
 
-Text is normalised once, by `megatron_speech.text`, before training and before encoding: sentencepiece's own
-normaliser is the identity, so that decode(encode(text)) is the text. Beginnings, ends and padding are ids of the token
-space, which adds them after the text. Training runs in one thread: the same sample gives the same bytes.
+Text is normalised once, by `megatron_speech.tokens.normalization`, before training and before encoding:
+sentencepiece's own normaliser is the identity, so that decode(encode(text)) is the text. Beginnings, ends and padding
+are ids of the token space, which adds them after the text. Training runs in one thread: the same sample gives the same
+bytes.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Generator
 
-from megatron_speech.data.loader import GlobalBatch
-from megatron_speech.data.stage_data import StageData
-from megatron_speech.training.recipe import StageConfig
+from megatron_speech.data.loading.loader import GlobalBatch
+from megatron_speech.data.stage import StageData
+from megatron_speech.recipe.stage import StageConfig
 
 
 def stage_batches(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_speech.data.history import (
+from megatron_speech.data.dataset.indexed import TokenDataset
+from megatron_speech.data.sequences.history import (
     Continuation,
     Entry,
     History,
@@ -16,15 +17,16 @@ from megatron_speech.data.history import (
     continuation_path,
     find_changes,
 )
-from megatron_speech.data.index_build import index_key
-from megatron_speech.data.index_cache import open_table
-from megatron_speech.data.indexed import TokenDataset
-from megatron_speech.data.stage_data import StageData, dataset_prefixes, open_datasets
+from megatron_speech.data.sequences.index_build import index_key
+from megatron_speech.data.sequences.index_cache import open_table
+from megatron_speech.data.stage import StageData, open_datasets
 from megatron_speech.errors import InputError
-from megatron_speech.token_space import TokenSpace
-from megatron_speech.training.agreement import agreed
+from megatron_speech.recipe.data import dataset_prefixes
+from megatron_speech.recipe.load import parse_recipe
+from megatron_speech.recipe.recipe import Recipe
+from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.training.checkpoint import CheckpointInfo
-from megatron_speech.training.recipe import Recipe, parse_recipe
+from megatron_speech.training.health.agreement import agreed
 
 
 def stage_histories(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_speech.data.stage_data import StageData
+from megatron_speech.data.stage import StageData
 from megatron_speech.errors import InputError
-from megatron_speech.training.optimizer_config import EarlyStopConfig
-from megatron_speech.training.recipe import StageConfig
+from megatron_speech.recipe.stage import EarlyStopConfig, StageConfig
 
 
 class EarlyStop:

@@ -7,13 +7,13 @@ from typing import Any
 
 from megatron.core import parallel_state
 
-from megatron_speech.data.loader import MicroBatch
+from megatron_speech.data.loading.context_parallel import share_micro_batches
+from megatron_speech.data.loading.loader import MicroBatch
 from megatron_speech.model.builder import build_model, layer_split
 from megatron_speech.model.gpt import SpeechGPTModel
 from megatron_speech.model.specs import Backend, choose_backend
-from megatron_speech.parallel.context_parallel import share_micro_batches
-from megatron_speech.token_space import TokenSpace
-from megatron_speech.training.recipe import Recipe
+from megatron_speech.recipe.recipe import Recipe
+from megatron_speech.tokens.space import TokenSpace
 
 
 @dataclass(frozen=True)

@@ -7,72 +7,23 @@ Three ways to go on from a checkpoint:
 - `init.mode: fine-tune`: a new run, with new schedules, data and step 0, from the weights; the first stage's
   `carry_optimizer` decides on the optimizer's moments, as between two stages of one run.
 
-Any parallel layout reads any other's. A run that continues does not read `init` again. Light to import: no torch.
+Any parallel layout reads any other's. A run that continues does not read `init` again.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from pydantic import Field
-
-from megatron_speech.data.config import StrictConfig
 from megatron_speech.errors import InputError
-from megatron_speech.files import read_json
-from megatron_speech.model.config import ModelConfig
-from megatron_speech.training.remote import fetch_checkpoint, is_url
-
-if TYPE_CHECKING:
-    from megatron_speech.token_space import TokenSpace
-    from megatron_speech.training.checkpoint import CheckpointInfo
-    from megatron_speech.training.optimizer import Optimizer
-    from megatron_speech.training.recipe import StageConfig
+from megatron_speech.recipe.init import InitConfig
+from megatron_speech.recipe.model import ModelConfig
+from megatron_speech.recipe.stage import StageConfig
+from megatron_speech.tokens.space import TokenSpace
+from megatron_speech.training.checkpoint import CheckpointInfo, load_moments, load_weights, open_checkpoint
+from megatron_speech.training.optim.optimizer import Optimizer
 
 # Fields of `model` that do not change what the weights mean.
 _FREE = ("preset", "init_std", "backend")
-
-
-class InitConfig(StrictConfig):
-    """Recipe section `init`: where the weights of step 0 come from."""
-
-    checkpoint: str = Field(
-        description="a checkpoint, a run directory for its newest, or a URL; the section `model` is left out, or agrees"
-    )
-    mode: Literal["transfer", "fine-tune"] = Field(
-        default="transfer",
-        description="transfer: weights alone; fine-tune: the optimizer's moments too, if stages.0.carry_optimizer",
-    )
-
-
-def fill_model(values: dict[Any, Any], source: str) -> None:
-    """Complete the section `model` of a recipe from the checkpoint that `init` names, in place.
-
-    A section with a preset or with layers says it all and is left as it is; `start_from` compares it.
-
-    Args:
-        values: the recipe, not checked yet.
-        source: its file, for errors.
-
-    Raises:
-        InputError: there is no such checkpoint.
-    """
-    init, model = values.get("init"), values.get("model")
-    if not isinstance(init, dict) or not isinstance(init.get("checkpoint"), str):
-        return
-    if model is not None and (not isinstance(model, dict) or model.get("preset") or model.get("num_layers")):
-        return
-    path = fetch_checkpoint(init["checkpoint"]) if is_url(init["checkpoint"]) else Path(init["checkpoint"])
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = [path] if (path / "checkpoint.json").is_file() else sorted(folder.glob("step_*/checkpoint.json"))
-    if not found:
-        raise InputError(
-            f"recipe {source}: init.checkpoint {path} holds no checkpoint; name a run directory, one of its "
-            "checkpoints, or what `megatron-speech convert import-hf` wrote"
-        )
-    described = found[0] if found[0].is_dir() else found[-1].parent
-    fields = read_json(described / "checkpoint.json", "checkpoint description")
-    values["model"] = {**fields["model"], **{key: value for key, value in (model or {}).items() if value is not None}}
 
 
 def start_from(
@@ -89,8 +40,6 @@ def start_from(
     Raises:
         InputError: there is no sound checkpoint, or it has another shape or other ids.
     """
-    from megatron_speech.training.checkpoint import load_weights, open_checkpoint
-
     info, theirs = open_checkpoint(init.checkpoint)
     where = f"init.checkpoint {info.path}"
     if theirs.hash != space.hash:
@@ -126,8 +75,6 @@ def carry_moments(
     Raises:
         InputError: the checkpoint has not got them.
     """
-    from megatron_speech.training.checkpoint import load_moments
-
     if init.mode == "transfer" or not stage.carry_optimizer:
         return "the optimizer starts afresh"
     if missing := load_moments(info, chunks=chunks, optimizer=optimizer):

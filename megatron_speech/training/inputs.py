@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from megatron_speech.data.config import LossConfig
-from megatron_speech.data.loader import MicroBatch
+from megatron_speech.data.loading.loader import MicroBatch
 from megatron_speech.model.attention import PackedSequences
+from megatron_speech.recipe.loss import LossConfig
 
 
-class Inputs:
+class ModelInputs:
     """A micro-batch on the model's device, flattened to one packed row of T = B·S positions.
 
     `scales`: what weight 1 counts for in the loss of the global batch, of all labels or by modality.

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_speech.errors import InputError
-from megatron_speech.model.estimate import GIB, Layout, Memory, divided, remedies, worst
-from megatron_speech.model.execution import RecomputeConfig
-from megatron_speech.training.recipe import Recipe, StageConfig
+from megatron_speech.model.memory import GIB, Memory, MemoryLayout, divided, remedies, worst
+from megatron_speech.recipe.recipe import Recipe
+from megatron_speech.recipe.recompute import RecomputeConfig
+from megatron_speech.recipe.stage import StageConfig
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,7 @@ _SHOWN_REMEDIES = 3
 
 def layout_of(
     recipe: Recipe, stage: StageConfig, vocab_size: int, data_parallel: int, *, device: str, learned: float = 1.0
-) -> Layout:
+) -> MemoryLayout:
     """How the recipe divides the model, and what goes through it in one stage.
 
     Args:
@@ -41,7 +42,7 @@ def layout_of(
         InputError: the pipeline has more pieces than the model layers.
     """
     parallel = recipe.parallel
-    layout = Layout(
+    layout = MemoryLayout(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         virtual_pipeline=parallel.virtual_pipeline or 1,
@@ -63,7 +64,7 @@ def layout_of(
 
 def fullest(
     recipe: Recipe, vocab_size: int, data_parallel: int, *, device: str, learned: Sequence[float] | None = None
-) -> tuple[StageConfig, Layout, Memory]:
+) -> tuple[StageConfig, MemoryLayout, Memory]:
     """The stage that needs most memory, with its layout and what its fullest rank holds."""
     shares = learned or [1.0] * len(recipe.stages)
     found = []

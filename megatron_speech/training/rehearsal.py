@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron_speech.data.config import LossConfig
-from megatron_speech.data.loader import GlobalBatch, MicroBatch
+from megatron_speech.data.loading.loader import GlobalBatch, MicroBatch
 from megatron_speech.errors import InputError
+from megatron_speech.recipe.loss import LossConfig
+from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.training import checkpoint
-from megatron_speech.training.agreement import agreed
 from megatron_speech.training.batches import stage_batches
-from megatron_speech.training.control import StopRequest
-from megatron_speech.training.recipe import Recipe
-from megatron_speech.training.run_log import RunLog
+from megatron_speech.training.health.agreement import agreed
+from megatron_speech.training.health.control import StopRequest
+from megatron_speech.training.telemetry.run_log import RunLog
 from megatron_speech.training.trainer import Trainer
 
 TARGET = 0.05

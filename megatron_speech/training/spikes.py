@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_speech.recipe.recipe import Recipe
+from megatron_speech.recipe.spikes import SpikesConfig
 from megatron_speech.training.checkpoint.store import CheckpointInfo, find_latest
-from megatron_speech.training.optimizer_config import SpikesConfig
-from megatron_speech.training.recipe import Recipe
-from megatron_speech.training.run_log import RunLog
-from megatron_speech.training.stages import Ended, Position
+from megatron_speech.training.position import Ended, Position
+from megatron_speech.training.telemetry.run_log import RunLog
 
 QUANTITIES = ("loss", "grad_norm")
 

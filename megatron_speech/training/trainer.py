@@ -26,37 +26,40 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_speech.data.config import LossConfig
-from megatron_speech.data.indexed import TokenDataset
-from megatron_speech.data.loader import GlobalBatch
-from megatron_speech.data.stage_data import StageData, open_datasets, save_blend
+from megatron_speech import environment
+from megatron_speech.data.dataset.indexed import TokenDataset
+from megatron_speech.data.loading.loader import GlobalBatch
+from megatron_speech.data.stage import StageData, open_datasets, save_blend
 from megatron_speech.files import prepare_output_directory, sha256_file, write_json
 from megatron_speech.ops.cross_entropy import LinearLoss
 from megatron_speech.parallel import groups
-from megatron_speech.token_space import TokenSpace
-from megatron_speech.training import checkpoint, environment, plan
-from megatron_speech.training.agreement import agreed
+from megatron_speech.recipe.loss import LossConfig
+from megatron_speech.recipe.recipe import Recipe
+from megatron_speech.recipe.stage import StageConfig
+from megatron_speech.tokens.space import TokenSpace
+from megatron_speech.training import checkpoint, plan
 from megatron_speech.training.batches import stage_batches
 from megatron_speech.training.changed_blend import stage_histories
-from megatron_speech.training.control import StopRequest
 from megatron_speech.training.determinism import set_determinism
 from megatron_speech.training.early_stop import EarlyStop, check_held_out
 from megatron_speech.training.execution import Execution
-from megatron_speech.training.exporters import open_exporters
-from megatron_speech.training.freezing import freeze_parameters, frozen_ids
+from megatron_speech.training.health.agreement import agreed
+from megatron_speech.training.health.control import StopRequest
+from megatron_speech.training.health.preflight import Preflight
+from megatron_speech.training.health.safety import Safety
 from megatron_speech.training.initial import carry_moments, start_from
-from megatron_speech.training.inputs import Inputs
-from megatron_speech.training.metrics import LossMeter, memory_gib, peak_tflops
-from megatron_speech.training.optimizer import Optimizer
-from megatron_speech.training.preflight import Preflight
-from megatron_speech.training.recipe import Recipe, StageConfig
-from megatron_speech.training.run_log import RunLog, console_line, duration, record_failure
-from megatron_speech.training.safety import Safety
+from megatron_speech.training.inputs import ModelInputs
+from megatron_speech.training.optim.freezing import freeze_parameters, frozen_ids
+from megatron_speech.training.optim.optimizer import Optimizer
+from megatron_speech.training.position import Position, steps_of, total_steps
 from megatron_speech.training.spikes import SpikeGuard, Verdict, tell_of_rewind, tell_of_skips
-from megatron_speech.training.stages import Position, steps_of, total_steps
-from megatron_speech.training.throughput import Interval
-from megatron_speech.training.timing import Clock
+from megatron_speech.training.telemetry.exporters import open_exporters
+from megatron_speech.training.telemetry.metrics import LossMeter, memory_gib, peak_tflops
+from megatron_speech.training.telemetry.run_log import RunLog, console_line, record_failure
+from megatron_speech.training.telemetry.throughput import Interval
+from megatron_speech.training.telemetry.timing import Clock
 from megatron_speech.training.validation import Validator, validation_sequences
+from megatron_speech.wording import clock
 
 
 class Trainer:
@@ -409,11 +412,11 @@ class Trainer:
         plain = loss.model_copy(update={"label_smoothing": 0.0, "z_loss": 0.0}) if forward_only else loss
         context, fused = self.recipe.parallel.context, self.chunks[0].fused_attention
         inputs = [
-            Inputs(micro_batch, self.device, plain, scales, fused=fused, context=context)
+            ModelInputs(micro_batch, self.device, plain, scales, fused=fused, context=context)
             for micro_batch in self.execution.own(batch.micro_batches)
         ]
 
-        def forward_step(iterator: Iterator[Inputs], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        def forward_step(iterator: Iterator[ModelInputs], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             micro_batch = next(iterator)
             output = model(
                 input_ids=micro_batch.tokens,
@@ -576,7 +579,7 @@ class Trainer:
         self._log.say(
             f"{record['stage']} validation at step {record['step']}  loss {scores.get('loss', math.nan):.4f}"
             f"  audio {'-' if audio is None else f'{audio:.4f}'}  {scores.get('tokens', 0):,} tokens"
-            f"  {duration(seconds)}"
+            f"  {clock(seconds)}"
         )
         return scores
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from megatron_speech.data.stage_data import StageData
-from megatron_speech.training.metrics import LossMeter
-from megatron_speech.training.recipe import StageConfig
+from megatron_speech.data.stage import StageData
+from megatron_speech.recipe.stage import StageConfig
+from megatron_speech.training.telemetry.metrics import LossMeter
 
 
 def validation_sequences(tokens: int, stage: StageConfig) -> int:

@@ -12,8 +12,8 @@ import torch
 import transformers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from megatron_speech.token_layouts import LAYOUTS
-from megatron_speech.token_space import CodecDescription
+from megatron_speech.tokens.layouts import LAYOUTS
+from megatron_speech.tokens.space import CodecDescription
 
 CODEC = CodecDescription("toy", "toy-1", 16000, 50.0, ("q0",), (120,))
 KINDS = ("llama", "qwen2", "qwen3")

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from backbones import CODEC
 
 from megatron_speech import cli
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.tokens.space import TokenSpace
 
 Import = Callable[..., Path]
 

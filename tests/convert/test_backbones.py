@@ -15,10 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megatron_speech import cli
-from megatron_speech.generation.engine import GenerationRequest, SpeechGenerator
+from megatron_speech.generation.engine import SpeechGenerator
+from megatron_speech.generation.requests import GenerationRequest
 from megatron_speech.generation.sampling import SamplingConfig
 from megatron_speech.model.attention import PackedSequences
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.training.checkpoint import load_for_inference
 
 Import = Callable[..., Path]
@@ -159,8 +160,8 @@ def test_a_model_of_bytes_exports_as_llama_with_a_tokenizer_of_bytes(tmp_path: P
     from toy_runs import make_token_space
 
     from megatron_speech.model.builder import build_model
-    from megatron_speech.model.config import ModelConfig
     from megatron_speech.parallel import groups
+    from megatron_speech.recipe.model import ModelConfig
     from megatron_speech.training.checkpoint import save_weights
 
     several = CODEC.__class__("toy", "toy-2", 8000, 25.0, ("vq", "pitch"), (16, 8))

@@ -13,7 +13,7 @@ from backbones import CODEC, edit_config, make_backbone, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from megatron_speech import cli
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.tokens.space import TokenSpace
 
 
 @pytest.fixture(scope="module")

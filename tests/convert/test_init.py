@@ -15,7 +15,7 @@ from backbones import CODEC, make_backbone, make_tokenizer
 from toy_runs import launch_two, make_toy_datasets, read_metrics, toy_recipe, train, write_recipe
 
 from megatron_speech import cli
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.tokens.space import TokenSpace
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_a_public_checkpoint_is_fine_tuned(
         for i, codes in enumerate(spoken.tolist()):
             row = {"sample_id": f"s{i}", "transcript": f"say {i}", "language": "en", "codes": codes}
             handle.write(json.dumps(row) + "\n")
-    from preprocess.preprocess_data import main as preprocess
+    from megatron_speech.preprocess.preprocess_data import main as preprocess
 
     arguments = ["--task", "tts", "--input", str(tmp_path / "samples.jsonl"), "--token-space"]
     arguments += [str(checkpoint / "token_space.json"), "--output-prefix", str(tmp_path / "tts")]

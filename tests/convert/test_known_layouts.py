@@ -15,11 +15,11 @@ from backbones import CODEC, LLAMA_SPECIALS, make_backbone, make_tokenizer
 
 from megatron_speech import cli
 from megatron_speech.errors import InputError
-from megatron_speech.generation.engine import GenerationRequest, SpeechGenerator
+from megatron_speech.generation.engine import SpeechGenerator
+from megatron_speech.generation.requests import GenerationRequest
 from megatron_speech.generation.sampling import SamplingConfig
-from megatron_speech.tasks import compile_document, count_target_tokens, render
-from megatron_speech.token_layouts import LAYOUTS, resolve
-from megatron_speech.token_space import (
+from megatron_speech.tokens.layouts import LAYOUTS, resolve
+from megatron_speech.tokens.space import (
     MODALITY_AUDIO,
     MODALITY_SPECIAL,
     MODALITY_TEXT,
@@ -27,6 +27,7 @@ from megatron_speech.token_space import (
     CodecDescription,
     TokenSpace,
 )
+from megatron_speech.tokens.templates import compile_document, count_target_tokens, render
 
 Import = Callable[..., Path]
 TEXT, REFERENCE = "one two 12345", "three four."

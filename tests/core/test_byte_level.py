@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_speech.ops.extension import extension
-from megatron_speech.text_tokenizers import byte_level
+from megatron_speech.tokens import byte_level
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="the compiled extension is not built")
 

@@ -7,12 +7,12 @@ import argparse
 import pytest
 
 from megatron_speech import cli
-from megatron_speech.data import blend_command
+from megatron_speech.commands import blend as blend_command
 
 
 def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspekt", "x"]) == 2
-    assert "did you mean inspect?" in capsys.readouterr().err
+    assert "did you mean 'inspect'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

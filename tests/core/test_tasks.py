@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_speech.errors import InputError
-from megatron_speech.tasks import compile_document, compile_prompt, count_target_tokens, render
-from megatron_speech.token_space import CodecDescription, TokenSpace
+from megatron_speech.tokens.space import CodecDescription, TokenSpace
+from megatron_speech.tokens.templates import compile_document, compile_prompt, count_target_tokens, render
 
 SPACE = TokenSpace.build("bytes", CodecDescription("toy", "c0ffee", 8000, 25.0, ("a", "b"), (5, 7)))
 TEXT, REF_TEXT = SPACE.encode_text("hi"), SPACE.encode_text("yo")

@@ -19,13 +19,13 @@ from tokenizers import pre_tokenizers
 from megatron_speech.cli import main
 from megatron_speech.errors import InputError
 from megatron_speech.files import sha256_file
-from megatron_speech.text import normalize_document
 from megatron_speech.text_tokenizers.corpus import Corpus
-from megatron_speech.text_tokenizers.encoders import TextEncoder, open_text_tokenizer
 from megatron_speech.text_tokenizers.extend import ExtendOptions, extend
 from megatron_speech.text_tokenizers.merges import Merge, learn_merges
 from megatron_speech.text_tokenizers.scripts import main_script, parse_scripts, script_of, shared_with
-from megatron_speech.token_space import CodecDescription, TokenSpace
+from megatron_speech.tokens.encoders import TextEncoder, open_text_tokenizer
+from megatron_speech.tokens.normalization import normalize_document
+from megatron_speech.tokens.space import CodecDescription, TokenSpace
 
 CODEC = CodecDescription("toy", "c0ffee", 8000, 25.0, ("a",), (5,))
 NEW = ("hi", "am", "ta")  # the base knows en and zh
@@ -380,7 +380,7 @@ def test_what_the_input_does_not_yield_is_named(texts: str, tmp_path: Path) -> N
 
 def test_a_script_that_does_not_exist_is_answered_with_the_nearest() -> None:
     assert parse_scripts(["ethiopic", "Tamil", "Ethiopic"]) == ("Ethiopic", "Tamil")
-    with pytest.raises(InputError, match="did you mean Devanagari"):
+    with pytest.raises(InputError, match="did you mean 'Devanagari'"):
         parse_scripts(["devanagri"])
     with pytest.raises(InputError, match="is no Unicode script"):
         parse_scripts(["Common"])

@@ -11,8 +11,8 @@ import tokenizers
 
 from megatron_speech.cli import main
 from megatron_speech.text_tokenizers.corpus import Corpus
-from megatron_speech.text_tokenizers.encoders import open_text_tokenizer
-from megatron_speech.text_tokenizers.report import by_language, byte_table, measure, total
+from megatron_speech.text_tokenizers.fertility import by_language, byte_table, measure, total
+from megatron_speech.tokens.encoders import open_text_tokenizer
 
 
 def _measure(tokenizer: str | Path, *rows: tuple[str, str], folder: Path) -> dict[tuple[str, str], object]:

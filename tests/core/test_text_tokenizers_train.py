@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from megatron_speech.cli import main
 from megatron_speech.errors import InputError
-from megatron_speech.text import NORMALIZATION_VERSION, normalize_document
 from megatron_speech.text_tokenizers.corpus import PASSAGE_CHARACTERS, Corpus, draw_sample, passages
 from megatron_speech.text_tokenizers.train import TrainOptions, train
-from megatron_speech.token_space import SPECIALS, CodecDescription, TokenSpace
+from megatron_speech.tokens.normalization import NORMALIZATION_VERSION, normalize_document
+from megatron_speech.tokens.space import SPECIALS, CodecDescription, TokenSpace
 
 LANGUAGES = tuple(text_corpora.LETTERS)
 

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from megatron_speech.token_space import CodecDescription, TokenSpace
+from megatron_speech.tokens.space import CodecDescription, TokenSpace
 
 CODEC = CodecDescription("toy", "c0ffee", 8000, 25.0, ("a",), (5,))
 FOREIGN = "ꦲꦏ꧀ꦱꦫ"  # Javanese: in none of the vocabularies below

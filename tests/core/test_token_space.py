@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_speech.errors import InputError
-from megatron_speech.token_space import (
+from megatron_speech.tokens.space import (
     MODALITY_AUDIO,
     MODALITY_SPECIAL,
     MODALITY_TEXT,

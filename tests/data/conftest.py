@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from megatron_speech.data.dataset_writer import DatasetWriter
-from megatron_speech.data.documents_table import SCHEMA, derive_columns
-from megatron_speech.data.indexed import TokenDataset
-from megatron_speech.data.manifest import CodecEntry, FilterStatistics, Manifest, Totals
-from megatron_speech.tasks import TEMPLATE_HASH, compile_document, count_target_tokens
-from megatron_speech.token_space import CodecDescription, TokenSpace
+from megatron_speech.data.dataset.dataset_writer import DatasetWriter
+from megatron_speech.data.dataset.documents_table import SCHEMA, derive_columns
+from megatron_speech.data.dataset.indexed import TokenDataset
+from megatron_speech.data.dataset.manifest import CodecEntry, FilterStatistics, Manifest, Totals
+from megatron_speech.tokens.space import CodecDescription, TokenSpace
+from megatron_speech.tokens.templates import TEMPLATE_HASH, compile_document, count_target_tokens
 
 
 @dataclass(frozen=True)

@@ -7,25 +7,25 @@ import numpy as np
 import pytest
 
 from megatron_speech.benchmark.data_codes import FORMS
-from megatron_speech.benchmark.data_corpus import Corpus
+from megatron_speech.benchmark.data_corpus import BenchmarkCorpus
 from megatron_speech.benchmark.data_sizes import plan
 from megatron_speech.benchmark.data_text import compare_ids
 from megatron_speech.benchmark.measure import Measured, marginal_rates, run_measured
 from megatron_speech.cli import main
+from megatron_speech.environment import prepare_imports
 from megatron_speech.errors import InputError
-from megatron_speech.text import normalize_document
-from megatron_speech.training.environment import prepare_imports
+from megatron_speech.tokens.normalization import normalize_document
 
 
 @pytest.fixture(scope="module")
 def corpus():
-    return Corpus("transcripts", seed=4)
+    return BenchmarkCorpus("transcripts", seed=4)
 
 
 def test_a_document_depends_on_its_number_alone(corpus):
     whole = list(corpus.documents(40))
     assert list(corpus.documents(15, start=10)) == whole[10:25]
-    assert list(Corpus("transcripts", seed=5).documents(40)) != whole
+    assert list(BenchmarkCorpus("transcripts", seed=5).documents(40)) != whole
 
 
 def test_the_text_is_normalised_and_of_several_scripts(corpus):

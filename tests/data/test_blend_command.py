@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_speech import cli
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.tokens.space import TokenSpace
 
 RECIPE = """
 name: toy
@@ -123,7 +123,7 @@ def test_the_picture_is_written_whole_and_a_bad_name_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--stage", "ptt"], "has no stage 'ptt'; did you mean pt?"),
+        (["--stage", "ptt"], "has no stage 'ptt'; did you mean 'pt'?"),
         (["stages.pt.task_mass.text_lm=1"], "no dataset of that task"),
         (["stages.sft.seq_length=32", "stages.sft.global_batch_tokens=512"], "longer than seq_length 32"),
     ],

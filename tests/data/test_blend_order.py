@@ -10,9 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_speech.data.config import StageDataConfig
-from megatron_speech.data.document_columns import DocumentTable
-from megatron_speech.data.order import (
+from megatron_speech.data.blend.order import (
     BlendOrder,
     EpochPosition,
     FixedOrder,
@@ -25,8 +23,10 @@ from megatron_speech.data.order import (
     seed_of,
     stage_order,
 )
-from megatron_speech.data.strata import Blend, check_stage, resolve
+from megatron_speech.data.blend.strata import Blend, check_stage, resolve
+from megatron_speech.data.dataset.document_columns import DocumentTable
 from megatron_speech.errors import InputError
+from megatron_speech.recipe.stage import StageDataConfig
 
 
 def table(
@@ -426,23 +426,23 @@ TABLES = [
         ({"task_mass": {"speech_lm": 0.0}}, "mass of speech_lm is 0"),
         ({"task_mass": {"speech_lm": -1.0}}, "mass of speech_lm is -1"),
         ({"task_mass": {"speech_lm": float("nan")}}, "mass of speech_lm is nan"),
-        ({"task_mass": {"speach_lm": 1.0}}, "unknown task 'speach_lm'; did you mean speech_lm"),
+        ({"task_mass": {"speach_lm": 1.0}}, "unknown task 'speach_lm'; did you mean 'speech_lm'"),
         ({"task_mass": {}}, "task_mass is empty"),
         ({"task_mass": None}, "neither task_mass nor strata"),
         ({"strata": [{"task": "tts", "mass": 1}], "task_mass": {"tts": 1}}, "both task_mass and strata"),
         ({"task_mass": {"text_lm": 1.0}}, "no dataset of that task .* speech \\(speech_lm\\), pairs \\(tts\\)"),
         ({"tokens": 100}, "budget of 100 tokens is smaller than one global batch of 256"),
         ({"global_batch_tokens": 250}, "not a multiple of seq_length 64; nearest: 192 or 256"),
-        ({"strata": [{"task": "tts", "mass": 1, "languages": ["eng"]}]}, "'eng' in languages.* did you mean en"),
-        ({"strata": [{"task": "tts", "mass": 1, "datasets": ["pair"]}]}, "'pair' in datasets.* did you mean pairs"),
-        ({"strata": [{"task": "tts", "mass": 1, "sources": ["webb"]}]}, "'webb' in sources.* did you mean web"),
+        ({"strata": [{"task": "tts", "mass": 1, "languages": ["eng"]}]}, "'eng' in languages.* did you mean 'en'"),
+        ({"strata": [{"task": "tts", "mass": 1, "datasets": ["pair"]}]}, "'pair' in datasets.* did you mean 'pairs'"),
+        ({"strata": [{"task": "tts", "mass": 1, "sources": ["webb"]}]}, "'webb' in sources.* did you mean 'web'"),
         (
             {"strata": [{"task": "tts", "mass": 1, "name": "x"}, {"task": "tts", "mass": 1, "languages": ["en"]}]},
             "strata x and tts/en both take language en",
         ),
         ({"strata": [{"task": "tts", "mass": 1, "languages": ["hi"]}]}, "tts/hi has mass 1 but no document"),
         ({"source_caps": {"web": 0.0}}, "source_caps.web is 0"),
-        ({"source_caps": {"wbe": 0.5}}, "source_caps names 'wbe'.* did you mean web"),
+        ({"source_caps": {"wbe": 0.5}}, "source_caps names 'wbe'.* did you mean 'web'"),
         ({"source_caps": {"web": 0.2, "studio": 0.2}}, "leave .* without a source"),
         ({"task_mass": {"tts": 1.0}, "packing": {"mode": "fit"}}, "1 documents are longer than seq_length 64 .*100"),
         ({"task_mass": {"tts": 1.0}, "loss": {"prompt": 0.0}, "packing": {"mode": "cut"}}, "packing.mode is cut"),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_speech.data.split import held_out, is_held_out, name_hash, quotes_held_out
+from megatron_speech.data.dataset.split import held_out, is_held_out, name_hash, quotes_held_out
 
 MASK = (1 << 64) - 1
 

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_speech.data import where
-from megatron_speech.data.config import StageDataConfig
-from megatron_speech.data.document_columns import DocumentTable
-from megatron_speech.data.shares import bounded_shares, natural_shares
-from megatron_speech.data.strata import Blend, apply_filters, check_stage, resolve
+from megatron_speech.data.blend import where
+from megatron_speech.data.blend.shares import bounded_shares, natural_shares
+from megatron_speech.data.blend.strata import Blend, apply_filters, check_stage, resolve
+from megatron_speech.data.dataset.document_columns import DocumentTable
 from megatron_speech.errors import InputError
+from megatron_speech.recipe.stage import StageDataConfig
 
 
 def table(
@@ -123,8 +123,8 @@ def test_each_filter_has_a_bit_and_rows_are_read_group_by_group(documents: Path)
         ({"speaker_id": 3}, "compares the column speaker_id with a number, but it holds text"),
         ({"speaker_id": {"min": 3}}, "compares the column speaker_id with a number, but it holds text"),
         ({"duration_seconds": "long"}, "compares the column duration_seconds with text, but it holds a number"),
-        ({"spaeker_id": "ann"}, "names the column 'spaeker_id'.*did you mean speaker_id"),
-        ({"extra.moss": {"min": 3}}, r"names extra\.moss, a field that no document has; did you mean mos\?"),
+        ({"spaeker_id": "ann"}, "names the column 'spaeker_id'.*did you mean 'speaker_id'"),
+        ({"extra.moss": {"min": 3}}, r"names extra\.moss, a field that no document has; did you mean 'mos'\?"),
         ({"extra.channel": {"min": 3}}, "field channel of column extra is not of one type.*with a number"),
         ({"extra.": 3}, "names the column 'extra.'"),
         ({"speaker_id": {}}, "speaker_id is empty"),
@@ -133,7 +133,7 @@ def test_each_filter_has_a_bit_and_rows_are_read_group_by_group(documents: Path)
         ({"speaker_id": None}, "null: true"),
         ({"duration_seconds": {"min": 3, "max": 2}}, "min 3 is above max 2"),
         ({"duration_seconds": {"min": float("inf")}}, "a bound is a finite number"),
-        ({"duration_seconds": {"minimum": 3}}, "has the key 'minimum'; did you mean min"),
+        ({"duration_seconds": {"minimum": 3}}, "has the key 'minimum'; did you mean 'min'"),
         ({"duration_seconds": {"null": True, "min": 3}}, "null stands alone"),
         ({"duration_seconds": {"max": 3, "not": "x"}}, "values of one kind"),
     ],

@@ -12,12 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_speech.data.config import DataConfig, StageDataConfig
-from megatron_speech.data.history import Continuation, History, blend_spec, find_changes
-from megatron_speech.data.indexed import TokenDataset
-from megatron_speech.data.stage_data import StageData
+from megatron_speech.data.dataset.indexed import TokenDataset
+from megatron_speech.data.sequences.history import Continuation, History, blend_spec, find_changes
+from megatron_speech.data.stage import StageData
 from megatron_speech.errors import InputError
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.recipe.data import DataConfig
+from megatron_speech.recipe.stage import StageDataConfig
+from megatron_speech.tokens.space import TokenSpace
 
 BUDGET, WIDTH = 64, 64
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_speech.data.bucketing import _pack_bucket_python, pack_bucket
-from megatron_speech.data.packing_kernels import PackedSegments
+from megatron_speech.data.sequences.bucketing import _pack_bucket_python, pack_bucket
+from megatron_speech.data.sequences.packing_kernels import PackedSegments
 from megatron_speech.errors import InputError
 
 DOCUMENTS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 30)), max_size=120)

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_speech.data import inspect_command
-from megatron_speech.data.indexed import TokenDataset, file_of
-from megatron_speech.data.verify import verify_dataset
+from megatron_speech.commands import inspect as inspect_command
+from megatron_speech.data.dataset.indexed import TokenDataset, file_of
+from megatron_speech.data.dataset.verify import verify_dataset
 from megatron_speech.errors import InputError
-from megatron_speech.token_space import CodecDescription, TokenSpace
-from preprocess import merge_datasets, preprocess_data
+from megatron_speech.preprocess import merge_datasets, preprocess_data
+from megatron_speech.tokens.space import CodecDescription, TokenSpace
 
 SUFFIXES = (".bin", ".idx", ".docs.parquet", ".manifest.json", ".rejected.jsonl")
 
@@ -149,7 +149,7 @@ def test_all_that_disagrees_is_listed_not_the_first(prefix: Path, capsys: pytest
 
 def resign(prefix: Path, change: Any) -> None:
     """Change the manifest as a writer that errs would: its own hash is right."""
-    from megatron_speech.data.manifest import read_manifest, write_manifest
+    from megatron_speech.data.dataset.manifest import read_manifest, write_manifest
 
     path = file_of(prefix, ".manifest.json")
     manifest = read_manifest(path)
@@ -210,10 +210,10 @@ def test_documents_of_no_and_of_a_million_tokens_are_written_opened_merged_and_v
     """One million ids in a document are more than verify reads at a time; none at all are no document to skip."""
     import pyarrow as pa
 
-    from megatron_speech.data import verify
-    from megatron_speech.data.dataset_writer import DatasetWriter
-    from megatron_speech.data.documents_table import SCHEMA, derive_columns
-    from megatron_speech.data.manifest import FilterStatistics, Totals
+    from megatron_speech.data.dataset import verify
+    from megatron_speech.data.dataset.dataset_writer import DatasetWriter
+    from megatron_speech.data.dataset.documents_table import SCHEMA, derive_columns
+    from megatron_speech.data.dataset.manifest import FilterStatistics, Totals
 
     monkeypatch.setattr(verify, "_READ_BYTES", 1 << 16)
     random = np.random.default_rng(0)
@@ -233,11 +233,11 @@ def test_documents_of_no_and_of_a_million_tokens_are_written_opened_merged_and_v
         dataset = TokenDataset(tmp_path / name)
         assert [len(dataset.document(i)) for i in range(len(dataset))] == lengths
         assert np.array_equal(dataset.tokens, ids)
-        dataset.verify()
+        verify_dataset(dataset.prefix, require_manifest=dataset.manifest is not None).require()
     parts = [str(tmp_path / name) for name in "abc"]
     assert merge_datasets.main(["--input", *parts, "--output-prefix", str(tmp_path / "all")]) == 0
     merged = TokenDataset(tmp_path / "all")
-    merged.verify()
+    verify_dataset(merged.prefix, require_manifest=merged.manifest is not None).require()
     assert merged.lengths.tolist() == [0, 1_000_000, 0, 5, 0, 1_000_000, 3]
     assert np.array_equal(merged.tokens, np.concatenate([TokenDataset(part).tokens for part in parts]))
     flip(tmp_path / "all.bin", 2 * 1_500_000)
@@ -247,4 +247,4 @@ def test_documents_of_no_and_of_a_million_tokens_are_written_opened_merged_and_v
 def test_a_dataset_without_documents_is_whole(tmp_path: Path, make_dataset: Any, toy_space: TokenSpace) -> None:
     dataset = make_dataset(tmp_path / "none", toy_space, "speech_lm", [])
     assert len(dataset) == 0 and dataset.total_tokens == 0
-    dataset.verify()
+    verify_dataset(dataset.prefix, require_manifest=dataset.manifest is not None).require()

@@ -13,14 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from megatron_speech.data import document_columns
-from megatron_speech.data import strata as blending
-from megatron_speech.data.config import DataConfig, StageDataConfig
-from megatron_speech.data.index_build import index_key, read_tables
-from megatron_speech.data.indexed import TokenDataset
-from megatron_speech.data.stage_data import StageData
+from megatron_speech.data.blend import strata as blending
+from megatron_speech.data.dataset import document_columns
+from megatron_speech.data.dataset.indexed import TokenDataset
+from megatron_speech.data.sequences.index_build import index_key, read_tables
+from megatron_speech.data.stage import StageData
 from megatron_speech.errors import InputError
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.recipe.data import DataConfig
+from megatron_speech.recipe.stage import StageDataConfig
+from megatron_speech.tokens.space import TokenSpace
 
 S = 64
 STAGES: dict[str, dict[str, Any]] = {
@@ -105,10 +106,10 @@ def test_two_nodes_build_the_same_bytes(
 BUILD = """
 import sys, json
 from pathlib import Path
-from megatron_speech.data.config import DataConfig, StageDataConfig
-from megatron_speech.data.indexed import TokenDataset
-from megatron_speech.data.index_build import index_builder
-from megatron_speech.data.index_cache import cached_table
+from megatron_speech.recipe.data import DataConfig, StageDataConfig
+from megatron_speech.data.dataset.indexed import TokenDataset
+from megatron_speech.data.sequences.index_build import index_builder
+from megatron_speech.data.sequences.index_cache import cached_table
 from megatron_speech.ops.extension import extension_status
 data, stages = json.loads(sys.argv[1])
 datasets = {name: TokenDataset(prefix) for name, prefix in data["datasets"].items()}
@@ -250,7 +251,7 @@ def test_documents_are_read_batch_by_batch_as_they_are(
 
 
 def small_batches(*args: Any, **options: Any) -> Any:
-    from megatron_speech.data.documents_table import document_batches
+    from megatron_speech.data.dataset.documents_table import document_batches
 
     return document_batches(*args, **options | {"batch_rows": 10})
 

@@ -17,14 +17,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_speech.data import inspect_command
-from megatron_speech.data.documents_table import ROWS_PER_GROUP, SCHEMA, DocumentsTableWriter
-from megatron_speech.data.indexed import TokenDataset, file_of
-from megatron_speech.data.indexed_writer import disk_dtype, ids_on_disk, write_index
+from megatron_speech.commands import inspect as inspect_command
+from megatron_speech.data.dataset.documents_table import ROWS_PER_GROUP, SCHEMA, DocumentsTableWriter
+from megatron_speech.data.dataset.indexed import TokenDataset, file_of
+from megatron_speech.data.dataset.indexed_writer import disk_dtype, ids_on_disk, write_index
+from megatron_speech.data.dataset.verify import verify_dataset
 from megatron_speech.errors import InputError
 from megatron_speech.files import canonical_json, sha256_hex
-from megatron_speech.token_space import CodecDescription, TokenSpace
-from preprocess import preprocess_data
+from megatron_speech.preprocess import preprocess_data
+from megatron_speech.tokens.space import CodecDescription, TokenSpace
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 65_499), max_size=7), min_size=1, max_size=12)
 
@@ -93,7 +94,7 @@ def test_upstream_documents_of_several_sequences_open_only_when_allowed(
     assert dataset.manifest is None
     assert [dataset.document(i).tolist() for i in range(len(dataset))] == whole
     assert dataset.total_tokens == len(dataset.tokens) == sum(map(len, whole))
-    dataset.verify()
+    verify_dataset(dataset.prefix, require_manifest=dataset.manifest is not None).require()
 
 
 def test_ids_that_do_not_fit_are_refused() -> None:
@@ -161,7 +162,7 @@ def test_documents_offsets_and_columns_agree(dataset_prefix: Path) -> None:
     dataset = TokenDataset(dataset_prefix)
     space = TokenSpace.load(dataset_prefix.parent / "ts.json")
     dataset.check(space)
-    dataset.verify()
+    verify_dataset(dataset.prefix, require_manifest=dataset.manifest is not None).require()
     assert len(dataset) == 10 and dataset.tokens.dtype == np.uint16
     for i in range(len(dataset)):
         whole = dataset.document(i)
@@ -288,7 +289,7 @@ def test_verify_finds_what_opening_cannot_see(dataset_prefix: Path, name: str) -
     damage, message = HIDDEN_DAMAGES[name]
     damage(dataset_prefix)
     with pytest.raises(InputError, match=message):
-        TokenDataset(dataset_prefix).verify()
+        verify_dataset(dataset_prefix).require()
 
 
 def test_another_token_space_or_codec_is_refused(dataset_prefix: Path) -> None:

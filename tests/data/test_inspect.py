@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_speech.data import inspect_command
-from megatron_speech.data.distributions import QUANTILES, Distribution
+from megatron_speech.commands import inspect as inspect_command
+from megatron_speech.data.dataset.distributions import QUANTILES, Distribution
 from megatron_speech.errors import InputError
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.tokens.space import TokenSpace
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=60)
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_speech.benchmark import loader
-from megatron_speech.tasks import compile_document
-from megatron_speech.token_space import MODALITY_AUDIO, MODALITY_TEXT
+from megatron_speech.tokens.space import MODALITY_AUDIO, MODALITY_TEXT
+from megatron_speech.tokens.templates import compile_document
 
 
 @pytest.mark.parametrize("options", [{}, {"prompt": 0.0, "workers": 2, "cold": True}, {"packing": "bucket"}], ids=str)

@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_speech.data import gathering
-from megatron_speech.data import loader as loader_module
-from megatron_speech.data.config import DataConfig, StageDataConfig
-from megatron_speech.data.gathering import Gatherer, Segments
-from megatron_speech.data.indexed import TokenDataset
-from megatron_speech.data.indexed_writer import disk_dtype, ids_on_disk, write_index
-from megatron_speech.data.loader import GlobalBatch
-from megatron_speech.data.stage_data import StageData
+from megatron_speech.data.dataset.indexed import TokenDataset
+from megatron_speech.data.dataset.indexed_writer import disk_dtype, ids_on_disk, write_index
+from megatron_speech.data.loading import gathering
+from megatron_speech.data.loading import loader as loader_module
+from megatron_speech.data.loading.gathering import Gatherer, Segments
+from megatron_speech.data.loading.loader import GlobalBatch
+from megatron_speech.data.stage import StageData
 from megatron_speech.errors import InputError
 from megatron_speech.ops.extension import extension
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.recipe.data import DataConfig
+from megatron_speech.recipe.stage import StageDataConfig
+from megatron_speech.tokens.space import TokenSpace
 
 S = 64
 

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_speech.data.config import DataConfig, StageDataConfig
-from megatron_speech.data.indexed import TokenDataset
-from megatron_speech.data.loader import GlobalBatch, MicroBatch, StageLoader
-from megatron_speech.data.stage_data import StageData, open_datasets, save_blend
+from megatron_speech.data.dataset.indexed import TokenDataset
+from megatron_speech.data.loading.loader import GlobalBatch, MicroBatch, StageLoader
+from megatron_speech.data.stage import StageData, open_datasets, save_blend
 from megatron_speech.errors import InputError
 from megatron_speech.files import read_json
-from megatron_speech.token_space import MODALITY_AUDIO, CodecDescription, TokenSpace
+from megatron_speech.recipe.data import DataConfig
+from megatron_speech.recipe.stage import StageDataConfig
+from megatron_speech.tokens.space import MODALITY_AUDIO, CodecDescription, TokenSpace
 
 S = 48  # seq_length
 

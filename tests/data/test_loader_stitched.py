@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_speech.data.config import DataConfig, StageDataConfig
-from megatron_speech.data.indexed import TokenDataset
-from megatron_speech.data.stage_data import StageData
+from megatron_speech.data.dataset.indexed import TokenDataset
+from megatron_speech.data.stage import StageData
 from megatron_speech.errors import InputError
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.recipe.data import DataConfig
+from megatron_speech.recipe.stage import StageDataConfig
+from megatron_speech.tokens.space import TokenSpace
 
 S = 96
 

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_speech.data import order as ordering
-from megatron_speech.data.index_cache import TableWriter, cached_table, verify_table
-from megatron_speech.data.order import BlendOrder, OrderedDocuments, StratumDocuments
-from megatron_speech.data.packing import PackedRun, pack
+from megatron_speech.data.blend import order as ordering
+from megatron_speech.data.blend.order import BlendOrder, OrderedDocuments, StratumDocuments
+from megatron_speech.data.sequences.index_cache import TableWriter, cached_table, verify_table
+from megatron_speech.data.sequences.packing import PackedRun, pack
 from megatron_speech.errors import InputError
 from megatron_speech.files import canonical_json, sha256_hex
 
@@ -162,7 +162,7 @@ def test_a_window_moves_documents_about_by_a_small_part_of_what_lies_before_them
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_table_is_the_same_without_a_compiler(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_speech.data import bucketing, packing_kernels
+    from megatron_speech.data.sequences import bucketing, packing_kernels
 
     expected = columns(runs_of(endless(1), mode, 64, n_sequences=100, open_sequences=8))
     for module in (ordering, packing_kernels, bucketing):

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_speech.data import staging
-from megatron_speech.data.config import DataConfig
-from megatron_speech.data.indexed import TokenDataset
-from megatron_speech.data.stage_data import open_datasets
-from megatron_speech.data.staging import release, stage_datasets
+from megatron_speech.data.dataset import staging
+from megatron_speech.data.dataset.indexed import TokenDataset
+from megatron_speech.data.dataset.staging import release, stage_datasets
+from megatron_speech.data.stage import open_datasets
 from megatron_speech.errors import InputError
 from megatron_speech.files import read_json, write_json
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.recipe.data import DataConfig
+from megatron_speech.tokens.space import TokenSpace
 
 Make = Callable[..., TokenDataset]
 
@@ -102,7 +102,7 @@ def test_the_same_content_under_two_names_is_one_copy(make: Make, tmp_path: Path
 
 SCRIPT = """
 import os, signal, sys
-from megatron_speech.data import staging
+from megatron_speech.data.dataset import staging
 staging._CHUNK = 100
 kill_after = int(sys.argv[3])
 chunks = 0

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_speech.data.config import StitchConfig
-from megatron_speech.data.document_columns import DocumentTable
-from megatron_speech.data.documents_table import SCHEMA
-from megatron_speech.data.packing_kernels import pack_cut, pack_fit
-from megatron_speech.data.stitching import COLUMNS, Adjacency, StitchedTable, expand, stitch
+from megatron_speech.data.dataset.document_columns import DocumentTable
+from megatron_speech.data.dataset.documents_table import SCHEMA
+from megatron_speech.data.sequences.packing_kernels import pack_cut, pack_fit
+from megatron_speech.data.sequences.stitching import COLUMNS, Adjacency, StitchedTable, expand, stitch
 from megatron_speech.errors import InputError
+from megatron_speech.recipe.packing import StitchConfig
 
 Row = dict[str, Any]
 

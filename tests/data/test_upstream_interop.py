@@ -15,8 +15,9 @@ import yaml
 from megatron_speech.benchmark.data_text import Peer, compare_ids
 from megatron_speech.benchmark.measure import run_measured
 from megatron_speech.benchmark.peer_loader import Tokenizer
-from megatron_speech.data.indexed import TokenDataset
-from megatron_speech.training.environment import prepare_imports
+from megatron_speech.data.dataset.indexed import TokenDataset
+from megatron_speech.data.dataset.verify import verify_dataset
+from megatron_speech.environment import prepare_imports
 
 SEQ_LENGTH = 64
 TEXTS = ["one two three", "four", "five six", "seven eight nine ten " * 9, "नमस्ते दुनिया", "ሰላም ለዓለም"] * 20
@@ -161,7 +162,7 @@ def test_documents_of_upstreams_builder_keep_their_ids(taken_over, toy_space):
     for i, ids in enumerate(documents):
         # The document here is <bos> text <eos>: upstream's own end is taken off, and stands once.
         assert dataset.document(i).tolist() == [toy_space.special("<bos>"), *ids]
-    dataset.verify()
+    verify_dataset(dataset.prefix, require_manifest=dataset.manifest is not None).require()
 
 
 def test_files_of_upstreams_builder_train_here(taken_over, tmp_path):
@@ -209,7 +210,7 @@ def test_ids_that_are_no_text_of_the_token_space_are_refused(toy_space, reposito
 
 def test_upstreams_own_tool_gives_the_text_ids_that_ours_gives(repository, tmp_path):
     """MEGATRON_LM names a checkout, MEGATRON_LM_PYTHON an interpreter with what its tools import."""
-    from megatron_speech.benchmark.data_corpus import Corpus
+    from megatron_speech.benchmark.data_corpus import BenchmarkCorpus
     from megatron_speech.benchmark.data_text import prepare
 
     checkout = os.environ.get("MEGATRON_LM")
@@ -219,7 +220,7 @@ def test_upstreams_own_tool_gives_the_text_ids_that_ours_gives(repository, tmp_p
     peer.check()
     tokenizer, space = prepare(tmp_path, None, 2000, seed=0)
     text = tmp_path / "text.jsonl"
-    Corpus("transcripts").write_jsonl(text, 500)
+    BenchmarkCorpus("transcripts").write_jsonl(text, 500)
     run_measured(peer.command(text, tokenizer, tmp_path / "up", 1), peer.environment)
     flags = ("--task", "text_lm", "--token-space", space, "--language", "en")
     convert(repository, *flags, "--input", text, "--output-prefix", tmp_path / "ours")

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from megatron_speech.training.recipe import parse_recipe
+from megatron_speech.recipe.load import parse_recipe
 
 BLOCK = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_speech.data.indexed import TokenDataset
+from megatron_speech.data.dataset.indexed import TokenDataset
 
 # Every command that the README shows, and where it is run.
 RUN_BY = {

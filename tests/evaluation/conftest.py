@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_speech.codecs import describe_codec
 from megatron_speech.generation.engine import SpeechGenerator
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.tokens.space import TokenSpace
 
 
 class NoiseSession:

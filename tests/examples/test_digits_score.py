@@ -18,7 +18,7 @@ import score
 
 from megatron_speech.codecs import describe_codec, get_codec
 from megatron_speech.codecs.audio import read_audio, write_wav
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.tokens.space import TokenSpace
 
 WORDS, SPEAKERS = ("one", "six", "seven"), ("theo", "george", "jackson")
 

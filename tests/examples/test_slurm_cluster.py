@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from megatron_speech.token_space import CodecDescription, TokenSpace
+from megatron_speech.tokens.space import CodecDescription, TokenSpace
 
 ROWS = 4000
 

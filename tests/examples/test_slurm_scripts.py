@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from megatron_speech.token_space import CodecDescription, TokenSpace
+from megatron_speech.tokens.space import CodecDescription, TokenSpace
 
 SUFFIXES = (".bin", ".idx", ".docs.parquet")
 

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_speech.errors import InputError
-from megatron_speech.generation.engine import GenerationRequest, GenerationResult, SpeechGenerator
+from megatron_speech.generation.engine import GenerationResult, SpeechGenerator
+from megatron_speech.generation.requests import GenerationRequest
 from megatron_speech.generation.sampling import SamplingConfig, probabilities, sample, uniform_noise
 
 REFERENCE = np.array([[0, 1, 2], [4, 2, 3]], dtype=np.int32)

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_speech.cli import main
 from megatron_speech.codecs.audio import write_wav
-from megatron_speech.generation.command import add_arguments
+from megatron_speech.commands.generate import add_arguments
 from megatron_speech.generation.engine import DEFAULT_BATCH_SIZE, SpeechGenerator
 from megatron_speech.generation.sampling import SamplingConfig
 

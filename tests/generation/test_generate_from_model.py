@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from megatron_speech.codecs import describe_codec
-from megatron_speech.generation.engine import CachedSession, GenerationRequest, SpeechGenerator
+from megatron_speech.generation.engine import CachedSession, SpeechGenerator
+from megatron_speech.generation.requests import GenerationRequest
 from megatron_speech.generation.sampling import SamplingConfig
 from megatron_speech.model.attention import PackedSequences
 from megatron_speech.model.builder import build_model
-from megatron_speech.model.config import ModelConfig
 from megatron_speech.model.gpt import SpeechGPTModel
 from megatron_speech.parallel import groups
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.recipe.model import ModelConfig
+from megatron_speech.tokens.space import TokenSpace
 
 REFERENCE = np.array([[7, 8, 9, 10], [511, 0, 15, 63], [3, 1, 4, 1]], dtype=np.int32)
 

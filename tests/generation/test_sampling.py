@@ -19,7 +19,7 @@ from megatron_speech.generation.sampling import (
     sample,
     uniform_noise,
 )
-from megatron_speech.token_space import CodecDescription, TokenSpace
+from megatron_speech.tokens.space import CodecDescription, TokenSpace
 
 LOGITS = st.lists(
     st.floats(-8, 8, allow_nan=False, width=16).map(lambda value: round(value, 2)), min_size=1, max_size=24

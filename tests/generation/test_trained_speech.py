@@ -10,7 +10,8 @@ import pytest
 
 from megatron_speech import cli
 from megatron_speech.errors import InputError
-from megatron_speech.generation.engine import GenerationRequest, SpeechGenerator
+from megatron_speech.generation.engine import SpeechGenerator
+from megatron_speech.generation.requests import GenerationRequest
 from megatron_speech.generation.sampling import SamplingConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))

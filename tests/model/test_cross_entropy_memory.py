@@ -5,10 +5,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_speech.benchmark.head import peak_bytes
-from megatron_speech.data.config import LossConfig
 from megatron_speech.ops import cross_entropy
 from megatron_speech.ops.cross_entropy import linear_cross_entropy
-from megatron_speech.training.metrics import LossMeter
+from megatron_speech.recipe.loss import LossConfig
+from megatron_speech.training.telemetry.metrics import LossMeter
 
 IDS, WIDTH = 193_856, 8
 CPU = torch.device("cpu")

@@ -7,10 +7,9 @@ import torch
 
 from megatron_speech.model.attention import PackedSequences
 from megatron_speech.model.builder import build_model
-from megatron_speech.model.config import ModelConfig
-from megatron_speech.model.estimate import (
+from megatron_speech.model.memory import (
     GIB,
-    Layout,
+    MemoryLayout,
     divided,
     in_flight,
     layer_activations,
@@ -19,8 +18,9 @@ from megatron_speech.model.estimate import (
     remedies,
     worst,
 )
-from megatron_speech.model.execution import RecomputeConfig
 from megatron_speech.ops import cpu_layers
+from megatron_speech.recipe.model import ModelConfig
+from megatron_speech.recipe.recompute import RecomputeConfig
 
 VOCAB, POSITIONS = 300, 256
 
@@ -43,7 +43,7 @@ def test_a_preset_has_the_parameters_of_the_checkpoint_it_is_named_after(preset,
     config = ModelConfig(preset=preset)
     assert config.parameters(ids) == published
     # The pieces of a layout together: the table's padding and, where it is tied, its second copy aside.
-    layout = divided(config, ids, 2048, Layout(pipeline=4))
+    layout = divided(config, ids, 2048, MemoryLayout(pipeline=4))
     rows = -(-ids // 128) * 128
     trained_tables = 1 if config.tie_embeddings else 2
     besides = config.hidden_size * (2 * rows - trained_tables * ids)
@@ -58,7 +58,7 @@ def test_smoke_has_ten_million_parameters():
 def test_parameters_are_those_of_the_built_model(fields):
     config = shape(**fields)
     (model,) = build_model(config, VOCAB)
-    layout = divided(config, VOCAB, 64, Layout())
+    layout = divided(config, VOCAB, 64, MemoryLayout())
     assert rank_parameters(config, VOCAB, layout) == sum(p.numel() for p in model.parameters())
 
 
@@ -94,7 +94,7 @@ def test_activations_are_what_autograd_keeps(fields, precision):
         RecomputeConfig(mode="selective"),
         RecomputeConfig(mode="full"),
     ):
-        layout = Layout(precision=precision, recompute=recompute, positions=POSITIONS, device="cpu")
+        layout = MemoryLayout(precision=precision, recompute=recompute, positions=POSITIONS, device="cpu")
         per_layer, _ = layer_activations(two, layout)
         kept = [kept_for_backward(config, precision, recompute) for config in (two, four)]
         # A recomputed part keeps a few scalars of its own.
@@ -113,7 +113,7 @@ def test_activations_are_what_autograd_keeps(fields, precision):
 def test_a_micro_batch_twice_as_large_keeps_twice_as_much():
     config = ModelConfig(preset="1b")
     one, two = (
-        memory(config, 193_856, divided(config, 193_856, 2048, Layout(positions=positions)))
+        memory(config, 193_856, divided(config, 193_856, 2048, MemoryLayout(positions=positions)))
         for positions in (2048, 4096)
     )
     assert two.activations == 2 * one.activations
@@ -121,16 +121,16 @@ def test_a_micro_batch_twice_as_large_keeps_twice_as_much():
 
 
 def test_the_first_pipeline_rank_holds_most_micro_batches():
-    plain = Layout(pipeline=4, micro_batches=16)
+    plain = MemoryLayout(pipeline=4, micro_batches=16)
     assert [in_flight(plain, stage) for stage in range(4)] == [4, 3, 2, 1]
-    assert in_flight(Layout(pipeline=4, micro_batches=2), 0) == 2
-    interleaved = Layout(pipeline=4, virtual_pipeline=2, micro_batches=16)
+    assert in_flight(MemoryLayout(pipeline=4, micro_batches=2), 0) == 2
+    interleaved = MemoryLayout(pipeline=4, virtual_pipeline=2, micro_batches=16)
     assert [in_flight(interleaved, stage) for stage in range(4)] == [5.5, 4.5, 3.5, 2.5]
 
 
 def test_an_8b_model_on_one_gpu_is_helped_by_what_is_named():
     config = ModelConfig(preset="8b")
-    layout = divided(config, 193_856, 2048, Layout(data=8))
+    layout = divided(config, 193_856, 2048, MemoryLayout(data=8))
     limit = 80 * GIB
     assert worst(config, 193_856, layout).total > limit
     found = remedies(config, 193_856, layout, limit)
@@ -141,7 +141,7 @@ def test_an_8b_model_on_one_gpu_is_helped_by_what_is_named():
 
 def test_where_nothing_is_enough_the_nearest_are_named():
     config = ModelConfig(preset="8b")
-    layout = divided(config, 193_856, 2048, Layout())
+    layout = divided(config, 193_856, 2048, MemoryLayout())
     found = remedies(config, 193_856, layout, 4 * GIB)
     assert not any(remedy.enough for remedy in found)
     assert [remedy.total for remedy in found] == sorted(remedy.total for remedy in found)

@@ -7,8 +7,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron_speech.model import specs
 from megatron_speech.model.attention import PackedSequences
 from megatron_speech.model.builder import build_model
-from megatron_speech.model.config import ModelConfig
-from megatron_speech.model.execution import RecomputeConfig
+from megatron_speech.recipe.model import ModelConfig
+from megatron_speech.recipe.recompute import RecomputeConfig
 
 VOCAB, POSITIONS = 300, 256
 BOUNDS = torch.tensor([0, 100, 180, POSITIONS])

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from megatron_speech.model.attention import KVCache, PackedSequences, PaddedLayout
 from megatron_speech.model.builder import build_model
-from megatron_speech.model.config import PRESETS, ModelConfig
 from megatron_speech.ops import cpu_layers
+from megatron_speech.recipe.model import PRESETS, ModelConfig
 
 VOCAB, REAL = 256, 200
 

@@ -7,8 +7,8 @@ from pydantic import ValidationError
 
 from megatron_speech.model.attention import PackedSdpaAttention, PackedSequences
 from megatron_speech.model.builder import build_model
-from megatron_speech.model.config import ModelConfig
-from megatron_speech.model.execution import RecomputeConfig
+from megatron_speech.recipe.model import ModelConfig
+from megatron_speech.recipe.recompute import RecomputeConfig
 
 CONFIG = ModelConfig(preset="tiny", num_layers=3)
 LENGTHS = [5, 31, 1, 40, 12]

@@ -15,8 +15,8 @@ from megatron_speech.errors import InputError
 from megatron_speech.model import specs
 from megatron_speech.model.attention import PackedSequences
 from megatron_speech.model.builder import build_model, global_named_parameters, transformer_config
-from megatron_speech.model.config import ModelConfig
-from megatron_speech.model.execution import Fp8Config
+from megatron_speech.recipe.model import ModelConfig
+from megatron_speech.recipe.precision import Fp8Config
 from megatron_speech.training.checkpoint.contents import METADATA
 from megatron_speech.training.checkpoint.extra_state import only_saved_extra_state
 

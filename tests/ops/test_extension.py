@@ -16,7 +16,7 @@ needs_nvcc = pytest.mark.skipif(nvcc.find_nvcc() is None, reason="no nvcc")
 
 USE_EVERYTHING = """
 import numpy as np, torch
-from megatron_speech.data.packing_kernels import pack_cut, pack_fit
+from megatron_speech.data.sequences.packing_kernels import pack_cut, pack_fit
 from megatron_speech.ops.loss_mask import LossPolicy, loss_mask
 for _ in range(2):
     out = loss_mask(

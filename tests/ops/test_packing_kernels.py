@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from megatron_speech.data import packing_kernels
-from megatron_speech.data.packing_kernels import PackedSegments, pack_cut, pack_fit
+from megatron_speech.data.sequences import packing_kernels
+from megatron_speech.data.sequences.packing_kernels import PackedSegments, pack_cut, pack_fit
 from megatron_speech.errors import InputError
 from megatron_speech.ops.extension import extension, extension_status
 

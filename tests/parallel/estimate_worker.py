@@ -13,9 +13,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from megatron_speech.model.builder import build_model
-from megatron_speech.model.config import ModelConfig
-from megatron_speech.model.estimate import Layout, divided, memory
+from megatron_speech.model.memory import MemoryLayout, divided, memory
 from megatron_speech.parallel import groups
+from megatron_speech.recipe.model import ModelConfig
 
 VOCAB, SEQ_LENGTH = 300, 64
 
@@ -55,7 +55,7 @@ def _one(case: dict[str, Any]) -> dict[str, Any]:
         config,
         VOCAB,
         SEQ_LENGTH,
-        Layout(
+        MemoryLayout(
             tensor=parallel_state.get_tensor_model_parallel_world_size(),
             pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
             virtual_pipeline=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,

@@ -20,9 +20,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_speech.model.attention import PackedSequences
 from megatron_speech.model.builder import build_model, global_named_parameters
-from megatron_speech.model.config import ModelConfig
 from megatron_speech.ops.cross_entropy import LinearLoss
 from megatron_speech.parallel import groups
+from megatron_speech.recipe.model import ModelConfig
 
 VOCAB, REAL = 256, 130
 ROWS, LENGTH, MICRO_BATCHES, STEPS = 2, 48, 4, 20

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_speech.data.loader import MicroBatch
+from megatron_speech.data.loading import context_parallel
+from megatron_speech.data.loading.loader import MicroBatch
 from megatron_speech.model.attention import PackedSequences
-from megatron_speech.parallel import context_parallel
 
 
 def by_hand(lengths, ranks, rank, total):

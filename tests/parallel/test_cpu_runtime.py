@@ -134,7 +134,7 @@ def test_a_checkpoint_saves_and_loads(tmp_path, asynchronous):
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
     from megatron_speech.model.builder import build_model
-    from megatron_speech.model.config import ModelConfig
+    from megatron_speech.recipe.model import ModelConfig
 
     (model,) = build_model(ModelConfig(preset="tiny"), 256, seed=1)
     request = dist_checkpointing.save(model.sharded_state_dict(), str(tmp_path), async_sharded_save=asynchronous)

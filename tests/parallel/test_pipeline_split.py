@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_speech.errors import InputError
-from megatron_speech.model.config import ModelConfig
-from megatron_speech.parallel.pipeline_split import balance, check_split, core_layout, split_layers
+from megatron_speech.model.pipeline_split import balance, core_layout, split_layers
+from megatron_speech.recipe.model import ModelConfig
+from megatron_speech.recipe.parallel import check_pipeline_layout
 
 SPEECH_VOCABULARY = 193_856
 
@@ -76,9 +77,9 @@ def test_a_later_stage_takes_the_odd_layer_since_it_keeps_fewer_micro_batches():
 )
 def test_a_split_of_a_recipe_that_cannot_be_is_refused(split, message):
     with pytest.raises(InputError, match=message):
-        check_split(split, 16, 2, 2)
+        check_pipeline_layout(split, 16, 2, 2)
 
 
 def test_the_ends_may_do_without_layers():
-    assert check_split([0, 8, 8, 0], 16, 4, None) == (0, 8, 8, 0)
+    assert check_pipeline_layout([0, 8, 8, 0], 16, 4, None) == (0, 8, 8, 0)
     assert core_layout((0, 2, 0)) == [["embedding"], ["decoder", "decoder"], ["loss"]]

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_speech.data.indexed import TokenDataset
-from megatron_speech.token_space import CodecDescription, TokenSpace
-from preprocess import preprocess_data
-from preprocess.readers.base import ReadOptions, Row
-from preprocess.readers.open import Inputs
+from megatron_speech.data.dataset.indexed import TokenDataset
+from megatron_speech.data.dataset.verify import verify_dataset
+from megatron_speech.preprocess import preprocess_data
+from megatron_speech.preprocess.readers.base import ReadOptions, Row
+from megatron_speech.preprocess.readers.open import InputFiles
+from megatron_speech.tokens.space import CodecDescription, TokenSpace
 
 CODEC = CodecDescription("toy", "c" * 64, 8000, 25.0, ("a", "b"), (512, 64))
 
@@ -86,7 +87,7 @@ class Corpus:
     def convert(self, task: str, *flags: object, prefix: str = "out/data", inputs: Sequence[Path] = ()) -> TokenDataset:
         assert self.run(task, *flags, prefix=prefix, inputs=inputs) == 0
         dataset = TokenDataset(self.folder / prefix)
-        dataset.verify()
+        verify_dataset(dataset.prefix, require_manifest=dataset.manifest is not None).require()
         dataset.check(self.space)
         return dataset
 
@@ -122,7 +123,7 @@ def read_rows() -> Callable[..., list[Row]]:
 
     def read(*paths: object, options: ReadOptions | None = None, start: int = 0, stop: int | None = None) -> list[Row]:
         def some(start: int, stop: int | None, *, counted: bool = False) -> list[Row]:
-            inputs = Inputs([str(path) for path in paths], options)
+            inputs = InputFiles([str(path) for path in paths], options)
             total = inputs.rows if counted else None
             found = []
             for batch in inputs.batches(start, stop):

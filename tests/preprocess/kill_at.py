@@ -20,9 +20,9 @@ import dateutil.relativedelta  # noqa: F401 - as the next two: pyarrow and rich 
 import numpy.ma  # noqa: F401
 import rich._emoji_codes  # noqa: F401
 
-from megatron_speech.data import journal
-from preprocess import merge_datasets, preprocess_data
-from preprocess.readers import jsonl
+from megatron_speech.data.dataset import journal
+from megatron_speech.preprocess import merge_datasets, preprocess_data
+from megatron_speech.preprocess.readers import jsonl
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
@@ -53,7 +53,7 @@ def run(request: dict[str, Any], result: int) -> int:
     sys.addaudithook(audit)
     mains = {"preprocess_data": preprocess_data.main, "merge_datasets": merge_datasets.main}
     if request["command"] == "encode_audio":
-        from preprocess import encode_audio
+        from megatron_speech.preprocess import encode_audio
 
         encode_audio.COMMIT_SECONDS = 0.0 if request["often"] else 1e9
         mains["encode_audio"] = encode_audio.main

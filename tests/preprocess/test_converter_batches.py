@@ -15,17 +15,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_speech.data.split import name_hash
+from megatron_speech.data.dataset.split import name_hash
 from megatron_speech.files import sha256_hex
-from megatron_speech.tasks import TEMPLATES, compile_document, count_target_tokens
-from megatron_speech.text import normalize_document, normalize_documents, normalize_transcript, normalize_transcripts
-from megatron_speech.token_space import CodecDescription, TokenSpace
-from preprocess.columns import VALUES, read_samples
-from preprocess.compile_batch import compile_batch
-from preprocess.documents import Converter, Documents, Job, Work
-from preprocess.filters import Filters
-from preprocess.readers.base import Row, RowRejected
-from preprocess.samples import SampleRules
+from megatron_speech.preprocess.columns import VALUES, read_samples
+from megatron_speech.preprocess.compile_batch import compile_batch
+from megatron_speech.preprocess.documents import ConversionJob, Converter, Documents, Work
+from megatron_speech.preprocess.filters import Filters
+from megatron_speech.preprocess.readers.base import Row, RowRejected
+from megatron_speech.preprocess.samples import SampleRules
+from megatron_speech.tokens.normalization import (
+    normalize_document,
+    normalize_documents,
+    normalize_transcript,
+    normalize_transcripts,
+)
+from megatron_speech.tokens.space import CodecDescription, TokenSpace
+from megatron_speech.tokens.templates import TEMPLATES, compile_document, count_target_tokens
 
 ONE = TokenSpace.build("bytes", CodecDescription("one", "1" * 64, 16000, 50.0, ("a",), (70_000,)))
 TWO = TokenSpace.build("bytes", CodecDescription("two", "2" * 64, 8000, 25.0, ("a", "b"), (512, 64)))
@@ -47,7 +52,7 @@ class Rows:
 
 def convert(space: TokenSpace, task: str, fields: list[Any], **job: Any) -> Documents:
     rules = SampleRules(task, language="und")
-    return Converter(Job(space, rules, **job)).convert(Work(Rows(fields)))
+    return Converter(ConversionJob(space, rules, **job)).convert(Work(Rows(fields)))
 
 
 NOT_SURROGATE = st.characters(exclude_categories=["Cs"])

@@ -20,7 +20,7 @@ import soundfile
 
 from megatron_speech.codecs.audio import read_audio
 from megatron_speech.codecs.codec2 import Codec2
-from preprocess import audio_input, encode_audio
+from megatron_speech.preprocess import audio_input, encode_audio
 
 Rows = list[dict[str, Any]]
 

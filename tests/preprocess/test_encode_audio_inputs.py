@@ -12,7 +12,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from preprocess import encode_audio
+from megatron_speech.preprocess import encode_audio
 
 Rows = list[dict[str, Any]]
 

@@ -11,11 +11,11 @@ import pytest
 import sentencepiece
 import yaml
 
-from megatron_speech.data.indexed import TokenDataset
+from megatron_speech.data.dataset.indexed import TokenDataset
 from megatron_speech.errors import InputError
-from megatron_speech.token_space import CodecDescription, TokenSpace
-from preprocess import merge_datasets
-from preprocess.filters import Filters, find_duplicates, for_language, matches
+from megatron_speech.preprocess import merge_datasets
+from megatron_speech.preprocess.filters import Filters, find_duplicates, for_language, matches
+from megatron_speech.tokens.space import CodecDescription, TokenSpace
 
 
 def write_filters(folder: Path, *rules: dict[str, Any]) -> Path:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_speech.data.indexed import TokenDataset
-from megatron_speech.token_space import TokenSpace
-from preprocess import merge_datasets
+from megatron_speech.data.dataset.indexed import TokenDataset
+from megatron_speech.data.dataset.verify import verify_dataset
+from megatron_speech.preprocess import merge_datasets
+from megatron_speech.tokens.space import TokenSpace
 
 
 def merge(folder: Path, output: str, *inputs: str) -> int:
@@ -35,7 +36,7 @@ def test_merged_shards_are_the_bytes_of_one_run(make_corpus: Any, flags: tuple[o
     one, merged = corpus.files("out/one"), corpus.files("out/merged")
     assert set(one) == {"bin", "idx", "docs.parquet", "manifest.json", "rejected.jsonl"}
     assert one == merged
-    TokenDataset(corpus.folder / "out" / "merged").verify()
+    verify_dataset(corpus.folder / "out" / "merged").require()
 
 
 def test_different_datasets_are_joined_in_order(corpus: Any) -> None:
@@ -44,7 +45,7 @@ def test_different_datasets_are_joined_in_order(corpus: Any) -> None:
     second = corpus.convert("tts", "--seed", 5, prefix="out/b", inputs=[other])
     assert merge(corpus.folder / "out", "c", "b", "a") == 0
     merged = TokenDataset(corpus.folder / "out" / "c")
-    merged.verify()
+    verify_dataset(merged.prefix, require_manifest=merged.manifest is not None).require()
     assert np.array_equal(merged.tokens, np.concatenate([second.tokens, first.tokens]))
     assert merged.columns("sample_id")["sample_id"].to_pylist()[:8] == [*(f"s{i}" for i in range(7)), "s0"]
     manifest = merged.manifest
@@ -54,7 +55,7 @@ def test_different_datasets_are_joined_in_order(corpus: Any) -> None:
 
 
 def test_what_does_not_fit_together_is_refused(corpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    from megatron_speech.token_space import CodecDescription
+    from megatron_speech.tokens.space import CodecDescription
 
     out = corpus.folder / "out"
     corpus.convert("tts", prefix="out/pairs")

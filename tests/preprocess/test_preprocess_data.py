@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_speech.data.indexed import TokenDataset
+from megatron_speech.data.dataset.indexed import TokenDataset
+from megatron_speech.data.dataset.verify import verify_dataset
 from megatron_speech.files import sha256_hex
-from megatron_speech.tasks import compile_document, render
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.tokens.space import TokenSpace
+from megatron_speech.tokens.templates import compile_document, render
 
 
 def table(dataset: TokenDataset) -> list[dict[str, Any]]:
@@ -245,8 +246,8 @@ def test_codes_come_from_one_file_each_from_lists_and_from_parquet_alike(corpus:
 
 
 def test_one_codebook_takes_flat_codes(tmp_path: Path) -> None:
-    from megatron_speech.token_space import CodecDescription
-    from preprocess import preprocess_data
+    from megatron_speech.preprocess import preprocess_data
+    from megatron_speech.tokens.space import CodecDescription
 
     space = TokenSpace.build("bytes", CodecDescription("flat", "f" * 64, 16000, 50.0, ("codes",), (70_000,)))
     space.save(tmp_path / "ts.json")
@@ -360,7 +361,7 @@ def test_a_stopped_conversion_leaves_no_dataset(make_corpus: Any, repository: Pa
 
 
 def test_two_writers_of_one_output_are_told_apart(corpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    from megatron_speech.data.dataset_writer import DatasetWriter
+    from megatron_speech.data.dataset.dataset_writer import DatasetWriter
 
     with DatasetWriter(corpus.folder / "out" / "data", np.uint16):
         assert corpus.run("tts") == 2
@@ -374,7 +375,7 @@ def test_two_writers_of_one_output_are_told_apart(corpus: Any, capsys: pytest.Ca
 def test_real_recordings_from_wav_to_documents(fsdd: Path, tmp_path: Path, repository: Path) -> None:
     pytest.importorskip("pycodec2", reason="the Codec2 codec is an extra")
     from megatron_speech.codecs import describe_codec
-    from preprocess import preprocess_data
+    from megatron_speech.preprocess import preprocess_data
 
     rows = [json.loads(line) for line in fsdd.read_text().splitlines()][::25]
     with open(tmp_path / "samples.jsonl", "w") as handle:
@@ -389,7 +390,7 @@ def test_real_recordings_from_wav_to_documents(fsdd: Path, tmp_path: Path, repos
     files = ["--input", f"{tmp_path}/codes/samples.jsonl", "--output-prefix", f"{tmp_path}/digits"]
     assert preprocess_data.main([*arguments, *files]) == 0
     dataset = TokenDataset(tmp_path / "digits")
-    dataset.verify()
+    verify_dataset(dataset.prefix, require_manifest=dataset.manifest is not None).require()
     assert len(dataset) == len(rows) and dataset.manifest is not None
     assert dataset.manifest.forms == {"cloning": len(rows)} and dataset.manifest.notices == {}
     assert dataset.manifest.sources["fsdd"].seconds == pytest.approx(sum(row["duration"] for row in rows), rel=0.2)

@@ -133,7 +133,7 @@ def test_an_input_without_a_usable_row_is_refused(corpus: Any, capsys: pytest.Ca
 def test_a_tokenizer_that_yields_nothing_is_named(
     corpus: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_speech.token_space import TokenSpace
+    from megatron_speech.tokens.space import TokenSpace
 
     # A tokenizer that knows nothing of these texts; building a space with one that knows nothing at all is refused.
     monkeypatch.setattr(TokenSpace, "encode_text_batch", lambda self, texts: [np.zeros(0, np.int32) for _ in texts])

@@ -18,9 +18,9 @@ import pytest
 import tokenizers
 
 from megatron_speech.errors import InputError
-from preprocess.readers import arrays
-from preprocess.readers.base import ReadOptions, Row
-from preprocess.readers.open import Inputs
+from megatron_speech.preprocess.readers import arrays
+from megatron_speech.preprocess.readers.base import ReadOptions, Row
+from megatron_speech.preprocess.readers.open import InputFiles
 
 ReadRows = Callable[..., list[Row]]
 COUNT = 1300
@@ -98,7 +98,8 @@ def test_rows_with_long_arrays_come_in_smaller_batches(
     (tmp_path / "x.jsonl").write_bytes(jsonl(metadata()))
     check(read_rows(tmp_path / "x.offsets.npy"), codes, offsets)
     sizes = [
-        sum(row.fields["codes"].nbytes for row in b.read()) for b in Inputs([f"{tmp_path}/x.offsets.npy"]).batches(0)
+        sum(row.fields["codes"].nbytes for row in b.read())
+        for b in InputFiles([f"{tmp_path}/x.offsets.npy"]).batches(0)
     ]
     assert max(sizes) <= 800 and len(sizes) > COUNT * 15 * 8 / 800
 
@@ -154,7 +155,7 @@ def test_offsets_that_disagree_with_the_data_are_refused(tmp_path: Path, name: s
     data = jsonl([{"transcript": "x"}] * rows)
     (tmp_path / f"x.jsonl{'.gz' if packed else ''}").write_bytes(gzip.compress(data) if packed else data)
     with pytest.raises(InputError) as error:
-        list(Inputs([str(tmp_path / "x.offsets.npy")]).batches(0))
+        list(InputFiles([str(tmp_path / "x.offsets.npy")]).batches(0))
     assert OFFSET_FAULTS[name] in str(error.value)
 
 
@@ -162,12 +163,12 @@ def test_files_that_belong_together_must_all_be_there_once(tmp_path: Path) -> No
     codes, offsets = make_codes()
     np.save(tmp_path / "x.offsets.npy", offsets)
     with pytest.raises(InputError, match=r"needs .*x.codes.npy beside it"):
-        Inputs([str(tmp_path / "x.offsets.npy")])
+        InputFiles([str(tmp_path / "x.offsets.npy")])
     np.save(tmp_path / "x.codes.npy", codes)
     for name in ("x.jsonl", "x.parquet"):
         (tmp_path / name).touch()
     with pytest.raises(InputError, match="has its rows twice"):
-        Inputs([str(tmp_path / "x.offsets.npy")])
+        InputFiles([str(tmp_path / "x.offsets.npy")])
 
 
 # ---- vectorised folders
@@ -244,7 +245,7 @@ def test_a_vectorised_folder_that_disagrees_is_refused(tmp_path: Path, fault: st
     elif fault == "no index":
         index.unlink()
     with pytest.raises(InputError) as error:
-        list(Inputs([str(tmp_path / "v")]).batches(0))
+        list(InputFiles([str(tmp_path / "v")]).batches(0))
     assert message in str(error.value)
 
 
@@ -332,14 +333,14 @@ def test_llasa_needs_its_tokenizer_and_a_shape_that_fits(tmp_path: Path) -> None
     tokenizer = make_tokenizer(tmp_path / "t", specials=True)
     write_llasa(tmp_path, [llasa_row(tokenizer, "some text", np.arange(10), 60)])
     with pytest.raises(InputError, match="name its folder with --input-tokenizer"):
-        Inputs([str(tmp_path)])
+        InputFiles([str(tmp_path)])
     options = ReadOptions(tokenizer=str(tmp_path / "t"))
     np.save(tmp_path / "train_input_ids_shape.npy", (2, 60))
     with pytest.raises(InputError, match=r"holds 240 bytes, needed 480 for int32 of shape \[2, 60\]"):
-        _ = Inputs([str(tmp_path)], options).rows
+        _ = InputFiles([str(tmp_path)], options).rows
     (tmp_path / "train_input_ids_shape.npy").unlink()
     with pytest.raises(InputError, match=r"needs .*_shape.npy beside it"):
-        _ = Inputs([str(tmp_path)], options).rows
+        _ = InputFiles([str(tmp_path)], options).rows
 
 
 # ---- megatron datasets
@@ -392,7 +393,7 @@ def test_a_megatron_index_that_disagrees_with_its_data_is_refused(tmp_path: Path
         (tmp_path / "p.idx").write_bytes(spoiled)
         (tmp_path / "p.bin").write_bytes(ids)
         with pytest.raises(InputError) as error:
-            _ = Inputs([str(tmp_path / "p.idx")]).rows
+            _ = InputFiles([str(tmp_path / "p.idx")]).rows
         assert message in str(error.value)
 
 
@@ -400,7 +401,7 @@ def test_a_dataset_of_this_project_is_no_input(tmp_path: Path) -> None:
     for ending in ("bin", "idx", "manifest.json"):
         (tmp_path / f"p.{ending}").touch()
     with pytest.raises(InputError, match="is a dataset of this project already"):
-        Inputs([str(tmp_path / "p.idx")])
+        InputFiles([str(tmp_path / "p.idx")])
 
 
 # ---- refusals that help
@@ -419,5 +420,5 @@ def test_a_dataset_of_this_project_is_no_input(tmp_path: Path) -> None:
 def test_what_no_reader_reads_is_told_what_would_be_read(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / name).mkdir() if name == "folder" else (tmp_path / name).touch()
     with pytest.raises(InputError) as error:
-        Inputs([str(tmp_path / name)])
+        InputFiles([str(tmp_path / name)])
     assert message in str(error.value)

@@ -17,8 +17,8 @@ import pytest
 import zstandard
 from fsspec.implementations.memory import MemoryFileSystem
 
-from megatron_speech.token_space import TokenSpace
-from preprocess import preprocess_data
+from megatron_speech.preprocess import preprocess_data
+from megatron_speech.tokens.space import TokenSpace
 
 FIELDS = ("sample_id", "source_id", "segment_order", "transcript", "language", "speaker_id", "dataset_source")
 

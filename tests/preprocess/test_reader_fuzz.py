@@ -16,9 +16,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_speech.data.indexed import HEADER
+from megatron_speech.data.dataset.indexed import HEADER
 from megatron_speech.errors import InputError
-from preprocess.readers.open import Inputs
+from megatron_speech.preprocess.readers.open import InputFiles
 
 ROWS = 40
 
@@ -81,7 +81,7 @@ def test_damage_never_surprises(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
 
     def read() -> int:
-        inputs = Inputs([str(path)])
+        inputs = InputFiles([str(path)])
         rows = sum(len(batch.read()) for batch in inputs.batches(0))
         assert inputs.known_rows == rows
         return rows

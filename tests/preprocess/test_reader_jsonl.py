@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_speech.errors import InputError
-from preprocess.readers import jsonl
-from preprocess.readers.base import BATCH_ROWS, Row
-from preprocess.readers.jsonl import JsonlBatch, parse_lines, parse_row
-from preprocess.readers.open import Inputs
+from megatron_speech.preprocess.readers import jsonl
+from megatron_speech.preprocess.readers.base import BATCH_ROWS, Row
+from megatron_speech.preprocess.readers.jsonl import JsonlBatch, parse_lines, parse_row
+from megatron_speech.preprocess.readers.open import InputFiles
 
 ReadRows = Callable[..., list[Row]]
 
@@ -55,7 +55,7 @@ def test_every_way_to_the_same_bytes_gives_the_same_rows(tmp_path: Path, read_ro
 
 def test_streams_are_counted_only_when_asked_or_passed(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines(1700)))
-    inputs = Inputs([str(tmp_path / "a.jsonl.gz")])
+    inputs = InputFiles([str(tmp_path / "a.jsonl.gz")])
     assert inputs.known_rows is None
     assert sum(batch.rows for batch in inputs.batches(100, 200)) == 100 and inputs.known_rows is None
     assert sum(batch.rows for batch in inputs.batches(100)) == 1600 and inputs.known_rows == inputs.rows == 1700
@@ -68,7 +68,7 @@ def test_a_truncated_stream_names_the_row_reached(tmp_path: Path, ending: str) -
     path = tmp_path / f"a.jsonl.{ending}"
     path.write_bytes(packed[: len(packed) * 3 // 4])
     with pytest.raises(InputError, match=r"is cut off: .*; [\d,]+ rows were read before that; restore the file"):
-        list(Inputs([str(path)]).batches(0))
+        list(InputFiles([str(path)]).batches(0))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.tar", "a.tar.gz"])
@@ -76,13 +76,13 @@ def test_a_file_of_0_bytes_is_refused_also_among_others(tmp_path: Path, name: st
     (tmp_path / "good.jsonl").write_bytes(lines(3))
     (tmp_path / name).touch()
     with pytest.raises(InputError, match=name):
-        list(Inputs([str(tmp_path / "good.jsonl"), str(tmp_path / name)]).batches(0))
+        list(InputFiles([str(tmp_path / "good.jsonl"), str(tmp_path / name)]).batches(0))
 
 
 def test_a_file_that_shrinks_under_the_readers_hands_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(600))
-    batches = list(Inputs([str(path)]).batches(0))
+    batches = list(InputFiles([str(path)]).batches(0))
     path.write_bytes(lines(500))
     with pytest.raises(InputError, match="became shorter while it was read"):
         [batch.read() for batch in batches]
@@ -91,22 +91,22 @@ def test_a_file_that_shrinks_under_the_readers_hands_is_an_error(tmp_path: Path)
 def test_a_file_without_line_ends_is_refused_before_it_fills_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("preprocess.readers.jsonl.MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("megatron_speech.preprocess.readers.jsonl.MAX_LINE_BYTES", 1000)
     (tmp_path / "a.json").write_text(json.dumps([{"text": "x"}] * 1000))
     with pytest.raises(InputError, match="line 1 is longer than"):
-        _ = Inputs([str(tmp_path / "a.json")]).rows
+        _ = InputFiles([str(tmp_path / "a.json")]).rows
 
 
 def test_a_byte_order_mark_alone_is_no_row(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf")
     with pytest.raises(InputError, match=r"a.jsonl holds no rows"):
-        _ = Inputs([str(tmp_path / "a.jsonl")]).rows
+        _ = InputFiles([str(tmp_path / "a.jsonl")]).rows
 
 
 def test_a_large_file_is_not_counted_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("preprocess.readers.jsonl.COUNTED_BYTES", 1000)
+    monkeypatch.setattr("megatron_speech.preprocess.readers.jsonl.COUNTED_BYTES", 1000)
     (tmp_path / "a.jsonl").write_bytes(lines(BATCH_ROWS + 700))
-    inputs = Inputs([str(tmp_path / "a.jsonl")])
+    inputs = InputFiles([str(tmp_path / "a.jsonl")])
     batches = inputs.batches(0)
     assert next(batches).rows == BATCH_ROWS and inputs.known_rows is None
     assert sum(batch.rows for batch in batches) == 700 and inputs.known_rows == BATCH_ROWS + 700

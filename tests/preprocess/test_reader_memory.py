@@ -26,7 +26,7 @@ CHILD = """
 import resource, sys
 import fsspec
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
-from preprocess.readers.open import Inputs
+from megatron_speech.preprocess.readers.open import InputFiles
 
 class WebFile(AbstractBufferedFile):
     def _fetch_range(self, start, end):
@@ -55,7 +55,7 @@ def peak_mib():
 
 path, total = sys.argv[1], int(sys.argv[2])
 rows, start = 0, None
-for batch in Inputs([path]).batches(0):
+for batch in InputFiles([path]).batches(0):
     for row in batch.read():
         assert row.rejected is None, row.rejected
         rows += 1

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_speech.errors import InputError
-from preprocess.readers.base import Row
-from preprocess.readers.open import Inputs
+from megatron_speech.preprocess.readers.base import Row
+from megatron_speech.preprocess.readers.open import InputFiles
 
 ReadRows = Callable[..., list[Row]]
 COUNT = 1300
@@ -48,7 +48,7 @@ def test_codes_in_every_layout_are_the_same_codes(tmp_path: Path, read_rows: Rea
             assert isinstance(found, np.ndarray) and np.issubdtype(found.dtype, np.integer)
             assert np.array_equal(found, codes[i])
             assert row.fields == {"language": ["hi", "en"][i % 2], "transcript": f"text {i}"}
-    assert Inputs(["memory://parquet/a.parquet"]).known_rows is None
+    assert InputFiles(["memory://parquet/a.parquet"]).known_rows is None
 
 
 def test_codes_of_several_codebooks(tmp_path: Path, read_rows: ReadRows) -> None:
@@ -100,7 +100,7 @@ def test_bytes_that_are_no_whole_numbers_reject_their_row(tmp_path: Path, read_r
 def test_columns_that_could_be_misread_are_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     with pytest.raises(InputError) as error:
-        list(Inputs([str(tmp_path / "a.parquet")]).batches(0))
+        list(InputFiles([str(tmp_path / "a.parquet")]).batches(0))
     assert message in str(error.value)
 
 
@@ -111,4 +111,4 @@ def test_a_truncated_or_flipped_file_is_refused(tmp_path: Path) -> None:
     for spoiled in (data[:-1], data[: len(data) // 2], data[:400] + b"\xff" * 40 + data[440:]):
         (tmp_path / "a.parquet").write_bytes(spoiled)
         with pytest.raises(InputError, match=r"a.parquet (is not a readable parquet file|cannot be read after row)"):
-            list(Inputs([str(tmp_path / "a.parquet")]).batches(0))
+            list(InputFiles([str(tmp_path / "a.parquet")]).batches(0))

@@ -14,7 +14,7 @@ import zstandard
 from fsspec.implementations.local import LocalFileSystem
 
 from megatron_speech.errors import InputError
-from preprocess.readers import source
+from megatron_speech.preprocess.readers import source
 
 TEXT = b"".join(b"line %d of a stream that is compressed\n" % i for i in range(20_000))
 

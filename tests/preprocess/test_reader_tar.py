@@ -17,9 +17,9 @@ import pytest
 import zstandard
 
 from megatron_speech.errors import InputError
-from preprocess.readers import webdataset
-from preprocess.readers.base import Row
-from preprocess.readers.open import Inputs
+from megatron_speech.preprocess.readers import webdataset
+from megatron_speech.preprocess.readers.base import Row
+from megatron_speech.preprocess.readers.open import InputFiles
 
 ReadRows = Callable[..., list[Row]]
 Members = Sequence[tuple[str, bytes]]
@@ -106,7 +106,7 @@ def test_a_range_of_shards_is_one_input(tmp_path: Path, read_rows: ReadRows) -> 
     assert [row.fields["sample_id"] for row in rows] == [f"{i}/{j:06d}" for i in range(3) for j in range(10 + i)]
     (tmp_path / "s-001.tar").unlink()
     with pytest.raises(InputError, match=r"names 3 files, of which 1 are missing \(.*s-001.tar\)"):
-        Inputs([f"{tmp_path}/s-{{000..002}}.tar"])
+        InputFiles([f"{tmp_path}/s-{{000..002}}.tar"])
 
 
 def rows_of(tmp_path: Path, read_rows: ReadRows, data: bytes) -> list[Row]:
@@ -216,7 +216,7 @@ def test_an_archive_cut_off_anywhere_is_refused(tmp_path: Path, ending: str) -> 
     for size in [*range(0, used, 256), used]:
         path.write_bytes(data[:size] if ending == "tar" else gzip.compress(data[:size], 1))
         with pytest.raises(InputError, match=r"a.tar\S* is (cut off at byte|empty)"):
-            list(Inputs([str(path)]).batches(0))
+            list(InputFiles([str(path)]).batches(0))
 
 
 @pytest.mark.parametrize(
@@ -236,10 +236,10 @@ def test_damaged_archives_are_refused(tmp_path: Path, ending: str, spoil: Any, m
     path = tmp_path / f"a.{ending}"
     path.write_bytes(data if ending == "tar" else gzip.compress(data))
     if message is None:  # the data of a member is the member's affair
-        assert Inputs([str(path)]).rows == 4
+        assert InputFiles([str(path)]).rows == 4
         return
     with pytest.raises(InputError) as error:
-        list(Inputs([str(path)]).batches(0))
+        list(InputFiles([str(path)]).batches(0))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

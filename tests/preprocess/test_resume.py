@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_speech.data.indexed import TokenDataset
+from megatron_speech.data.dataset.indexed import TokenDataset
 from megatron_speech.errors import InputError
 
 FILES = {"bin", "idx", "docs.parquet", "manifest.json", "rejected.jsonl"}

@@ -15,14 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from megatron_speech.data import journal
-from megatron_speech.data.dataset_writer import DatasetWriter
-from megatron_speech.data.documents_table import SCHEMA
-from megatron_speech.data.indexed import TokenDataset
-from megatron_speech.data.verify import verify_dataset
+from megatron_speech.data.dataset import journal
+from megatron_speech.data.dataset.dataset_writer import DatasetWriter
+from megatron_speech.data.dataset.documents_table import SCHEMA
+from megatron_speech.data.dataset.indexed import TokenDataset
+from megatron_speech.data.dataset.verify import verify_dataset
 from megatron_speech.errors import InputError, OutputError
-from preprocess import merge_datasets, preprocess_data
-from preprocess.readers import jsonl
+from megatron_speech.preprocess import merge_datasets, preprocess_data
+from megatron_speech.preprocess.readers import jsonl
 
 
 def hidden(folder: Path) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_speech import cli
-from megatron_speech.training.environment import prepare_imports
+from megatron_speech.environment import prepare_imports
 
 
 def child(rank: int, port: int, scenario: dict[str, Any], recipe: str, out: int, errors: Path) -> None:

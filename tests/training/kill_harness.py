@@ -34,7 +34,7 @@ import torch.distributed as dist  # noqa: E402
 from toy_runs import make_toy_datasets, read_metrics, toy_recipe, without_timing, write_recipe  # noqa: E402
 
 from megatron_speech import cli  # noqa: E402
-from megatron_speech.training.environment import prepare_imports  # noqa: E402
+from megatron_speech.environment import prepare_imports  # noqa: E402
 
 PLACES = ("step", "validation", "disk", "stage", "time")
 STEPS, VALIDATIONS, DISK_CHANGES = 20, 6, 60  # of the run below, and about as many as it makes on one rank

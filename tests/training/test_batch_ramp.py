@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from toy_runs import copy_until, read_metrics, toy_recipe, train, without_timing, write_recipe
 
 from megatron_speech.errors import InputError
-from megatron_speech.training.recipe import Recipe, parse_recipe
-from megatron_speech.training.stages import Position
+from megatron_speech.recipe.load import parse_recipe
+from megatron_speech.recipe.recipe import Recipe
+from megatron_speech.training.position import Position
 
 
 def ramped(tokens: int, start: int, increment: int, over: int, full: int, **changes: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from toy_runs import (
     write_recipe,
 )
 
-from megatron_speech.data.index_cache import open_table
+from megatron_speech.data.sequences.index_cache import open_table
 
 STEPS, BATCH = 24, 8
 
@@ -85,9 +85,9 @@ def trained_documents(run: Path, step: int) -> dict[str, list[tuple[str, int]]]:
 
 
 def lengths(run: Path, dataset: str) -> np.ndarray:
-    from megatron_speech.data.indexed import TokenDataset
-    from megatron_speech.data.stage_data import dataset_prefixes
-    from megatron_speech.training.recipe import load_recipe
+    from megatron_speech.data.dataset.indexed import TokenDataset
+    from megatron_speech.recipe.data import dataset_prefixes
+    from megatron_speech.recipe.load import load_recipe
 
     return TokenDataset(dataset_prefixes(load_recipe(run / "recipe.yaml").data)[dataset]).lengths
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from toy_runs import at_record, read_metrics, toy_recipe, train, without_timing, write_recipe
 
 from megatron_speech.errors import InputError
-from megatron_speech.training.checkpoint_config import CheckpointConfig, is_due
-from megatron_speech.training.recipe import parse_recipe
+from megatron_speech.recipe.checkpoint import CheckpointConfig, is_due
+from megatron_speech.recipe.load import parse_recipe
 
 
 @pytest.fixture(scope="module")

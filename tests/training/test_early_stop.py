@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_runs import copy_until, read_metrics, toy_recipe, train, without_timing, write_recipe
 
+from megatron_speech.recipe.stage import EarlyStopConfig
 from megatron_speech.training.checkpoint import save
 from megatron_speech.training.early_stop import EarlyStop
-from megatron_speech.training.optimizer_config import EarlyStopConfig
 from megatron_speech.training.trainer import Trainer
 
 

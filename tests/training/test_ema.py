@@ -11,7 +11,7 @@ import torch
 from toy_runs import copy_until, read_metrics, toy_recipe, train, without_timing, write_recipe
 
 from megatron_speech.errors import InputError
-from megatron_speech.training.recipe import Recipe
+from megatron_speech.recipe.recipe import Recipe
 
 
 def naive_average(weights: list[torch.Tensor], decay: float) -> torch.Tensor:
@@ -42,7 +42,7 @@ def test_thirty_updates_give_the_naive_average_in_fp32(
 
     from megatron_speech.model.builder import build_model
     from megatron_speech.parallel import groups
-    from megatron_speech.training.optimizer import Optimizer
+    from megatron_speech.training.optim.optimizer import Optimizer
 
     values = toy_recipe(Path("/toy"), ema={"decay": decay}, precision=precision)
     values["parallel"] = {"distributed_optimizer": distributed}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_speech.training import environment
+from megatron_speech import environment
 
 
 def _fake_apex(folder: Path, *, nvidia: bool) -> Path:

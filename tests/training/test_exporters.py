@@ -18,10 +18,18 @@ import pytest
 from toy_runs import read_metrics, toy_recipe, train, write_recipe
 
 from megatron_speech.errors import InputError
-from megatron_speech.training import exporters
-from megatron_speech.training.exporters import JsonLines, Prometheus, TensorBoard, open_exporters, truncate_metrics
-from megatron_speech.training.recipe import Recipe, parse_recipe
-from megatron_speech.training.run_log import RunLog, console_line, duration
+from megatron_speech.recipe.load import parse_recipe
+from megatron_speech.recipe.recipe import Recipe
+from megatron_speech.training.telemetry import exporters
+from megatron_speech.training.telemetry.exporters import (
+    JsonLines,
+    Prometheus,
+    TensorBoard,
+    open_exporters,
+    truncate_metrics,
+)
+from megatron_speech.training.telemetry.run_log import RunLog, console_line
+from megatron_speech.wording import clock
 
 TRAIN = {
     "step": 120, "stage": "s1", "consumed_tokens": 1_000_000, "loss": 3.25, "loss/modality/audio": 4.5,
@@ -229,7 +237,7 @@ def test_the_console_line_says_what_matters() -> None:
     assert "MFU -" in console_line(
         {**record, "mfu": None}, stage_step=7, stage_steps=100, total_steps=500, eta_seconds=0
     )
-    assert duration(59.6) == "1:00"
+    assert clock(59.6) == "1:00"
 
 
 def test_the_dashboard_shows_exactly_what_a_run_exports(

@@ -11,7 +11,7 @@ import torch
 from toy_runs import toy_recipe, train, write_recipe
 
 from megatron_speech.errors import InputError
-from megatron_speech.training.recipe import Recipe
+from megatron_speech.recipe.recipe import Recipe
 
 TABLE, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
@@ -38,8 +38,8 @@ def trainable(
 
     from megatron_speech.model.builder import build_model
     from megatron_speech.parallel import groups
-    from megatron_speech.training.freezing import freeze_parameters
-    from megatron_speech.training.optimizer import Optimizer
+    from megatron_speech.training.optim.freezing import freeze_parameters
+    from megatron_speech.training.optim.optimizer import Optimizer
 
     values = toy_recipe(Path("/toy"), optimizer=section, precision=precision)
     values["model"] |= model
@@ -161,7 +161,7 @@ def test_patterns_that_cannot_be_meant_are_refused(parallel: None, patterns: lis
 def test_a_run_with_frozen_parts_is_saved_and_continues(toy: Path, tmp_path: Path) -> None:
     """The first layer, the text rows of the table: saved, loaded into a run that goes on, and where they were."""
     from megatron_speech.parallel import groups
-    from megatron_speech.token_space import TokenSpace
+    from megatron_speech.tokens.space import TokenSpace
     from megatron_speech.training.checkpoint import load_for_inference
 
     section = {"freeze": ["decoder.layers.0.*"], "freeze_rows": "text", "layer_lr_decay": 0.9}

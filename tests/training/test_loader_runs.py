@@ -12,8 +12,8 @@ import pytest
 from toy_runs import read_metrics, toy_recipe, without_timing, write_recipe
 
 from megatron_speech import cli
-from megatron_speech.data import staging
-from megatron_speech.data.loader import StageLoader
+from megatron_speech.data.dataset import staging
+from megatron_speech.data.loading.loader import StageLoader
 from megatron_speech.training import trainer
 
 
@@ -44,7 +44,7 @@ def test_threads_and_staging_change_no_number_of_a_run(toy: Path, tmp_path: Path
 
 def test_datasets_can_be_staged_before_a_run(toy: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", short_recipe(toy))
-    command = [sys.executable, "-m", "megatron_speech.data.staging", str(recipe)]
+    command = [sys.executable, "-m", "megatron_speech.data.dataset.staging", str(recipe)]
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "data.cache_dir is null" in refused.stderr

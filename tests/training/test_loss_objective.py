@@ -10,12 +10,12 @@ import pytest
 import torch
 from toy_runs import copy_until, launch_two, read_metrics, toy_recipe, train, without_timing, write_recipe
 
-from megatron_speech.data.config import LossConfig
+from megatron_speech.modalities import MODALITIES
 from megatron_speech.model.attention import PackedSequences
 from megatron_speech.parallel import groups
-from megatron_speech.token_space import MODALITIES
-from megatron_speech.training.metrics import LossMeter
-from megatron_speech.training.recipe import parse_recipe
+from megatron_speech.recipe.load import parse_recipe
+from megatron_speech.recipe.loss import LossConfig
+from megatron_speech.training.telemetry.metrics import LossMeter
 from megatron_speech.training.trainer import Trainer
 
 WEIGHTS = {"text": 0.2, "audio": 0.8, "special": 0.5}

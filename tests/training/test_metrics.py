@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_speech.data.config import LossConfig
-from megatron_speech.training.metrics import LossMeter, peak_tflops
+from megatron_speech.recipe.loss import LossConfig
+from megatron_speech.training.telemetry.metrics import LossMeter, peak_tflops
 
 GROUPS = [("tts", "en", "studio"), ("tts", "hi", "street"), ("speech_lm", "en", "street")]
 

@@ -104,7 +104,7 @@ def test_two_processes_take_the_course_of_one(runs: tuple[Path, subprocess.Compl
 def test_two_processes_end_with_the_weights_and_averages_of_one(
     runs: tuple[Path, subprocess.CompletedProcess[str]], layout: str
 ) -> None:
-    from megatron_speech.token_space import TokenSpace
+    from megatron_speech.tokens.space import TokenSpace
 
     folder, _ = runs
     for ema in (False, True):

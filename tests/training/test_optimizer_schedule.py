@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_runs import toy_recipe
 
-from megatron_speech.training.recipe import LearningRateConfig, Recipe
+from megatron_speech.recipe.recipe import LearningRateConfig, Recipe
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def trainable() -> Iterator[Any]:
 
     from megatron_speech.model.builder import build_model
     from megatron_speech.parallel import groups
-    from megatron_speech.training.optimizer import Optimizer
+    from megatron_speech.training.optim.optimizer import Optimizer
 
     groups.initialize(seed=1)
 
@@ -58,7 +58,7 @@ def closed_form(lr: LearningRateConfig, step: int, steps: int) -> float:
 
 def schedule_only() -> Any:
     """An optimizer that has a schedule and no model: groups that train with 1, 0.5 and 0 times the rate."""
-    from megatron_speech.training.optimizer import Optimizer
+    from megatron_speech.training.optim.optimizer import Optimizer
 
     optimizer = object.__new__(Optimizer)
     optimizer._parts, optimizer._frozen_rows = [], None

@@ -9,9 +9,9 @@ from toy_runs import toy_recipe, train, write_recipe
 
 from megatron_speech import cli
 from megatron_speech.errors import InputError
-from megatron_speech.model.estimate import GIB
+from megatron_speech.model.memory import GIB
+from megatron_speech.recipe.load import load_recipe
 from megatron_speech.training import plan
-from megatron_speech.training.recipe import load_recipe
 
 CPU = torch.device("cpu")
 

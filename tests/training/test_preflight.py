@@ -11,10 +11,11 @@ import pytest
 import torch
 from toy_runs import toy_recipe, train, write_recipe
 
-from megatron_speech.data.indexed import TokenDataset
+from megatron_speech.data.dataset.indexed import TokenDataset
 from megatron_speech.errors import InputError
-from megatron_speech.training import preflight
-from megatron_speech.training.preflight import (
+from megatron_speech.recipe.load import parse_recipe
+from megatron_speech.training.health import preflight
+from megatron_speech.training.health.preflight import (
     Preflight,
     check_clocks,
     check_space,
@@ -22,7 +23,6 @@ from megatron_speech.training.preflight import (
     checkpoint_bytes,
     dataset_facts,
 )
-from megatron_speech.training.recipe import parse_recipe
 
 
 class Others:
@@ -117,8 +117,8 @@ def test_the_size_of_a_checkpoint_is_that_of_the_files(toy: Path, tmp_path: Path
     file = write_recipe(tmp_path / "recipe.yaml", toy_recipe(toy))
     one_step = ["stages.pt.tokens=512", "stages.sft.tokens=512", "model.hidden_size=256", "model.kv_channels=64"]
     assert train(file, tmp_path / "run", *one_step) == 0
-    from megatron_speech.token_space import TokenSpace
-    from megatron_speech.training.recipe import load_recipe
+    from megatron_speech.recipe.load import load_recipe
+    from megatron_speech.tokens.space import TokenSpace
 
     recipe = load_recipe(tmp_path / "run" / "recipe.yaml")
     parameters = recipe.model.parameters(TokenSpace.load(recipe.token_space).padded_size)

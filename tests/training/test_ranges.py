@@ -18,7 +18,14 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.planner import SavePlan
 
-from megatron_speech.training.ranges import Range, box_bounds, missing_key, parameters_of, read_ranges, write_items
+from megatron_speech.training.optim.ranges import (
+    Range,
+    box_bounds,
+    missing_key,
+    parameters_of,
+    read_ranges,
+    write_items,
+)
 
 shapes = st.lists(st.integers(1, 5), min_size=0, max_size=4)
 

@@ -10,7 +10,7 @@ import pytest
 from toy_runs import read_metrics, toy_recipe, train, without_timing, write_recipe
 
 from megatron_speech.errors import InputError
-from megatron_speech.training.recipe import load_recipe
+from megatron_speech.recipe.load import load_recipe
 
 
 @pytest.fixture

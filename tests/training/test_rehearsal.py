@@ -12,7 +12,7 @@ import torch
 from toy_runs import toy_recipe, train, write_recipe
 
 from megatron_speech import cli
-from megatron_speech.data.config import LossConfig
+from megatron_speech.recipe.loss import LossConfig
 from megatron_speech.training.rehearsal import unavoidable_loss
 
 

@@ -28,8 +28,8 @@ from toy_runs import (
 
 from megatron_speech import cli
 from megatron_speech.errors import InputError
-from megatron_speech.token_space import CodecDescription
-from megatron_speech.training.recipe import load_recipe
+from megatron_speech.recipe.load import load_recipe
+from megatron_speech.tokens.space import CodecDescription
 
 
 @pytest.fixture(scope="session")
@@ -99,8 +99,8 @@ def test_validation_scores_held_out_sources_at_every_checkpoint(reference: Path)
 def test_the_best_checkpoint_of_the_stage_is_the_one_with_the_lowest_audio_loss(
     reference: Path, tmp_path: Path
 ) -> None:
+    from megatron_speech.recipe.checkpoint import CheckpointConfig
     from megatron_speech.training.checkpoint import FORMAT_VERSION, promote_best, prune
-    from megatron_speech.training.checkpoint_config import CheckpointConfig
 
     scores = {line["step"]: line["loss/modality/audio"] for line in read_metrics(reference) if "split" in line}
     best = min((30, 36), key=lambda step: scores[step])
@@ -457,7 +457,7 @@ def test_an_error_of_the_input_is_one_sentence_of_all_processes(
 def test_a_checkpoint_scores_the_same_when_it_is_loaded_for_inference(reference: Path) -> None:
     from megatron_speech.model.attention import PackedSequences
     from megatron_speech.parallel import groups
-    from megatron_speech.tasks import compile_document
+    from megatron_speech.tokens.templates import compile_document
     from megatron_speech.training.checkpoint import load_for_inference
 
     try:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from megatron_speech.errors import InputError
-from megatron_speech.model.config import ModelConfig
-from megatron_speech.training.checkpoint_config import is_due
-from megatron_speech.training.recipe import Recipe, StageConfig, load_recipe
+from megatron_speech.recipe.checkpoint import is_due
+from megatron_speech.recipe.load import load_recipe
+from megatron_speech.recipe.model import ModelConfig
+from megatron_speech.recipe.recipe import Recipe
+from megatron_speech.recipe.stage import StageConfig
 
 VOCABULARY = 193_800
 PRETRAINING = ("s1", "s2", "s3")

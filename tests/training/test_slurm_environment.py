@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_speech.training.command import adopt_slurm_environment, first_host
+from megatron_speech.commands.train import adopt_slurm_environment, first_host
 
 TASK = {
     "SLURM_STEP_ID": "3", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8",

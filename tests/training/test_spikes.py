@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_runs import copy_until, read_metrics, toy_recipe, train, without_timing, write_recipe
 
-from megatron_speech.training.optimizer_config import SpikesConfig
-from megatron_speech.training.recipe import Recipe
+from megatron_speech.recipe.recipe import Recipe
+from megatron_speech.recipe.spikes import SpikesConfig
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_skipped_step_moves_nothing(parallel: None, distributed: bool) -> None
 
     from megatron_speech.model.builder import build_model
     from megatron_speech.parallel import groups
-    from megatron_speech.training.optimizer import Optimizer
+    from megatron_speech.training.optim.optimizer import Optimizer
 
     values = toy_recipe(Path("/toy"), ema={"decay": 0.9}, parallel={"distributed_optimizer": distributed})
     recipe = Recipe.model_validate(values)

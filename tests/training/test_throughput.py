@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_speech.model.config import ModelConfig
-from megatron_speech.training.throughput import Interval
+from megatron_speech.recipe.model import ModelConfig
+from megatron_speech.training.telemetry.throughput import Interval
 
 MODEL = ModelConfig.model_validate({
     "num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 16, "num_attention_heads": 2, "num_query_groups": 1,

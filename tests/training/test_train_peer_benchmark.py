@@ -9,12 +9,12 @@ from toy_runs import toy_recipe, write_recipe
 
 from megatron_speech import cli
 from megatron_speech.benchmark import train_sides
-from megatron_speech.benchmark.peer_trainer import PeerSetting, Sample, collate, learning_rate, steps_of
+from megatron_speech.benchmark.peer_trainer import PeerSample, PeerSetting, collate, learning_rate, steps_of
 from megatron_speech.benchmark.train_sides import Race, peer_samples, train_chunks, train_ours, train_padded
 from megatron_speech.parallel import groups
-from megatron_speech.token_space import TokenSpace
-from megatron_speech.training.optimizer_config import LearningRateConfig
-from megatron_speech.training.recipe import load_recipe
+from megatron_speech.recipe.learning_rate import LearningRateConfig
+from megatron_speech.recipe.load import load_recipe
+from megatron_speech.tokens.space import TokenSpace
 
 STEPS, TURNS = 2, 4
 
@@ -105,7 +105,7 @@ def test_pt_chunks_are_full_rows_of_documents_end_to_end(race, exact):
 def test_grouping_by_length_keeps_every_sample_and_pads_less():
     generator = np.random.default_rng(0)
     lengths = generator.integers(5, 300, 90)
-    turn = [[Sample(*(np.full(n, n),) * 2) for n in part] for part in np.array_split(lengths, 9)]
+    turn = [[PeerSample(*(np.full(n, n),) * 2) for n in part] for part in np.array_split(lengths, 9)]
     grouped = steps_of(turn, PeerSetting(5, None, group_by_length=True), seed=1)
     assert [sum(map(len, step)) for step in grouped] == [10] * 9
     assert sorted(len(s.input_ids) for step in grouped for batch in step for s in batch) == sorted(lengths)

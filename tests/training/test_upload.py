@@ -19,10 +19,10 @@ import pytest
 from toy_runs import toy_recipe, train, write_recipe
 
 from megatron_speech.errors import InputError
-from megatron_speech.training import upload
-from megatron_speech.training.checkpoint_config import CheckpointConfig
-from megatron_speech.training.recipe import parse_recipe
-from megatron_speech.training.remote import fetch_checkpoint, list_copies, open_url, put_checkpoint, remove_copy
+from megatron_speech.recipe.checkpoint import CheckpointConfig
+from megatron_speech.recipe.load import parse_recipe
+from megatron_speech.remote import fetch_checkpoint, list_copies, open_url, put_checkpoint, remove_copy
+from megatron_speech.training.checkpoint import upload
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ import pytest
 import torch.distributed as dist
 from toy_runs import toy_recipe, write_recipe
 
-from megatron_speech.training.control import StopRequest
-from megatron_speech.training.run_config import WatchdogConfig
-from megatron_speech.training.timing import Stragglers
-from megatron_speech.training.watchdog import Heart, Progress, Watchdog
+from megatron_speech.recipe.watchdog import WatchdogConfig
+from megatron_speech.training.health.control import StopRequest
+from megatron_speech.training.health.watchdog import Heart, Progress, Watchdog
+from megatron_speech.training.telemetry.timing import Stragglers
 
 
 class Time:

@@ -17,16 +17,16 @@ import pyarrow as pa
 import yaml
 
 from megatron_speech import cli
-from megatron_speech.data.dataset_writer import DatasetWriter
-from megatron_speech.data.documents_table import SCHEMA, derive_columns
-from megatron_speech.data.manifest import CodecEntry, FilterStatistics, Manifest, Totals
-from megatron_speech.tasks import TEMPLATE_HASH, compile_document
-from megatron_speech.token_space import CodecDescription, TokenSpace
+from megatron_speech.data.dataset.dataset_writer import DatasetWriter
+from megatron_speech.data.dataset.documents_table import SCHEMA, derive_columns
+from megatron_speech.data.dataset.manifest import CodecEntry, FilterStatistics, Manifest, Totals
+from megatron_speech.tokens.space import CodecDescription, TokenSpace
+from megatron_speech.tokens.templates import TEMPLATE_HASH, compile_document
 
 if TYPE_CHECKING:
     import pytest
 
-    from megatron_speech.training.run_log import RunLog
+    from megatron_speech.training.telemetry.run_log import RunLog
 
 LETTERS = "abcdefgh"
 CODEC = CodecDescription("toy", "toy-1", 8000, 25.0, ("q0",), (64,))
@@ -159,7 +159,7 @@ def train(recipe: Path, run: Path, *overrides: str) -> int:
 
 def at_record(monkeypatch: pytest.MonkeyPatch, **actions: Callable[[], None]) -> None:
     """Call `actions["step_6"]` when the line of step 6 has been written."""
-    from megatron_speech.training.run_log import RunLog
+    from megatron_speech.training.telemetry.run_log import RunLog
 
     write = RunLog.write
 

@@ -17,8 +17,8 @@ import sys
 import torch.distributed as dist
 
 from megatron_speech import cli
+from megatron_speech.environment import prepare_imports
 from megatron_speech.parallel import groups
-from megatron_speech.training.environment import prepare_imports
 
 
 def join(attempt: int) -> None:

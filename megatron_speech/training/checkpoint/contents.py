@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 
-from megatron_speech.training.optimizer import Optimizer
+from megatron_speech.training.optim.optimizer import Optimizer
 
 # Every layer under a key of its own, since a frozen one has no optimizer state beside it.
 METADATA = {"non_homogeneous_layers": True}

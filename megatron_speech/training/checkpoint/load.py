@@ -12,9 +12,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_speech.errors import InputError
 from megatron_speech.model.builder import SpeechGPTModel, build_model
-from megatron_speech.model.config import ModelConfig
 from megatron_speech.parallel import groups
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.recipe.model import ModelConfig
+from megatron_speech.remote import fetch_checkpoint, is_url
+from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.training.checkpoint.contents import (
     load_model_state,
     merged,
@@ -24,10 +25,9 @@ from megatron_speech.training.checkpoint.contents import (
 )
 from megatron_speech.training.checkpoint.extra_state import only_saved_extra_state
 from megatron_speech.training.checkpoint.store import CheckpointInfo, find_damage, find_latest, read_info
-from megatron_speech.training.ema import averaged_state
-from megatron_speech.training.optimizer import Optimizer
-from megatron_speech.training.ranges import missing_key, read_ranges
-from megatron_speech.training.remote import fetch_checkpoint, is_url
+from megatron_speech.training.optim.ema import averaged_state
+from megatron_speech.training.optim.optimizer import Optimizer
+from megatron_speech.training.optim.ranges import missing_key, read_ranges
 
 
 def load_checkpoint(info: CheckpointInfo, *, chunks: list[Any], optimizer: Optimizer) -> dict[str, Any]:

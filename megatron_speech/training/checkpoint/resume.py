@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_speech.data.history import BLEND_FIELDS
+from megatron_speech.data.sequences.history import BLEND_FIELDS
 from megatron_speech.errors import InputError
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.recipe.load import parse_recipe
+from megatron_speech.recipe.recipe import Recipe
+from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.training.checkpoint.store import CheckpointInfo
-from megatron_speech.training.metrics import is_main_process
-from megatron_speech.training.recipe import Recipe, parse_recipe
+from megatron_speech.training.telemetry.metrics import is_main_process
 
 _HARMLESS = ("name", "run_dir", "token_space", "data.datasets", "data.cache_dir", "data.cache_gib",
              "data.stage_datasets", "data.on_change", "data.prefetch", "data.workers", "parallel", "checkpoint",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from megatron_speech.errors import InputError
+from megatron_speech.recipe.checkpoint import CheckpointConfig
 from megatron_speech.training.checkpoint.store import (
     CheckpointInfo,
     damage_seen_by,
@@ -16,7 +17,6 @@ from megatron_speech.training.checkpoint.store import (
     read_info,
     step_of_name,
 )
-from megatron_speech.training.checkpoint_config import CheckpointConfig
 
 
 class Soundness:

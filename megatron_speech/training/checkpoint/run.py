@@ -9,8 +9,10 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_speech.errors import OutputError
-from megatron_speech.token_space import TokenSpace
-from megatron_speech.training.agreement import agreed
+from megatron_speech.recipe.checkpoint import is_due
+from megatron_speech.recipe.recipe import Recipe
+from megatron_speech.recipe.stage import StageConfig
+from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.training.checkpoint.retention import Soundness, promote_best, prune
 from megatron_speech.training.checkpoint.save import Aftermath, CheckpointSaver, SaveReport
 from megatron_speech.training.checkpoint.store import (
@@ -21,11 +23,10 @@ from megatron_speech.training.checkpoint.store import (
     list_checkpoints,
     point_link,
 )
-from megatron_speech.training.checkpoint_config import is_due
-from megatron_speech.training.optimizer import Optimizer
-from megatron_speech.training.recipe import Recipe, StageConfig
-from megatron_speech.training.run_log import RunLog
-from megatron_speech.training.upload import Uploader
+from megatron_speech.training.checkpoint.upload import Uploader
+from megatron_speech.training.health.agreement import agreed
+from megatron_speech.training.optim.optimizer import Optimizer
+from megatron_speech.training.telemetry.run_log import RunLog
 
 
 def newest_checkpoint(directory: Path) -> CheckpointInfo | None:

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_speech.model.config import ModelConfig
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.recipe.model import ModelConfig
+from megatron_speech.recipe.recipe import Recipe
+from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.training.checkpoint.contents import merged, model_state, run_state
 from megatron_speech.training.checkpoint.store import CheckpointInfo, checkpoint_name, point_link, read_info
 from megatron_speech.training.checkpoint.writing import HostBuffers, PlannedSave, Sharing, plan_save, write_save
-from megatron_speech.training.optimizer import Optimizer
-from megatron_speech.training.recipe import Recipe
+from megatron_speech.training.optim.optimizer import Optimizer
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from megatron_speech.errors import InputError
 from megatron_speech.files import fsync_path, read_json, sha256_file
-from megatron_speech.training.metrics import warn
+from megatron_speech.training.telemetry.metrics import warn
 
 FORMAT_VERSION = 2
 _NAME = re.compile(r"step_([0-9]{8,})")

@@ -45,11 +45,11 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_speech.files import fsync_path, write_json
-from megatron_speech.token_space import TokenSpace
+from megatron_speech.recipe.recipe import Recipe
+from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.training.checkpoint.contents import METADATA, quiet
 from megatron_speech.training.checkpoint.store import FORMAT_VERSION
-from megatron_speech.training.ranges import Range, write_items
-from megatron_speech.training.recipe import Recipe
+from megatron_speech.training.optim.ranges import Range, write_items
 
 
 class HostBuffers:

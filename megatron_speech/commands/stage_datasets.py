@@ -1,0 +1,31 @@
+"""`megatron-speech stage-datasets RECIPE.yaml`: a recipe's datasets, copied to this node's disk before training."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from megatron_speech.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="the recipe; data.cache_dir says where to")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for `megatron-speech train`")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Copy what is not there yet, checked; print name and local prefix of every dataset."""
+    from megatron_speech.data.dataset.staging import stage_datasets
+    from megatron_speech.recipe.data import dataset_prefixes
+    from megatron_speech.recipe.load import load_recipe
+
+    data = load_recipe(args.recipe, args.overrides).data
+    if data.cache_dir is None:
+        raise InputError(f"{args.recipe}: data.cache_dir is null; name a folder on this node's disk")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    prefixes = dataset_prefixes(data.model_copy(update={"stage_datasets": True}))
+    for name, prefix in stage_datasets(prefixes, data.cache_dir, data.cache_gib).items():
+        print(f"{name}: {prefix}")
+    return 0

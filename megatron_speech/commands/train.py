@@ -1,0 +1,176 @@
+"""`megatron-speech train RECIPE.yaml [key=value …]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_speech.errors import InputError, PeerError
+from megatron_speech.recipe.load import load_recipe
+from megatron_speech.recipe.recipe import Recipe
+from megatron_speech.training.health.agreement import AgreedError
+from megatron_speech.training.telemetry.run_log import record_failure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument(
+        "recipe", type=Path, metavar="RECIPE.yaml", help="the recipe; everything about the run is in it"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="replace a value of the recipe: run_dir=/data/run1 stages.pt.tokens=0.5M stages.1.lr.peak=1e-4",
+    )
+    gates = parser.add_mutually_exclusive_group()
+    gates.add_argument(
+        "--dry-run", action="store_true", help="do everything up to the first step, and leave only the index cache"
+    )
+    gates.add_argument(
+        "--overfit",
+        type=int,
+        metavar="N",
+        help="learn the first N sequences of the first stage by heart; exits 1 when that fails",
+    )
+    parser.add_argument(
+        "--overfit-steps", type=int, default=500, metavar="N", help="steps that --overfit may take (500)"
+    )
+    gates.add_argument(
+        "--through", metavar="STAGE", help="end after this stage; the same command with a later one goes on from there"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, alone or as one process of torchrun or srun; continues what the run directory holds."""
+    adopt_slurm_environment()
+    try:
+        recipe = load_recipe(args.recipe, args.overrides)
+        recipe.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
+        names = [stage.name for stage in recipe.stages]
+        for name in ("overfit", "overfit_steps"):
+            if getattr(args, name) is not None and getattr(args, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be at least 1")
+        if args.through is not None and args.through not in names:
+            raise InputError(f"--through {args.through}: the stages of {args.recipe} are {', '.join(names)}")
+    except InputError as error:
+        return _report_for_all(error)
+    rehearsal = args.dry_run or args.overfit is not None
+    note = _note_nothing if rehearsal else record_failure
+    try:
+        if rehearsal:
+            return 0 if rehearse(recipe, args.overfit, args.overfit_steps) else 1
+        train(recipe, through=args.through)
+    except AgreedError as error:
+        if _is_main():
+            note(recipe, str(error))
+        return _report_for_all(error)
+    except InputError as error:  # of this process alone: the launcher ends the others
+        note(recipe, str(error))
+        raise
+    except PeerError as error:  # the rank that it is about has the traceback
+        if _is_main():
+            note(recipe, str(error))
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except Exception as error:
+        if _is_main():
+            note(recipe, str(error) or type(error).__name__)
+        raise
+    return 0
+
+
+def _note_nothing(recipe: Recipe, message: str) -> None:
+    """A rehearsal leaves the status of the run as it is."""
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _report_for_all(error: InputError) -> int:
+    """Of processes that all have the same error, let the main one report it."""
+    if _is_main():
+        raise error
+    # The main process may be a little behind, and a launcher ends it as soon as this one has ended: let it speak.
+    time.sleep(2.0)
+    return 2
+
+
+def train(recipe: Recipe, *, through: str | None = None) -> str:
+    """Train `recipe` in this process (group); returns the state that status.json ends with."""
+    from megatron_speech.environment import prepare_imports
+
+    prepare_imports()  # before megatron-core is imported
+    from megatron_speech.parallel import groups
+    from megatron_speech.training.health.control import StopRequest
+    from megatron_speech.training.trainer import Trainer
+
+    with StopRequest() as stop:
+        try:
+            return Trainer(recipe, stop=stop).run(through=through)
+        finally:
+            groups.destroy()
+
+
+def rehearse(recipe: Recipe, overfit: int | None, steps: int) -> bool:
+    """A dry run, or `overfit` sequences learned by heart in at most `steps` steps; False when that fails."""
+    from megatron_speech.environment import prepare_imports
+
+    prepare_imports()
+    from megatron_speech.parallel import groups
+    from megatron_speech.training.health.control import StopRequest
+    from megatron_speech.training.rehearsal import Rehearsal
+
+    with StopRequest() as stop:
+        try:
+            rehearsal = Rehearsal(recipe, resume=overfit is None, stop=stop)
+            if overfit is not None:
+                return rehearsal.overfit(overfit, steps)
+            rehearsal.dry_run()
+            return True
+        finally:
+            groups.destroy()
+
+
+def adopt_slurm_environment() -> None:
+    """Give torch.distributed the names it reads, in the tasks of a plain `srun`.
+
+    The first node of the step is where the processes meet. MASTER_ADDR and MASTER_PORT are used where they are set;
+    the port is else derived from the numbers of the job and the step. In a batch script itself, and in a step of one
+    task (`srun --pty bash`), nothing is adopted: what runs there is one process, or torchrun's.
+    """
+    environment = os.environ
+    if "RANK" in environment or "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
+        return
+    if environment.get("SLURM_STEP_NUM_TASKS", "1") == "1":
+        return
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+    environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
+    environment.setdefault("MASTER_ADDR", _address_of(first_host(environment["SLURM_STEP_NODELIST"])))
+    number = 31 * int(environment.get("SLURM_JOB_ID", "0")) + int(environment["SLURM_STEP_ID"])
+    environment.setdefault("MASTER_PORT", str(20000 + number % 10000))
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a SLURM list such as `gpu[003-006,9],login1`."""
+    name, bracket, rest = nodes.partition("[")
+    if not bracket or "," in name:
+        return nodes.split(",")[0]
+    return name + re.split(r"[-,\]]", rest)[0]
+
+
+def _address_of(host: str) -> str:
+    """The address that SLURM itself reaches a node at; its name where `scontrol` does not tell."""
+    try:
+        shown = subprocess.run(["scontrol", "show", "node", host], capture_output=True, text=True, check=False)
+    except OSError:  # not in this container
+        return host
+    found = re.search(r"NodeAddr=(\S+)", shown.stdout)
+    return found[1] if found else host

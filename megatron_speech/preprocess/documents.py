@@ -1,0 +1,442 @@
+"""A batch of rows to a batch of documents: what every worker process does."""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import pickle
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from megatron_speech.data.dataset.documents_table import SCHEMA, derive_columns
+from megatron_speech.data.dataset.manifest import Totals
+from megatron_speech.errors import InputError
+from megatron_speech.files import sha256_hex
+from megatron_speech.preprocess.batch import Batch, split_at_duplicate
+from megatron_speech.preprocess.codes import CodesLoader
+from megatron_speech.preprocess.columns import Constant, Samples, pick, read_samples, to_arrow
+from megatron_speech.preprocess.compile_batch import Column, CompiledBatch, compile_batch
+from megatron_speech.preprocess.filters import Filters
+from megatron_speech.preprocess.readers.base import RowBatch
+from megatron_speech.preprocess.references import Keys
+from megatron_speech.preprocess.samples import CodesAt, SampleRules
+from megatron_speech.ragged import edges, runs
+from megatron_speech.tokens.normalization import NORMALIZATION_VERSION
+from megatron_speech.tokens.space import TokenSpace
+from megatron_speech.tokens.templates import CODES, PROMPT_CODES, REF_CODES, REF_TEXT, TEXT, TURNS, turn_ids
+
+
+@dataclass(frozen=True)
+class Records:
+    """Files with every row of the input as a reference needs it: pickles, and where each begins (int64 [rows + 1])."""
+
+    data: Path
+    offsets: Path
+
+
+@dataclass(frozen=True)
+class ConversionJob:
+    """Everything that decides what a row becomes. It travels to every worker."""
+
+    space: TokenSpace
+    rules: SampleRules
+    quotes: int = 0  # references (or prompts) per sample; 0: plain documents only
+    drop_unquoted: bool = False  # what becomes of a sample without one: dropped, or a plain document
+    append_eod: bool = False
+    records: Records | None = None
+    filters: Filters = field(default_factory=Filters)
+
+    @property
+    def looks_over(self) -> bool:
+        """Whether the whole input has to be looked over before the first document is made."""
+        return self.quotes > 0 or self.filters.finds_duplicates
+
+
+@dataclass(frozen=True)
+class Work:
+    """One item of work: rows, and what the look over the whole input found of each of them."""
+
+    batch: RowBatch
+    candidates: np.ndarray | None = None  # int64 [rows, candidates]: rows that it may quote; -1, or no column: none
+    plain: np.ndarray | None = None  # bool [rows]: make a plain document of this row all the same
+    duplicates: np.ndarray | None = None  # bool [rows]: it repeats an earlier row
+
+
+@dataclass
+class Documents:
+    """What a batch of rows became. Mergeable: all but flat, lengths and table are counts."""
+
+    flat: np.ndarray
+    lengths: np.ndarray
+    table: pa.RecordBatch
+    rows: int
+    kept: int
+    dropped: Counter[str]
+    notices: Counter[str]
+    forms: Counter[str]
+    totals: dict[tuple[str, str], Totals]  # (language, source)
+    rejected: list[dict[str, Any]] = field(default_factory=list)  # filtered ones say so
+
+
+class _Record(NamedTuple):
+    """A row as a reference is made of it."""
+
+    sample_id: str
+    source_id: str
+    text: str | None
+    codes: CodesAt
+
+
+@dataclass(frozen=True)
+class Quote:
+    """Another sample as a reference or prompt."""
+
+    sample_id: str
+    source_id: str
+    text_ids: np.ndarray | None
+    code_ids: np.ndarray
+
+
+class Converter:
+    """Rows to documents. One per worker process; it keeps code files open between batches."""
+
+    def __init__(self, job: ConversionJob) -> None:
+        self.job = job
+        self.space = job.space
+        self.loader = CodesLoader(job.space)
+        self.tokenizer_version = tokenizer_version(job.space)
+        self.rules_before, self.duplicate, self.rules_after = split_at_duplicate(job.filters)
+        self._record_data: mmap.mmap | None = None
+        if job.records is not None:
+            with open(job.records.data, "rb") as handle:
+                self._record_data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            self._record_offsets = np.load(job.records.offsets, mmap_mode="r")
+
+    # ---- rows to samples
+
+    def read(self, batch: RowBatch) -> Batch:
+        """The rows of a batch as samples.
+
+        Raises:
+            InputError: codes of another codec than the token space's.
+        """
+        samples = read_samples(self.job.rules, batch.read(), batch.path)
+        if self.job.rules.needs_codes:
+            self._check_codec(samples, batch.path)
+        return Batch(self.space, self.loader, samples, batch.path, has_texts=self.job.rules.task != "speech_lm")
+
+    def _check_codec(self, samples: Samples, path: str) -> None:
+        codec = self.space.codec
+        if set(samples.codec_hash) <= {codec.hash, None}:
+            return
+        for row, found in enumerate(samples.codec_hash):
+            if found is not None and found != codec.hash and row not in samples.rejected:
+                raise InputError(
+                    f"{path} line {samples.number[row]}: codec_hash is {found}, needed {codec.hash} "
+                    f"({codec.name}) of the token space; encode the audio with that codec, or make another token space"
+                )
+
+    # ---- the look over the whole input
+
+    def index(self, source: RowBatch) -> IndexedRows:
+        """Keys of the rows, and records of those that can be quoted."""
+        batch = self.read(source)
+        batch.apply(self.rules_before)
+        content = None
+        if self.duplicate is not None:
+            content = batch.content_hashes(self.duplicate.of or "codes")
+            batch.apply(self.rules_after)
+        alive = batch.alive()
+        records = [b""] * len(batch.samples)
+        if self.job.quotes:
+            samples = batch.samples
+            for row in alive:
+                place = samples.codes[row]
+                assert place is not None
+                text = samples.texts[row][0] if samples.texts[row] else None
+                record = (samples.sample_id[row], samples.source_id[row], text, tuple(place))
+                records[row] = pickle.dumps(record, protocol=5)
+        return IndexedRows(Keys.of(batch.samples, alive, content), records)
+
+    # ---- quotes
+
+    def quotes(self, candidates: np.ndarray) -> list[list[Quote]]:
+        """For each row of `candidates`, int64 [n, candidates], its first usable ones, at most `job.quotes`."""
+        wanted = self.job.quotes
+        first = [int(row) for row in np.unique(candidates[:, :wanted]) if row >= 0]
+        known: dict[int, Quote | None] = dict(zip(first, self._load_quotes(first), strict=True))
+        result = []
+        for row in candidates:
+            found: list[Quote] = []
+            for number in row.tolist():
+                if number < 0 or len(found) == wanted:
+                    break
+                if number not in known:  # a spare, because an earlier one is unusable
+                    known[number] = self._load_quotes([number])[0]
+                quote = known[number]
+                if quote is not None:
+                    found.append(quote)
+            result.append(found)
+        return result
+
+    def _load_quotes(self, numbers: Sequence[int]) -> list[Quote | None]:
+        assert self._record_data is not None
+        records = []
+        for number in numbers:
+            begin, end = int(self._record_offsets[number]), int(self._record_offsets[number + 1])
+            sample_id, source_id, text, place = pickle.loads(self._record_data[begin:end])
+            records.append(_Record(sample_id, source_id, text, CodesAt(*place)))
+        codes = self.loader.encode([record.codes for record in records])
+        texts = iter(self.space.encode_text_batch([record.text for record in records if record.text is not None]))
+        result: list[Quote | None] = []
+        for record, ids in zip(records, codes.ids, strict=True):
+            text_ids = next(texts) if record.text is not None else None
+            usable = ids is not None and (text_ids is None or len(text_ids) > 0)
+            result.append(Quote(record.sample_id, record.source_id, text_ids, ids) if usable else None)  # type: ignore[arg-type]
+        return result
+
+    # ---- documents
+
+    def convert(self, work: Work) -> Documents:
+        """Documents of a batch of rows."""
+        batch = self.read(work.batch)
+        batch.duplicates = work.duplicates
+        batch.apply(self.job.filters.filters)
+        batch.load_codes(batch.alive())
+        batch.encode_texts()
+        rows = batch.alive()
+        quotes: list[list[Quote]] | None = None
+        if work.candidates is not None:
+            usable = np.zeros(len(batch.samples), dtype=bool)
+            usable[rows] = True
+            quotes = self.quotes(np.where(usable[:, None], work.candidates, -1))
+        plan = _Plan(self, batch)
+        if quotes is None:
+            plan.add_plain(rows)
+        else:
+            plan.add_quoting(rows, quotes, work.plain)
+        return plan.finish()
+
+
+# Columns of the documents table that are columns of the samples.
+_OF_SAMPLE = (
+    "sample_id",
+    "source_id",
+    "segment_order",
+    "start_time",
+    "end_time",
+    "speaker_id",
+    "language",
+    "dataset_source",
+    "transcript_native",
+    "transcript_romanized",
+    "extra",
+)
+
+
+class _Plan:
+    """Which documents a batch gives; :meth:`finish` makes all of them at once."""
+
+    def __init__(self, converter: Converter, batch: Batch) -> None:
+        self.job = converter.job
+        self.space = converter.space
+        self.tokenizer_version = converter.tokenizer_version
+        self.batch = batch
+        self.notices = Counter(batch.samples.notices)
+        # Of each document: its row, its form, what it quotes, and the first and one after the last of its texts.
+        nothing = np.zeros(0, dtype=np.int64)
+        self.row, self.begin, self.end = nothing, nothing, nothing
+        self.form: list[str] = []
+        self.quote: list[Quote | None] = []
+        self.kept: list[int] = []
+
+    def add_plain(self, rows: list[int]) -> None:
+        """Documents of samples that quote nothing: one each, but of text rows one of each text or conversation."""
+        self.kept, self.row = rows, np.array(rows, dtype=np.int64)
+        self.form = ["plain"] * len(rows)
+        self._find_texts()
+        if self.job.rules.task == "text_lm":
+            turns = np.array([roles is not None for roles in pick(self.batch.samples.roles, rows)], dtype=bool)
+            count = np.where(turns, 1, self.end - self.begin)
+            last = np.repeat(np.where(turns, self.end, 0), count)
+            self.row = np.repeat(self.row, count)
+            self.begin = runs(self.begin, count)
+            self.end = np.maximum(self.begin + 1, last)
+            self.form = ["turns" if many else "plain" for many in np.repeat(turns, count).tolist()]
+
+    def add_quoting(self, rows: list[int], quotes: list[list[Quote]], plain: np.ndarray | None) -> None:
+        """Documents of samples of speech: one per quote, or a plain one."""
+        task, chosen = self.job.rules.task, []
+        for row in rows:
+            found: Sequence[Quote | None] = quotes[row]
+            if plain is not None and plain[row]:
+                found = [None]
+            elif not found:
+                self.notices["rows_without_reference"] += 1
+                if self.job.drop_unquoted:
+                    self.batch.dropped["no_reference"] += 1
+                    continue
+                found = [None]
+            self.kept.append(row)
+            for quote in found:
+                chosen.append(row)
+                self.quote.append(quote)
+                self.form.append("plain" if quote is None else "cloning" if task == "tts" else "continuation")
+        self.row = np.array(chosen, dtype=np.int64)
+        self._find_texts()
+
+    def _find_texts(self) -> None:
+        texts = self.batch.texts
+        of_row = texts.rows if texts is not None else np.zeros(len(self.batch.samples) + 1, dtype=np.int64)
+        self.begin, self.end = of_row[self.row], of_row[self.row + 1]
+
+    def _fields(self) -> dict[str, Column]:
+        task, batch = self.job.rules.task, self.batch
+        fields: dict[str, Column] = {}
+        if self.job.rules.needs_codes:
+            fields[CODES] = self._of_rows(batch.codes)
+        if batch.texts is not None:
+            fields[TEXT] = batch.texts.ids.take(self.begin)
+        if any(self.quote):
+            codes = [quote.code_ids if quote else None for quote in self.quote]
+            fields[PROMPT_CODES if task == "speech_lm" else REF_CODES] = codes
+            if task == "tts":
+                fields[REF_TEXT] = [quote.text_ids if quote else None for quote in self.quote]
+        if "turns" in self.form:
+            fields[TURNS] = [self._turns(i) if form == "turns" else None for i, form in enumerate(self.form)]
+        return fields
+
+    def _turns(self, document: int) -> np.ndarray:
+        texts = self.batch.texts
+        assert texts is not None
+        ids = [texts.ids[i] for i in range(self.begin[document], self.end[document])]
+        return turn_ids(self.space, list(zip(self.batch.samples.roles[self.row[document]] or [], ids, strict=True)))
+
+    @functools.cached_property
+    def _one_each(self) -> bool:
+        """One document of every row, as nearly always."""
+        return np.array_equal(self.row, np.arange(len(self.batch.samples)))
+
+    def _of_rows(self, column: Sequence[Any]) -> Sequence[Any]:
+        """What a column of the rows holds for each document."""
+        return column if self._one_each else pick(column, self.row.tolist())
+
+    def _text_columns(self) -> dict[str, np.ndarray]:
+        """Of each document's own text: characters, tokens made of them, and unknown ones. Given ids count as none."""
+        texts = self.batch.texts
+        if texts is None:
+            zero = np.zeros(len(self.row), dtype=np.int64)
+            return {"characters": zero, "target_text_tokens": zero, "unknown_tokens": zero}
+
+        def total(values: np.ndarray) -> np.ndarray:
+            so_far = edges(values)
+            return so_far[self.end] - so_far[self.begin]
+
+        return {
+            "characters": total(texts.characters),
+            "target_text_tokens": total(np.where(texts.given, 0, texts.ids.lengths)),
+            "unknown_tokens": total(np.where(texts.given, 0, texts.unknown)),
+        }
+
+    def finish(self) -> Documents:
+        """All documents, as the writer takes them."""
+        rules, batch = self.job.rules, self.batch
+        fields = self._fields()
+        compiled = compile_batch(self.space, rules.task, self.form, fields, append_eod=self.job.append_eod)
+        counts = self._text_columns()
+        text = compiled.text
+        if "turns" in self.form:
+            turns = np.array([form == "turns" for form in self.form])
+            text = np.where(turns, counts["target_text_tokens"], text)
+        frames = np.zeros(len(self.row), dtype=np.int64)
+        if rules.needs_codes:
+            frames += compiled.lengths[CODES] // self.space.codebook_count
+        counts |= {
+            "documents": np.ones(len(self.row), dtype=np.int64),
+            "frames": frames,
+            "tokens": compiled.tokens,
+            "audio_tokens": compiled.audio,
+            "text_tokens": text,
+            "target_tokens": compiled.target,
+        }
+        if rules.needs_codes:
+            without = sum(batch.samples.codec_hash[row] is None for row in self.kept)
+            if without:
+                self.notices["rows_without_codec_hash"] += without
+        lengths = compiled.tokens.astype(np.int32)
+        return Documents(
+            flat=compiled.flat,
+            lengths=lengths,
+            table=derive_columns(self._table(compiled, counts), compiled.flat, lengths),
+            rows=len(batch.samples),
+            kept=len(self.kept),
+            dropped=batch.dropped,
+            notices=self.notices,
+            forms=Counter(self.form),
+            totals=self._totals(counts),
+            rejected=batch.rejected,
+        )
+
+    def _table(self, compiled: CompiledBatch, counts: dict[str, np.ndarray]) -> pa.RecordBatch:
+        """The rows of the documents table, but for what follows from names and ids."""
+        rules, codec, batch, count = self.job.rules, self.space.codec, self.batch, len(self.row)
+        columns: dict[str, Any] = {name: self._of_rows(getattr(batch.samples, name)) for name in _OF_SAMPLE}
+        for name in ("audio_tokens", "text_tokens", "tokens", "target_tokens"):
+            columns[name] = counts[name].astype(np.int32)
+        if rules.needs_codes:
+            columns["code_len"] = counts["frames"].astype(np.int32)
+            columns["duration_seconds"] = counts["frames"] / codec.frame_rate_hz
+            columns["checksum"] = self._of_rows(batch.checksums)
+        if any(self.quote):
+            columns["reference_sample_id"] = [quote and quote.sample_id for quote in self.quote]
+            columns["reference_source_id"] = [quote and quote.source_id for quote in self.quote]
+        constants = {
+            "task": rules.task,
+            "codec_hash": codec.hash if rules.needs_codes else None,
+            "tokenizer_version": self.tokenizer_version,
+            "normalization_version": NORMALIZATION_VERSION,
+        }
+        columns |= {name: Constant(constants.get(name), count) for name in SCHEMA.names if name not in columns}
+        arrays = [to_arrow(columns[name], kind) for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True)]
+        return pa.record_batch(arrays, schema=SCHEMA)
+
+    def _totals(self, counts: dict[str, np.ndarray]) -> dict[tuple[str, str], Totals]:
+        samples = self.batch.samples
+        columns = self._of_rows(samples.language), self._of_rows(samples.dataset_source)
+        index: dict[tuple[str, str], int] = {}
+        group = np.array([index.setdefault(key, len(index)) for key in zip(*columns, strict=True)], dtype=np.int64)
+        sums = np.zeros((len(index), len(counts)), dtype=np.int64)
+        np.add.at(sums, group, np.stack(list(counts.values()), axis=1))
+        return {key: Totals(**dict(zip(counts, sums[i].tolist(), strict=True))) for key, i in index.items()}
+
+
+@dataclass(frozen=True)
+class IndexedRows:
+    """What the choice of references needs of a batch."""
+
+    keys: Keys
+    records: list[bytes]
+
+
+def tokenizer_version(space: TokenSpace) -> str:
+    """Names the text tokenizer: its kind and the beginning of its file's hash."""
+    return space.text_kind if not space.text_payload else f"{space.text_kind}:{sha256_hex(space.text_payload)[:16]}"
+
+
+# The two functions that worker processes run; their state is a Converter.
+
+
+def convert_batch(converter: Converter, work: Work) -> Documents:
+    """Rows to documents."""
+    return converter.convert(work)
+
+
+def index_batch(converter: Converter, batch: RowBatch) -> IndexedRows:
+    """Rows to the keys by which references and duplicates are found, and records from which references are made."""
+    return converter.index(batch)

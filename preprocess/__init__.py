@@ -1,1 +1,0 @@
-"""One-shot conversions: recordings to codes, and codes, transcripts and text to token datasets."""

@@ -1,1 +1,0 @@
-"""What conversions read: rows of samples from files, one module per format."""
