@@ -170,33 +170,35 @@ def waits_in_steps(recipe: Path, overrides: list[str], set_mode: Callable[[str],
     from megatron_speech.recipe.load import load_recipe
 
     prepare_imports()
-    from megatron_speech.training.trainer import Trainer
+    from megatron_speech.training import trainer
+    from megatron_speech.training.run import set_up
 
     watched = 0
     waits: Counter[str] = Counter()
 
-    class Watched(Trainer):
-        """The trainer, with its steps watched where memory and kernels have settled."""
+    try:
+        run = set_up(load_recipe(recipe, overrides), say_environment=False)
+        take, interval = run.step.take, run.recipe.logging.interval_steps
 
-        def _train_step(self, *args: Any) -> Any:
+        def watched_take(*args: Any) -> Any:
+            """A step, watched where memory and kernels have settled."""
             nonlocal watched
-            interval = self.recipe.logging.interval_steps
-            if self.position.step % interval < interval // 2:
-                return super()._train_step(*args)
+            if run.progress.position.step % interval < interval // 2:
+                return take(*args)
             watched += 1
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
                 set_mode("warn")
                 try:
-                    return super()._train_step(*args)
+                    return take(*args)
                 finally:
                     set_mode("default")
                     for one in told:
                         if "synchronizing CUDA operation" in str(one.message):
                             waits[f"{one.filename}:{one.lineno}"] += 1
 
-    try:
-        Watched(load_recipe(recipe, overrides), say_environment=False).run()
+        run.step.take = watched_take  # type: ignore[method-assign]
+        trainer.train(run)
     finally:
         groups.destroy()
     return {"steps": watched, "waits": dict(waits)}

@@ -95,8 +95,9 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any] | None:
 
     from megatron_speech.environment import detect
     from megatron_speech.recipe.load import load_recipe
-    from megatron_speech.training import checkpoint
-    from megatron_speech.training.trainer import Trainer
+    from megatron_speech.training import checkpoint, trainer
+    from megatron_speech.training.events.event import Event, StageRun
+    from megatron_speech.training.run import set_up
 
     total = args.warmup_steps + 2 * args.saves * args.interval
     quiet = [
@@ -110,35 +111,30 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any] | None:
     recipe = recipe.model_copy(update={"stages": [stage]})
     steps: list[Step] = []
 
-    class Measured(Trainer):
+    run = set_up(recipe)
+
+    class Measure(Event):
         """Notes when steps begin, and waits for every second save."""
 
-        taken = 0
-        just_saved: str | None = None
+        def __init__(self) -> None:
+            self._saves = 0
 
-        def _train_step(self, *arguments: Any) -> Any:
+        def before_step(self, stage: StageRun) -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            steps.append(Step(time.perf_counter(), seconds_queued(), self._checkpoints.busy, self.just_saved))
-            self.just_saved = None
-            return super()._train_step(*arguments)
+            saved: str | None = None
+            taken = run.progress.position.step
+            if taken and taken % args.interval == 0:
+                saved = "beside" if self._saves % 2 == 0 else "waited"
+                if saved == "waited":
+                    run.checkpoints.wait()
+                self._saves += 1
+            steps.append(Step(time.perf_counter(), seconds_queued(), run.checkpoints.busy, saved))
 
-        def _save(self, *arguments: Any) -> None:
-            super()._save(*arguments)
-            self.just_saved = "beside" if self.taken % 2 == 0 else "waited"
-            if self.just_saved == "waited":
-                self._checkpoints.wait()
-            self.taken += 1
-
-        @property
-        def reports(self) -> list[Any]:
-            """Of the saves that were written."""
-            return [report for report in self._checkpoints.reports if report.problem is None]
-
-    trainer = Measured(recipe)
-    trainer.run(max_steps=total)
+    trainer.train(run, max_steps=total, events=[Measure()])
+    reports = [report for report in run.checkpoints.reports if report.problem is None]
     info = checkpoint.find_latest(Path(folder) / "checkpoints")
-    if info is None or not trainer.reports:
+    if info is None or not reports:
         raise InputError(f"no checkpoint could be written to {folder}; set TMPDIR to a disk with more room")
     size = sum(entry["bytes"] for entry in info.fields["files"].values())
     check, load = [], []
@@ -147,7 +143,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any] | None:
         checkpoint.find_latest(Path(folder) / "checkpoints")
         check.append(time.perf_counter() - began)
         began = time.perf_counter()
-        checkpoint.load_checkpoint(info, chunks=trainer.chunks, optimizer=trainer.optimizer)
+        checkpoint.load_checkpoint(info, chunks=run.engine.chunks, optimizer=run.engine.optimizer)
         load.append(time.perf_counter() - began)
     if dist.get_rank() != 0:
         return None
@@ -157,8 +153,8 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any] | None:
         "bytes": size,
         "processes": dist.get_world_size(),
         **compare(steps[args.warmup_steps :]),
-        "waited_seconds": summary([report.waited_seconds for report in trainer.reports[::2]]),
-        "save_bytes_per_second": summary([size / report.seconds for report in trainer.reports[::2]]),
+        "waited_seconds": summary([report.waited_seconds for report in reports[::2]]),
+        "save_bytes_per_second": summary([size / report.seconds for report in reports[::2]]),
         "check_bytes_per_second": summary([size / seconds for seconds in check]),
         "load_bytes_per_second": summary([size / seconds for seconds in load]),
         "environment": detect(),

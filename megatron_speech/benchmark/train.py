@@ -98,9 +98,10 @@ def run(args: argparse.Namespace) -> int:
         # One step more than is run: the stage does not end, so nothing is validated or saved.
         stage = stage.model_copy(update={"tokens": (total + 1) * stage.global_batch_tokens})
         recipe = recipe.model_copy(update={"stages": [stage]})
-        from megatron_speech.training.trainer import Trainer
+        from megatron_speech.training import trainer
+        from megatron_speech.training.run import set_up
 
-        Trainer(recipe).run(max_steps=total)
+        trainer.train(set_up(recipe), max_steps=total)
         if not is_main_process():
             return 0
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]

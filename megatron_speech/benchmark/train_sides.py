@@ -98,7 +98,9 @@ def train_ours(race: Race, connection: Connection) -> None:
     from megatron_speech.benchmark.peer_trainer import transformers_weights
     from megatron_speech.model.builder import global_named_parameters
     from megatron_speech.parallel import groups
-    from megatron_speech.training.trainer import Trainer
+    from megatron_speech.training import trainer
+    from megatron_speech.training.events.event import Event, StageRun
+    from megatron_speech.training.run import set_up
 
     recipe, turns = race.recipe, _Turns(race, connection)
     taken = 0
@@ -107,22 +109,21 @@ def train_ours(race: Race, connection: Connection) -> None:
         line = json.loads((recipe.run_directory / "metrics.jsonl").read_text().splitlines()[-1])
         turns.end(last=taken == race.steps * race.turns, loss=line["loss"])
 
-    class TurnTrainer(Trainer):
-        """The trainer, stopped between turns where it asks for the next step."""
+    class Turns(Event):
+        """Stops between turns, where the next step would begin."""
 
-        def _train_step(self, *args: Any) -> Any:
+        def before_step(self, stage: StageRun) -> None:
             nonlocal taken
             if taken and taken % race.steps == 0:
                 report()
             taken += 1
-            return super()._train_step(*args)
 
     try:
-        trainer = TurnTrainer(recipe, say_environment=False)
-        (chunk,) = trainer.chunks
-        torch.save(transformers_weights(global_named_parameters(chunk), recipe.model, trainer.space.size), race.weights)
+        run = set_up(recipe, say_environment=False)
+        (chunk,) = run.engine.chunks
+        torch.save(transformers_weights(global_named_parameters(chunk), recipe.model, run.space.size), race.weights)
         turns.ready(threads=torch.get_num_threads())
-        trainer.run(max_steps=race.steps * race.turns)
+        trainer.train(run, max_steps=race.steps * race.turns, events=[Turns()])
         report()
     finally:
         groups.destroy()

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overfit",
         type=int,
         metavar="N",
-        help="learn the first N sequences of the first stage by heart; exits 1 when that fails",
+        help="overfit the first N sequences of the first stage; exits 1 when the model cannot learn them",
     )
     parser.add_argument(
         "--overfit-steps", type=int, default=500, metavar="N", help="steps that --overfit may take (500)"
@@ -108,31 +108,31 @@ def train(recipe: Recipe, *, through: str | None = None) -> str:
 
     prepare_imports()  # before megatron-core is imported
     from megatron_speech.parallel import groups
+    from megatron_speech.training import trainer
     from megatron_speech.training.health.control import StopRequest
-    from megatron_speech.training.trainer import Trainer
+    from megatron_speech.training.run import set_up
 
     with StopRequest() as stop:
         try:
-            return Trainer(recipe, stop=stop).run(through=through)
+            return trainer.train(set_up(recipe, stop=stop), through=through)
         finally:
             groups.destroy()
 
 
 def rehearse(recipe: Recipe, overfit: int | None, steps: int) -> bool:
-    """A dry run, or `overfit` sequences learned by heart in at most `steps` steps; False when that fails."""
+    """A dry run, or `overfit` sequences learned in at most `steps` steps; False when that fails."""
     from megatron_speech.environment import prepare_imports
 
     prepare_imports()
     from megatron_speech.parallel import groups
+    from megatron_speech.training import rehearsal
     from megatron_speech.training.health.control import StopRequest
-    from megatron_speech.training.rehearsal import Rehearsal
 
     with StopRequest() as stop:
         try:
-            rehearsal = Rehearsal(recipe, resume=overfit is None, stop=stop)
             if overfit is not None:
-                return rehearsal.overfit(overfit, steps)
-            rehearsal.dry_run()
+                return rehearsal.overfit(recipe, overfit, steps, stop)
+            rehearsal.dry_run(recipe, stop)
             return True
         finally:
             groups.destroy()

@@ -31,6 +31,7 @@ from megatron_speech.recipe.optimizer import OptimizerConfig, TableConfig
 from megatron_speech.recipe.parallel import ParallelConfig, check_pipeline_layout
 from megatron_speech.recipe.precision import Fp8Config, Precision
 from megatron_speech.recipe.preflight import PreflightConfig
+from megatron_speech.recipe.profile import ProfileConfig
 from megatron_speech.recipe.recompute import RecomputeConfig
 from megatron_speech.recipe.spikes import SpikesConfig
 from megatron_speech.recipe.stage import StageConfig
@@ -66,6 +67,7 @@ class Recipe(StrictConfig):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    profile: ProfileConfig | None = Field(default=None, description="record a trace of a few steps; null: none")
     preflight: PreflightConfig = Field(default_factory=PreflightConfig)
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
 

@@ -76,3 +76,56 @@ class Position:
             "consumed_sequences": self.consumed_sequences,
             "consumed_tokens": self.consumed_tokens,
         }
+
+
+class RunProgress:
+    """Where a run stands while it goes on.
+
+    Args:
+        recipe: of the run.
+        step: optimizer steps taken so far.
+        ended: stages that ended before their budget did, see the module.
+
+    Attributes:
+        position: after the last step.
+    """
+
+    def __init__(self, recipe: Recipe, step: int = 0, ended: Ended = _NONE) -> None:
+        self.recipe = recipe
+        self._ended = dict(ended)
+        self.position = Position.at_step(recipe, step, self._ended)
+
+    @property
+    def ended(self) -> Ended:
+        """Steps of the stages that ended before their budget did."""
+        return self._ended
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps over all stages, as far as is known now."""
+        return total_steps(self.recipe, self._ended)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no stage is left."""
+        return self.position.stage_index == len(self.recipe.stages)
+
+    def move_to(self, step: int) -> None:
+        """Stand after `step` steps."""
+        self.position = Position.at_step(self.recipe, step, self._ended)
+
+    def end_stage(self) -> None:
+        """End the running stage here, whatever is left of its budget."""
+        stage = self.recipe.stages[self.position.stage_index]
+        self._ended[stage.name] = self.position.stage_step
+        self.move_to(self.position.step)
+
+    def steps_taken(self, index: int) -> int:
+        """Steps taken so far in stage `index`, which is the running one or over."""
+        if self.position.stage_index == index:
+            return self.position.stage_step
+        return steps_of(self.recipe.stages[index], self._ended)
+
+    def as_record(self) -> dict[str, int | str]:
+        """See :meth:`Position.as_record`."""
+        return self.position.as_record(self.recipe)

@@ -10,6 +10,7 @@ last line read of rank 0}. No port is chosen here: the store takes a free one, a
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -33,16 +34,16 @@ def child(rank: int, port: int, scenario: dict[str, Any], recipe: str, out: int,
         "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
     if scenario["fault"] == "raise" and rank == 1:
-        from megatron_speech.training.trainer import Trainer
+        from megatron_speech.training.step import TrainStep
 
-        step = Trainer._train_step
+        take, steps = TrainStep.take, itertools.count()
 
-        def raising(trainer: Any, *arguments: Any) -> Any:
-            if trainer.position.step == 3:
+        def raising(self: TrainStep, *arguments: Any) -> Any:
+            if next(steps) == 3:
                 raise ValueError("a page of this dataset cannot be read")
-            return step(trainer, *arguments)
+            return take(self, *arguments)
 
-        Trainer._train_step = raising  # type: ignore[method-assign]
+        TrainStep.take = raising  # type: ignore[method-assign]
     own = ["seed=8"] if scenario["fault"] == "seed" and rank == 1 else []
     try:
         code = cli.main(["train", recipe, *scenario["overrides"], *own])

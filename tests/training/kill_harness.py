@@ -79,7 +79,8 @@ def recipe_of(toy: Path) -> dict[str, Any]:
 
 def end_at(kill: Kill, run: Path) -> None:
     """Have this process signalled at the k-th time that it comes to the place."""
-    from megatron_speech.training.trainer import Trainer
+    from megatron_speech.training.loop import TrainingLoop
+    from megatron_speech.training.step import TrainStep
     from megatron_speech.training.validation import Validator
 
     passed = 0
@@ -113,7 +114,7 @@ def end_at(kill: Kill, run: Path) -> None:
         sys.addaudithook(audit)
     else:
         owner, name = {
-            "step": (Trainer, "_train_step"), "validation": (Validator, "run"), "stage": (Trainer, "_begin_stage"),
+            "step": (TrainStep, "take"), "validation": (Validator, "run"), "stage": (TrainingLoop, "begin_stage"),
         }[kill.place]  # fmt: skip
         watched(owner, name)
 

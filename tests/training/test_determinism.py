@@ -23,16 +23,16 @@ def test_two_runs_are_bit_identical_with_deterministic_kernels_only(
 ) -> None:
     from megatron_speech.parallel import groups
     from megatron_speech.training.checkpoint import load_for_inference
-    from megatron_speech.training.trainer import Trainer
+    from megatron_speech.training.step import TrainStep
 
     seen = []
-    run_batch = Trainer._run_batch
+    run_batch = TrainStep.run_batch
 
-    def look(self: Trainer, *arguments: object, **options: object) -> None:
-        seen.append((torch.are_deterministic_algorithms_enabled(), self.chunks[0].config.deterministic_mode))
+    def look(self: TrainStep, *arguments: object, **options: object) -> None:
+        seen.append((torch.are_deterministic_algorithms_enabled(), self._engine.chunks[0].config.deterministic_mode))
         run_batch(self, *arguments, **options)
 
-    monkeypatch.setattr(Trainer, "_run_batch", look)
+    monkeypatch.setattr(TrainStep, "run_batch", look)
     values = toy_recipe(toy, deterministic=True, spikes={"grad_norm_above": 5.0}, ema={})
     values["stages"][0]["tokens"], values["stages"][1]["tokens"] = 8 * 512, 4 * 512
     recipe = write_recipe(tmp_path / "r.yaml", values)

@@ -15,7 +15,8 @@ from toy_runs import copy_until, read_metrics, toy_recipe, train, without_timing
 from megatron_speech.recipe.stage import EarlyStopConfig
 from megatron_speech.training.checkpoint import save
 from megatron_speech.training.early_stop import EarlyStop
-from megatron_speech.training.trainer import Trainer
+from megatron_speech.training.events.event import Boundary, StageRun
+from megatron_speech.training.events.log_metrics import LogMetrics
 
 
 @given(
@@ -87,20 +88,20 @@ def test_a_checkpoint_that_is_written_late_tells_of_its_own_moment(
 ) -> None:
     """That of step 10 reaches the disk when the stage has ended at step 12, and knows nothing of that."""
     ended = threading.Event()
-    write, log_interval = save.write_save, Trainer._log_interval
+    write, log_interval = save.write_save, LogMetrics._log
 
     def held(planned: Any, final: Path, **named: Any) -> str | None:
         if final.name == "step_00000010":
             assert ended.wait(60)
         return write(planned, final, **named)
 
-    def told(trainer: Trainer, index: int, *rest: Any) -> None:
-        log_interval(trainer, index, *rest)
-        if trainer._ended:
+    def told(event: LogMetrics, stage: StageRun, boundary: Boundary) -> None:
+        log_interval(event, stage, boundary)
+        if event._run.progress.ended:
             ended.set()
 
     monkeypatch.setattr(save, "write_save", held)
-    monkeypatch.setattr(Trainer, "_log_interval", told)
+    monkeypatch.setattr(LogMetrics, "_log", told)
     recipe, run = stopped
     assert train(recipe, tmp_path / "run") == 0
     for folder in (run, tmp_path / "run"):

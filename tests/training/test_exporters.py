@@ -246,7 +246,7 @@ def test_the_dashboard_shows_exactly_what_a_run_exports(
     file = write_recipe(tmp_path / "recipe.yaml", toy_recipe(toy))
     short = ["stages.pt.tokens=2048", "stages.sft.tokens=1024", "data.cache_dir=" + str(tmp_path / "cache")]
     # A CPU has no peak to be a share of.
-    monkeypatch.setattr("megatron_speech.training.trainer.peak_tflops", lambda name: 1.0)
+    monkeypatch.setattr("megatron_speech.training.events.log_metrics.peak_tflops", lambda name: 1.0)
     assert train(file, tmp_path / "run", *short) == 0
     exporter = Prometheus("toy", 0)
     try:

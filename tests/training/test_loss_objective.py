@@ -15,8 +15,8 @@ from megatron_speech.model.attention import PackedSequences
 from megatron_speech.parallel import groups
 from megatron_speech.recipe.load import parse_recipe
 from megatron_speech.recipe.loss import LossConfig
+from megatron_speech.training.run import Run, set_up
 from megatron_speech.training.telemetry.metrics import LossMeter
-from megatron_speech.training.trainer import Trainer
 
 WEIGHTS = {"text": 0.2, "audio": 0.8, "special": 0.5}
 
@@ -41,17 +41,17 @@ def test_a_group_without_weight_counts_for_nothing() -> None:
     assert by_modality.scales([0.0, 40.0, 2.0]) == [0.0, 0.8 / 40, 0.25]
 
 
-def naive_loss(trainer: Trainer, batch: Any, loss: LossConfig) -> torch.Tensor:
+def naive_loss(run: Run, batch: Any, loss: LossConfig) -> torch.Tensor:
     """The loss of a global batch from full logits and the text of its documents, one position after the other."""
-    (model,) = trainer.chunks
-    modality_of = trainer.space.modality_table()
-    start = trainer.space.special("<speech_start>")
+    (model,) = run.engine.chunks
+    modality_of = run.space.modality_table()
+    start = run.space.special("<speech_start>")
     weights_of = [loss.text, loss.audio, loss.special]
     terms: list[tuple[int, float, torch.Tensor]] = []  # modality, weight, loss
     for micro in batch.micro_batches:
         tokens = micro.tokens.view(-1)
         packed = PackedSequences.build(micro.cu_seqlens, position_ids=micro.position_ids)
-        logits = model(tokens[None], packed_seq_params=packed)[:, : trainer.space.size]
+        logits = model(tokens[None], packed_seq_params=packed)[:, : run.space.size]
         log_p, log_z = logits.log_softmax(-1), logits.logsumexp(-1)
         bounds = micro.cu_seqlens.tolist()
         for begin, end in itertools.pairwise(bounds):
@@ -64,7 +64,7 @@ def naive_loss(trainer: Trainer, batch: Any, loss: LossConfig) -> torch.Tensor:
                 assert at + 1 == len(document) or label == document[at + 1]
                 inside = loss.prompt != 1.0 and has_prompt and start not in document[: at + 1]
                 weight = weights_of[modality_of[label]] * (loss.prompt if inside else 1.0)
-                share, ids = loss.label_smoothing, trainer.space.size
+                share, ids = loss.label_smoothing, run.space.size
                 row = -(1 - share) * log_p[begin + at, label] - share / ids * log_p[begin + at].sum()
                 terms.append((int(modality_of[label]), weight, row + loss.z_loss * log_z[begin + at] ** 2))
     if loss.normalize == "global":
@@ -94,18 +94,17 @@ def test_loss_and_gradients_are_those_of_the_formula_for_any_micro_batch(
 ) -> None:
     recipe = parse_recipe(recipe_with(toy, loss) | {"run_dir": str(tmp_path / "run")}, "test")
     stage = recipe.stages[0]
-    trainer = Trainer(recipe, say_environment=False)
+    run = set_up(recipe, say_environment=False)
     try:
-        parameters = [p for p in trainer.chunks[0].parameters() if p.requires_grad]
+        parameters = [p for p in run.engine.chunks[0].parameters() if p.requires_grad]
         for micro_batch_size in (1, 4):
-            with trainer.stages[0].loader(0, micro_batch_size, 4, 0, 1) as batches:
+            with run.stages[0].loader(0, micro_batch_size, 4, 0, 1) as batches:
                 batch = next(batches)
-            expected = naive_loss(trainer, batch, stage.loss)
+            expected = naive_loss(run, batch, stage.loss)
             wanted = torch.autograd.grad(expected, parameters)
-            meter = LossMeter(trainer.stages[0].groups, "cpu", stage.loss)
-            for chunk in trainer.model:
-                chunk.zero_grad_buffer()
-            trainer._run_batch(batch, meter, stage.loss, batch.loss_weight_sums, forward_only=False)
+            meter = LossMeter(run.stages[0].groups, "cpu", stage.loss)
+            run.engine.zero_gradients()
+            run.step.run_batch(batch, meter, stage.loss, batch.loss_weight_sums, forward_only=False)
             meter.add_counts(weight_sums=batch.loss_weight_sums, tokens=batch.tokens, pad_tokens=batch.pad_tokens)
             assert meter.read()["loss"] == pytest.approx(expected.item(), rel=1e-5)
             for parameter, gradient in zip(parameters, wanted, strict=True):

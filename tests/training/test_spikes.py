@@ -118,19 +118,27 @@ def test_a_skipped_step_moves_nothing(parallel: None, distributed: bool) -> None
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], None]:
     """spoil({step: factor}): the gradients of these steps are multiplied by the factors, in every run from here on."""
-    from megatron_speech.training.trainer import Trainer
+    from megatron_speech.training.loop import TrainingLoop
+    from megatron_speech.training.run import Run
+    from megatron_speech.training.step import TrainStep
 
     factors: dict[int, float] = {}
-    run_batch = Trainer._run_batch
+    runs: list[Run] = []
+    begin, run_batch = TrainingLoop.__init__, TrainStep.run_batch
+
+    def remember(self: Any, run: Run, events: Any) -> None:
+        runs.append(run)
+        begin(self, run, events)
 
     def spoiled(self: Any, *arguments: Any, forward_only: bool) -> None:
         run_batch(self, *arguments, forward_only=forward_only)
-        factor = factors.get(self.position.step + 1)
+        factor = factors.get(runs[-1].progress.position.step + 1)
         if factor is not None and not forward_only:
-            for parameter in self.chunks[0].parameters():
+            for parameter in runs[-1].engine.chunks[0].parameters():
                 parameter.main_grad.mul_(factor)
 
-    monkeypatch.setattr(Trainer, "_run_batch", spoiled)
+    monkeypatch.setattr(TrainingLoop, "__init__", remember)
+    monkeypatch.setattr(TrainStep, "run_batch", spoiled)
 
     def choose(chosen: dict[int, float]) -> None:
         factors.clear()

@@ -278,5 +278,5 @@ def test_two_processes_rehearse_as_one(faults: tuple[Path, dict[str, Any]]) -> N
     folder, results = faults
     assert [results[name]["codes"] for name in ("dry", "overfit")] == [[0, 0], [0, 0]], results
     assert "its batch has 512 tokens and 0 of padding" in results["dry"]["last"]
-    assert "8 sequences of stage sft are known by heart" in results["overfit"]["last"]
+    assert "overfit check passed: 8 sequences of stage sft" in results["overfit"]["last"]
     assert not (folder / "dry").exists() and not (folder / "overfit").exists()

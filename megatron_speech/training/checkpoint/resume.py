@@ -14,7 +14,7 @@ from megatron_speech.training.telemetry.metrics import is_main_process
 
 _HARMLESS = ("name", "run_dir", "token_space", "data.datasets", "data.cache_dir", "data.cache_gib",
              "data.stage_datasets", "data.on_change", "data.prefetch", "data.workers", "parallel", "checkpoint",
-             "validation", "logging", "ema", "spikes", "deterministic", "recompute", "model.backend",
+             "validation", "logging", "profile", "ema", "spikes", "deterministic", "recompute", "model.backend",
              "init")  # fmt: skip
 _HARMLESS_IN_STAGE = ("max_epochs", "micro_batch_size", "checkpoint", "early_stop")
 

@@ -1,0 +1,1 @@
+"""What happens between the steps of training: one class per event, run by the loop in a stated order."""

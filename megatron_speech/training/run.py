@@ -1,0 +1,309 @@
+"""What a run consists of, put together on every rank before the first step.
+
+recipe ─► process groups ─► checks ─► datasets, sequence indices ─► model, optimizer ─► checkpoint ─► log
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_speech import environment
+from megatron_speech.data.dataset.indexed import TokenDataset
+from megatron_speech.data.stage import StageData, open_datasets, save_blend
+from megatron_speech.files import prepare_output_directory, sha256_file, write_json
+from megatron_speech.parallel import groups
+from megatron_speech.recipe.recipe import Recipe
+from megatron_speech.recipe.stage import StageConfig
+from megatron_speech.tokens.space import TokenSpace
+from megatron_speech.training import checkpoint, plan
+from megatron_speech.training.batches import BatchSource, StageBatches
+from megatron_speech.training.changed_blend import stage_histories
+from megatron_speech.training.determinism import set_determinism
+from megatron_speech.training.early_stop import check_held_out
+from megatron_speech.training.engine import Engine
+from megatron_speech.training.health.agreement import agreed
+from megatron_speech.training.health.control import StopRequest
+from megatron_speech.training.health.preflight import Preflight
+from megatron_speech.training.health.safety import Safety
+from megatron_speech.training.position import RunProgress
+from megatron_speech.training.spikes import SpikeGuard
+from megatron_speech.training.step import TrainStep
+from megatron_speech.training.telemetry.exporters import open_exporters
+from megatron_speech.training.telemetry.metrics import Group, LossMeter
+from megatron_speech.training.telemetry.run_log import RunLog, record_failure
+from megatron_speech.training.validation import validation_sequences
+
+
+@dataclass
+class Run:
+    """The parts of a run, as :func:`set_up` makes them.
+
+    Attributes:
+        recipe: what is done.
+        directory: where it is written.
+        device: of this process.
+        rank, world_size, dp_rank, dp_size: of this process among all and among the data-parallel ranks.
+        safety: signals, watchdog, slow ranks.
+        space: the id space.
+        fingerprints: name → hash of the manifest of each dataset.
+        stages, held_out: data of each stage, to train on and to validate on.
+        sources: of the global batches of each stage.
+        engine: model, optimizer, schedule.
+        spikes: decides which steps are skipped; None: none is.
+        step: takes the steps.
+        progress: where the run stands.
+        log: records, console lines, status.
+        checkpoints: of this run.
+        loaded: what the checkpoint that it goes on from holds besides weights and optimizer; empty for a new run.
+    """
+
+    recipe: Recipe
+    directory: Path
+    device: torch.device
+    rank: int
+    world_size: int
+    dp_rank: int
+    dp_size: int
+    safety: Safety
+    space: TokenSpace
+    fingerprints: dict[str, str]
+    stages: list[StageData]
+    held_out: list[StageData]
+    sources: list[BatchSource]
+    engine: Engine
+    spikes: SpikeGuard | None
+    step: TrainStep
+    progress: RunProgress
+    log: RunLog
+    checkpoints: checkpoint.RunCheckpoints
+    loaded: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.rank == 0
+
+    def make_meter(self, stage: StageConfig, document_groups: Sequence[Group]) -> LossMeter:
+        """A loss meter of this rank for a stage's batches."""
+        counts = parallel_state.get_context_parallel_rank() == 0
+        return LossMeter(document_groups, self.device, stage.loss, contributes=self.engine.contributes, counts=counts)
+
+    def make_step(self, spikes: SpikeGuard | None) -> TrainStep:
+        """What takes optimizer steps, with another guard than the recipe's."""
+        return _make_step(self.recipe, self.engine, self.device, self.dp_size, self.safety, self.checkpoints, spikes)
+
+    def write_status(self, state: str, message: str = "", *, force: bool = True) -> None:
+        """Write status.json, see :meth:`RunLog.status`."""
+        self.log.status(state, self.progress.as_record(), message, force=force)
+
+
+def set_up(
+    recipe: Recipe,
+    *,
+    say_environment: bool = True,
+    stop: StopRequest | None = None,
+    resume: bool = True,
+    read_only: bool = False,
+) -> Run:
+    """Put a run together, from its newest checkpoint or from the start. A collective of all processes.
+
+    Args:
+        recipe: what to do.
+        say_environment: print what the process runs on (once per command).
+        stop: signals that ask the run to save and end; None: nothing asks.
+        resume: go on from the newest checkpoint of the run directory, if it holds one.
+        read_only: write nothing to the run directory but the cache of sequence indices.
+
+    Raises:
+        InputError: anything about the recipe, its data or its run directory that keeps it from starting.
+    """
+    parallel = recipe.parallel
+    set_determinism(recipe.deterministic)
+    groups.initialize(
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.context,
+        virtual_pipeline=parallel.virtual_pipeline,
+        seed=recipe.seed,
+    )
+    random.seed(recipe.seed)
+    np.random.seed(recipe.seed)
+
+    def note_failure(message: str) -> None:
+        if not read_only:  # else the status of the run stays as it is
+            record_failure(recipe, message)
+
+    safety = Safety(recipe.watchdog, recipe.run_directory, stop, note_failure)
+    with safety.guard():
+        return _assemble(recipe, safety, say_environment=say_environment, resume=resume, read_only=read_only)
+
+
+def _assemble(recipe: Recipe, safety: Safety, *, say_environment: bool, resume: bool, read_only: bool) -> Run:
+    directory, device = recipe.run_directory, groups.device()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dp_rank = parallel_state.get_data_parallel_rank()
+    is_main = rank == 0
+    found = environment.detect() if is_main else {}
+    if is_main and say_environment:
+        print(environment.describe(found), flush=True)
+    preflight = Preflight(recipe, safety.control, safety.hosts, device)
+    with safety.progress.doing("the first sum over all processes"):
+        preflight.processes()
+    info = _find_checkpoint(directory / "checkpoints", read_only=read_only) if resume else None
+    notes: list[str] = []
+    with agreed():
+        dp_size = recipe.data_parallel_size(world_size)
+        space = TokenSpace.load(recipe.token_space)
+        plan.check_fits(recipe, space.padded_size, dp_size, device)
+        datasets = open_datasets(recipe.data, space)
+        fingerprints = {name: _fingerprint(dataset) for name, dataset in datasets.items()}
+        prepare_output_directory(directory / "checkpoints")
+        if info is not None:
+            notes = checkpoint.check_resumable(info, recipe, space, fingerprints)
+    preflight.data(datasets, space)
+    preflight.storage(directory, recipe.model.parameters(space.padded_size))
+    histories, change = stage_histories(info, recipe, datasets, space, is_main=is_main)
+
+    def stage_data(stage: StageConfig, *, validation: bool = False) -> StageData:
+        return StageData(
+            stage,
+            recipe.data,
+            datasets,
+            space,
+            seed=recipe.seed,
+            cache_dir=recipe.data.index_directory(directory),
+            n_sequences=validation_sequences(recipe.validation.tokens, stage) if validation else None,
+            split="validation" if validation else "train",
+            history=None if validation else histories.get(stage.name),
+        )
+
+    with agreed():
+        stages = [stage_data(stage) for stage in recipe.stages]
+        held_out = [stage_data(stage, validation=True) for stage in recipe.stages]
+        check_held_out(recipe.stages, held_out)
+    with agreed():
+        engine = Engine(
+            recipe, space, device, data_parallel=dp_size, fresh=info is None, on_backward_end=safety.timer.end
+        )
+    spikes = SpikeGuard(recipe.spikes, device) if recipe.spikes is not None else None
+    progress, loaded = RunProgress(recipe), {}
+    if info is not None:
+        loaded = checkpoint.load_checkpoint(info, chunks=engine.chunks, optimizer=engine.optimizer)
+        progress = RunProgress(recipe, info.step, info.fields["ended_early"])
+        checkpoint.say_resume(info, notes)
+    log, checkpoints = _open_directory(recipe, space, info, progress, active=is_main, read_only=read_only)
+    if is_main and not read_only:
+        write_json(directory / "environment.json", {**found, "model": engine.execution.record()})
+        recipe.save(directory / "recipe.yaml")
+        save_blend(directory / "blend.json", stages)
+    run = Run(
+        recipe=recipe,
+        directory=directory,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        safety=safety,
+        space=space,
+        fingerprints=fingerprints,
+        stages=stages,
+        held_out=held_out,
+        sources=[
+            StageBatches(stage, data, dp_rank, dp_size) for stage, data in zip(recipe.stages, stages, strict=True)
+        ],
+        engine=engine,
+        spikes=spikes,
+        step=_make_step(recipe, engine, device, dp_size, safety, checkpoints, spikes),
+        progress=progress,
+        log=log,
+        checkpoints=checkpoints,
+        loaded=loaded,
+    )
+    if is_main:
+        _log_plan(run)
+        if change is not None:
+            running = stages[min(progress.position.stage_index, len(stages) - 1)]
+            log.say(f"{change}; {running.documents_due:,} documents are still due and come first")
+    return run
+
+
+def _find_checkpoint(folder: Path, *, read_only: bool) -> checkpoint.CheckpointInfo | None:
+    """The checkpoint that the run goes on from. A collective where leftovers may be removed."""
+    return checkpoint.find_latest(folder) if read_only else checkpoint.newest_checkpoint(folder)
+
+
+def _open_directory(
+    recipe: Recipe,
+    space: TokenSpace,
+    info: checkpoint.CheckpointInfo | None,
+    progress: RunProgress,
+    *,
+    active: bool,
+    read_only: bool,
+) -> tuple[RunLog, checkpoint.RunCheckpoints]:
+    """Log and checkpoints of the run directory; with `read_only` neither writes to it."""
+    directory = recipe.run_directory
+    if read_only:
+        log = RunLog(directory, active=active, writes=False)
+        quiet = recipe.checkpoint.model_copy(update={"upload": None})
+        recipe, info = recipe.model_copy(update={"checkpoint": quiet}), None
+    else:
+        with agreed():
+            exporters = open_exporters(recipe, directory, progress.position.step) if active else []
+        log = RunLog(directory, active=active, exporters=exporters)
+    return log, checkpoint.RunCheckpoints(directory / "checkpoints", recipe, space, info=info, log=log)
+
+
+def _make_step(
+    recipe: Recipe,
+    engine: Engine,
+    device: torch.device,
+    dp_size: int,
+    safety: Safety,
+    checkpoints: checkpoint.RunCheckpoints,
+    spikes: SpikeGuard | None,
+) -> TrainStep:
+    return TrainStep(
+        recipe,
+        engine,
+        device,
+        data_parallel=dp_size,
+        timer=safety.timer,
+        before_update=checkpoints.hold_training_stream,
+        spikes=spikes,
+    )
+
+
+def _log_plan(run: Run) -> None:
+    recipe, log = run.recipe, run.log
+    parameters = recipe.model.parameters(run.space.size)
+    layout = f"{run.world_size} process{'es' * (run.world_size > 1)}"
+    if run.world_size > 1:
+        parts = {"data": run.dp_size, "tensor": recipe.parallel.tensor, "pipeline": recipe.parallel.pipeline}
+        layout += f" ({', '.join(f'{name} {size}' for name, size in parts.items())})"
+    log.say(
+        f"{recipe.name}: {parameters / 1e6:.2f} M parameters, {run.space.size} ids, {recipe.precision}, "
+        f"{layout}, run directory {run.directory}"
+    )
+    if run.engine.init_note is not None:
+        log.say(f"  {run.engine.init_note}")
+    reports = [data.blend_report() for data in run.stages]
+    reaches = [data.reach for data in run.stages]
+    cost = plan.lines(recipe, run.space.padded_size, run.dp_size, run.device, reaches, reports)
+    for line in (*run.engine.execution.lines(reaches[0]), *cost, *plan.stage_lines(recipe, reports)):
+        log.say(f"  {line}")
+
+
+def _fingerprint(dataset: TokenDataset) -> str:
+    """Hash of a dataset's manifest, which holds the hashes of its other files."""
+    return sha256_file(Path(f"{dataset.prefix}.manifest.json"))
