@@ -44,7 +44,7 @@ def test_threads_and_staging_change_no_number_of_a_run(toy: Path, tmp_path: Path
 
 def test_datasets_can_be_staged_before_a_run(toy: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", short_recipe(toy))
-    command = [sys.executable, "-m", "megatron_speech.data.dataset.staging", str(recipe)]
+    command = [sys.executable, "-m", "megatron_speech.cli", "stage-datasets", str(recipe)]
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "data.cache_dir is null" in refused.stderr
