@@ -196,7 +196,7 @@ def waits_in_steps(recipe: Path, overrides: list[str], set_mode: Callable[[str],
                             waits[f"{one.filename}:{one.lineno}"] += 1
 
     try:
-        Watched(load_recipe(recipe, overrides), say_environment=False).run()
+        Watched(load_recipe(recipe, overrides), log_environment=False).run()
     finally:
         groups.destroy()
     return {"steps": watched, "waits": dict(waits)}

@@ -118,7 +118,7 @@ def train_ours(race: Race, connection: Connection) -> None:
             return super()._train_step(*args)
 
     try:
-        trainer = TurnTrainer(recipe, say_environment=False)
+        trainer = TurnTrainer(recipe, log_environment=False)
         (chunk,) = trainer.chunks
         torch.save(transformers_weights(global_named_parameters(chunk), recipe.model, trainer.space.size), race.weights)
         turns.ready(threads=torch.get_num_threads())

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_speech.errors import InputError, PeerError
 from megatron_speech.recipe.load import load_recipe
 from megatron_speech.recipe.recipe import Recipe
-from megatron_speech.training.health.agreement import AgreedError
+from megatron_speech.training.health.agreement import AllRanksError
 from megatron_speech.training.telemetry.run_log import record_failure
 
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overfit",
         type=int,
         metavar="N",
-        help="learn the first N sequences of the first stage by heart; exits 1 when that fails",
+        help="overfit the first N sequences of the first stage; exits 1 when that fails",
     )
     parser.add_argument(
         "--overfit-steps", type=int, default=500, metavar="N", help="steps that --overfit may take (500)"
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         if rehearsal:
             return 0 if rehearse(recipe, args.overfit, args.overfit_steps) else 1
         train(recipe, through=args.through)
-    except AgreedError as error:
+    except AllRanksError as error:
         if _is_main():
             note(recipe, str(error))
         return _report_for_all(error)
@@ -119,7 +119,7 @@ def train(recipe: Recipe, *, through: str | None = None) -> str:
 
 
 def rehearse(recipe: Recipe, overfit: int | None, steps: int) -> bool:
-    """A dry run, or `overfit` sequences learned by heart in at most `steps` steps; False when that fails."""
+    """A dry run, or the overfit check on `overfit` sequences, in at most `steps` steps; False when it fails."""
     from megatron_speech.environment import prepare_imports
 
     prepare_imports()

@@ -1,4 +1,4 @@
-"""Gates before a big launch: everything up to the first step, and a model that learns a few sequences by heart.
+"""Gates before a big launch: everything up to the first step, and a model that overfits a few sequences.
 
 Both do what a run would do, through the same code, and leave nothing behind but the cache of sequence indices.
 """
@@ -21,13 +21,13 @@ from megatron_speech.recipe.loss import LossConfig
 from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.training import checkpoint
 from megatron_speech.training.batches import stage_batches
-from megatron_speech.training.health.agreement import agreed
+from megatron_speech.training.health.agreement import raise_on_all_ranks
 from megatron_speech.training.health.control import StopRequest
 from megatron_speech.training.telemetry.run_log import RunLog
 from megatron_speech.training.trainer import Trainer
 
 TARGET = 0.05
-"""Nats above the unavoidable loss at which sequences count as learned by heart."""
+"""Nats above the unavoidable loss at which sequences count as overfitted."""
 
 _LOOK_STEPS = 10
 _WARMUP_STEPS = 10
@@ -83,7 +83,7 @@ class Rehearsal(Trainer):
         with self._leaving_nothing():
             index, step = self.position.stage_index, self.position.step
             if index == len(self.recipe.stages):
-                self._log.say(f"dry run: {self.recipe.name} is finished, there is no next step")
+                self._log.info(f"dry run: {self.recipe.name} is finished, there is no next step")
                 return
             stage, data = self.recipe.stages[index], self.stages[index]
             batches = stage_batches(stage, data, self.position.stage_step, self.dp_rank, self.dp_size)
@@ -91,13 +91,13 @@ class Rehearsal(Trainer):
                 batch = next(batches)
             counts = self._safety.control.gather([batch.tokens, batch.pad_tokens]).sum(0).tolist()
             tokens, padding = (int(count / (self.world_size / self.dp_size)) for count in counts)
-            self._log.say(
+            self._log.info(
                 f"dry run: ready for step {step + 1} (stage {stage.name}): its batch has {tokens:,} tokens and "
                 f"{padding:,} of padding; nothing was written but the index cache"
             )
 
     def overfit(self, sequences: int, steps: int) -> bool:
-        """Train on the first `sequences` sequences of the first stage until they are known by heart.
+        """Train on the first `sequences` sequences of the first stage until they are overfitted.
 
         All of them make one batch; the learning rate rises to the stage's peak and stays there.
 
@@ -107,7 +107,7 @@ class Rehearsal(Trainer):
         stage, data = self.recipe.stages[0], self.stages[0]
         loss = stage.loss.model_copy(update={"label_smoothing": 0.0, "z_loss": 0.0})
         with self._leaving_nothing():
-            with agreed():
+            with raise_on_all_ranks():
                 unit = stage.micro_batch_size * self.dp_size * self.recipe.parallel.micro_batch_multiple
                 if sequences % unit or sequences > data.n_sequences:
                     raise InputError(
@@ -129,21 +129,21 @@ class Rehearsal(Trainer):
             now = math.nan
             for step in range(1, steps + 1):
                 self._train_step(batch, meter, loss, scheduler)
-                if self._safety.stop_agreed(step):
+                if self._safety.should_stop(step):
                     break
                 if step % _LOOK_STEPS and step != steps:
                     continue
                 now = meter.read()["loss"]
-                self._log.say(
+                self._log.info(
                     f"overfit {step}/{steps}  loss {now:.4f}  of it unavoidable {unavoidable:.4f}  "
                     f"lr {self.optimizer.learning_rate:.2e}"
                 )
                 if now - unavoidable <= TARGET:
-                    self._log.say(
-                        f"overfit: {sequences} sequences of stage {stage.name} are known by heart after {step} steps"
+                    self._log.info(
+                        f"overfit check passed: {sequences} sequences of stage {stage.name}, after {step} steps"
                     )
                     return True
-            self._log.say(
+            self._log.info(
                 f"error: overfit: after {step} steps the loss on {sequences} sequences of stage {stage.name} is "
                 f"{now:.4f}, needed is {unavoidable + TARGET:.4f}; something keeps the model from learning (labels, "
                 f"masks, its layers), or lr.peak {stage.lr.peak:g} and --overfit-steps {steps} are too low"
@@ -152,7 +152,7 @@ class Rehearsal(Trainer):
 
 
 def unavoidable_loss(micro_batches: Iterable[MicroBatch], loss: LossConfig, weight_sums: np.ndarray) -> float:
-    """The loss of a model that has learned these sequences by heart, in nats.
+    """The loss of a model that has overfitted these sequences, in nats.
 
     Documents that begin alike and go on differently cannot be told apart before they differ: after a common prefix
     the best prediction is the share of each continuation. The loss is the weighted entropy of those shares.

@@ -43,7 +43,7 @@ from megatron_speech.training.changed_blend import stage_histories
 from megatron_speech.training.determinism import set_determinism
 from megatron_speech.training.early_stop import EarlyStop, check_held_out
 from megatron_speech.training.execution import Execution
-from megatron_speech.training.health.agreement import agreed
+from megatron_speech.training.health.agreement import raise_on_all_ranks
 from megatron_speech.training.health.control import StopRequest
 from megatron_speech.training.health.preflight import Preflight
 from megatron_speech.training.health.safety import Safety
@@ -52,7 +52,7 @@ from megatron_speech.training.inputs import ModelInputs
 from megatron_speech.training.optim.freezing import freeze_parameters, frozen_ids
 from megatron_speech.training.optim.optimizer import Optimizer
 from megatron_speech.training.position import Position, steps_of, total_steps
-from megatron_speech.training.spikes import SpikeGuard, Verdict, tell_of_rewind, tell_of_skips
+from megatron_speech.training.spikes import SpikeGuard, Verdict, log_rollback, log_skipped_steps
 from megatron_speech.training.telemetry.exporters import open_exporters
 from megatron_speech.training.telemetry.metrics import LossMeter, memory_gib, peak_tflops
 from megatron_speech.training.telemetry.run_log import RunLog, console_line, record_failure
@@ -67,14 +67,14 @@ class Trainer:
 
     Args:
         recipe: what to do.
-        say_environment: print what the process runs on (once per command).
+        log_environment: print what the process runs on (once per command).
         stop: signals that ask the run to save and end; None: nothing asks.
 
     Raises:
         InputError: anything about the recipe, its data or its run directory that keeps it from starting.
     """
 
-    def __init__(self, recipe: Recipe, *, say_environment: bool = True, stop: StopRequest | None = None) -> None:
+    def __init__(self, recipe: Recipe, *, log_environment: bool = True, stop: StopRequest | None = None) -> None:
         self.recipe = recipe
         self.directory = recipe.run_directory
         parallel = recipe.parallel
@@ -94,21 +94,21 @@ class Trainer:
         self.is_main = self.rank == 0
         self._safety = Safety(recipe.watchdog, self.directory, stop, self._note_failure)
         with self._safety.guard():
-            self._set_up(say_environment)
+            self._set_up(log_environment)
 
     # ---- setting up
 
-    def _set_up(self, say_environment: bool) -> None:
+    def _set_up(self, log_environment: bool) -> None:
         recipe = self.recipe
         found = environment.detect() if self.is_main else {}
-        if self.is_main and say_environment:
+        if self.is_main and log_environment:
             print(environment.describe(found), flush=True)
         preflight = Preflight(recipe, self._safety.control, self._safety.hosts, self.device)
         with self._safety.progress.doing("the first sum over all processes"):
             preflight.processes()
         info = self._find_checkpoint()
         notes: list[str] = []
-        with agreed():
+        with raise_on_all_ranks():
             self.dp_size = recipe.data_parallel_size(self.world_size)
             self.space = TokenSpace.load(recipe.token_space)
             plan.check_fits(recipe, self.space.padded_size, self.dp_size, self.device)
@@ -120,19 +120,19 @@ class Trainer:
         preflight.data(self.datasets, self.space)
         preflight.storage(self.directory, recipe.model.parameters(self.space.padded_size))
         self._histories, change = stage_histories(info, recipe, self.datasets, self.space, is_main=self.is_main)
-        with agreed():
+        with raise_on_all_ranks():
             self.stages = [self._stage_data(stage) for stage in recipe.stages]
             self._held_out = [self._stage_data(stage, validation=True) for stage in recipe.stages]
             check_held_out(recipe.stages, self._held_out)
-        with agreed():
+        with raise_on_all_ranks():
             self._build(start=info is None)
         self._resume(info, notes)
         self._open(info, found)
         if self.is_main:
-            self._say_plan()
+            self._log_plan()
             if change is not None:
                 running = self.stages[min(self.position.stage_index, len(self.stages) - 1)]
-                self._log.say(f"{change}; {running.documents_due:,} documents are still due and come first")
+                self._log.info(f"{change}; {running.documents_due:,} documents are still due and come first")
 
     def _find_checkpoint(self) -> checkpoint.CheckpointInfo | None:
         """The checkpoint that the run goes on from. A collective."""
@@ -141,7 +141,7 @@ class Trainer:
     def _open(self, info: checkpoint.CheckpointInfo | None, found: dict[str, Any]) -> None:
         """Begin to write to the run directory."""
         recipe = self.recipe
-        with agreed():
+        with raise_on_all_ranks():
             exporters = open_exporters(recipe, self.directory, self.position.step) if self.is_main else []
         self._log = RunLog(self.directory, active=self.is_main, exporters=exporters)
         self._checkpoints = checkpoint.RunCheckpoints(
@@ -228,26 +228,26 @@ class Trainer:
             self._early_stop = EarlyStop(early)
             if state := self._loaded.get("early_stop"):
                 self._early_stop.load_state(state)
-        checkpoint.say_resume(info, notes)
+        checkpoint.log_resume(info, notes)
 
-    def _say_plan(self) -> None:
+    def _log_plan(self) -> None:
         recipe, log = self.recipe, self._log
         parameters = recipe.model.parameters(self.space.size)
         layout = f"{self.world_size} process{'es' * (self.world_size > 1)}"
         if self.world_size > 1:
             parts = {"data": self.dp_size, "tensor": recipe.parallel.tensor, "pipeline": recipe.parallel.pipeline}
             layout += f" ({', '.join(f'{name} {size}' for name, size in parts.items())})"
-        log.say(
+        log.info(
             f"{recipe.name}: {parameters / 1e6:.2f} M parameters, {self.space.size} ids, {recipe.precision}, "
             f"{layout}, run directory {self.directory}"
         )
         if self._start is not None:
-            log.say(f"  {self._start}")
+            log.info(f"  {self._start}")
         reports = [data.blend_report() for data in self.stages]
         reaches = [data.reach for data in self.stages]
         cost = plan.lines(recipe, self.space.padded_size, self.dp_size, self.device, reaches, reports)
         for line in (*self.execution.lines(reaches[0]), *cost, *plan.stage_lines(recipe, reports)):
-            log.say(f"  {line}")
+            log.info(f"  {line}")
 
     # ---- the run
 
@@ -261,7 +261,7 @@ class Trainer:
         end = len(names) if through is None else names.index(through) + 1
         if self.position.stage_index >= end:
             what = self.recipe.name if end == len(names) else f"{self.recipe.name} through {through}"
-            self._log.say(f"{what} is finished: nothing left to do in {self.directory}")
+            self._log.info(f"{what} is finished: nothing left to do in {self.directory}")
             self._checkpoints.finish(copied=True)
             self._write_status("finished" if self.position.stage_index == len(names) else "paused")
             self._log.close()
@@ -269,7 +269,7 @@ class Trainer:
             return "finished" if self.position.stage_index == len(names) else "paused"
         limit = total_steps(self.recipe, self._ended) if max_steps is None else self.position.step + max_steps
         self._write_status("running")
-        self._safety.stop.take_interrupts()
+        self._safety.stop.catch_interrupts()
         state, message = "preempted", "stopped on request; start the same command to continue"
         try:
             with self._safety.guard():
@@ -326,11 +326,11 @@ class Trainer:
                     return self._leave_after_going_back(index, meter, validator)
                 if log:
                     self._log_interval(index, meter, norm)
-                stop = self._safety.stop_agreed(step)
+                stop = self._safety.should_stop(step)
                 if stop and self._went_back():
                     return self._leave_after_going_back(index, meter, validator)
                 save = due or stop
-                self._checkpoints.speak()
+                self._checkpoints.log_finished_saves()
                 if validate or save:
                     with self._clock.paused():
                         scores: dict[str, Any] = {}
@@ -365,7 +365,7 @@ class Trainer:
         audio, early = scores.get("loss/modality/audio"), self._early_stop
         if early is None or audio is None or not early.update(audio):
             return False
-        self._log.say(
+        self._log.info(
             f"{self.recipe.stages[self.position.stage_index].name} ends early at step {self.position.step}: the audio "
             f"loss {audio:.4f} is the {early.without_improvement}th in a row that is not {early.config.min_delta:g} "
             f"below the best, {early.best:.4f}"
@@ -383,7 +383,7 @@ class Trainer:
         self._run_batch(batch, meter, loss, self._sum_over_ranks(sums), forward_only=False)
         meter.add_counts(weight_sums=sums, tokens=batch.tokens, pad_tokens=batch.pad_tokens)
         scheduler.step(1)
-        self._checkpoints.hold_training_stream()
+        self._checkpoints.block_training_stream()
         guard = self._spikes
         if guard is None:
             return self.optimizer.step()
@@ -413,7 +413,7 @@ class Trainer:
         context, fused = self.recipe.parallel.context, self.chunks[0].fused_attention
         inputs = [
             ModelInputs(micro_batch, self.device, plain, scales, fused=fused, context=context)
-            for micro_batch in self.execution.own(batch.micro_batches)
+            for micro_batch in self.execution.local_micro_batches(batch.micro_batches)
         ]
 
         def forward_step(iterator: Iterator[ModelInputs], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
@@ -497,7 +497,7 @@ class Trainer:
         eta = (total - position.step) * seconds / steps
         if self.is_main:
             of = {"stage_steps": stage.steps, "total_steps": total}
-            self._log.say(console_line(record, stage_step=done, **of, eta_seconds=eta))
+            self._log.info(console_line(record, stage_step=done, **of, eta_seconds=eta))
         self._write_status("running", force=False)
         if self._spikes is None and not (math.isfinite(means["loss"]) and math.isfinite(grad_norm)):
             raise RuntimeError(
@@ -514,7 +514,7 @@ class Trainer:
         """
         if self._spikes is None:
             return False
-        verdict = tell_of_skips(self._spikes, self.position.step, self.recipe, self._ended, self._log)
+        verdict = log_skipped_steps(self._spikes, self.position.step, self.recipe, self._ended, self._log)
         if verdict is None:
             return False
         with self._safety.progress.doing("going back to a checkpoint"):
@@ -523,17 +523,17 @@ class Trainer:
 
     def _go_back(self, guard: SpikeGuard, verdict: Verdict) -> None:
         self._checkpoints.wait()
-        info = guard.rewind(verdict, self.directory / "checkpoints")
+        info = guard.rollback(verdict, self.directory / "checkpoints")
         state = checkpoint.load_checkpoint(info, chunks=self.chunks, optimizer=self.optimizer)
         self.position = Position.at_step(self.recipe, verdict.step, self._ended)
         index, stage = self.position.stage_of_last_step(self.recipe)
         begun = info.fields["stage_index"] == index
         if not begun and not stage.carry_optimizer:
             self.optimizer.reset_state()
-        rewinds = guard.rewinds
+        rollbacks = guard.rollbacks
         guard.load_state(state.get("spikes") if begun else None)
-        guard.rewinds = rewinds
-        tell_of_rewind(info, verdict, self.recipe, self._ended, self._log)
+        guard.rollbacks = rollbacks
+        log_rollback(info, verdict, self.recipe, self._ended, self._log)
 
     def _leave_after_going_back(self, index: int, meter: LossMeter, validator: Validator | None) -> bool:
         """A stage whose last step was stepped over ends with a checkpoint like any other; True. A collective."""
@@ -567,7 +567,7 @@ class Trainer:
             chunk.eval()
         averaged = self.recipe.ema is not None and self.recipe.ema.use_for_validation
         if averaged:
-            self._checkpoints.hold_training_stream()  # the averages change places with the weights
+            self._checkpoints.block_training_stream()  # the averages change places with the weights
         with self.optimizer.averaged_weights() if averaged else contextlib.nullcontext():
             scores = validator.run()
         for chunk in self.model:
@@ -576,7 +576,7 @@ class Trainer:
         record = {**self.position.as_record(self.recipe), "split": "validation", **scores}
         self._log.write({**record, "validation_seconds": seconds})
         audio = scores.get("loss/modality/audio")
-        self._log.say(
+        self._log.info(
             f"{record['stage']} validation at step {record['step']}  loss {scores.get('loss', math.nan):.4f}"
             f"  audio {'-' if audio is None else f'{audio:.4f}'}  {scores.get('tokens', 0):,} tokens"
             f"  {clock(seconds)}"

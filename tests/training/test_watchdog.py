@@ -18,7 +18,7 @@ from toy_runs import toy_recipe, write_recipe
 
 from megatron_speech.recipe.watchdog import WatchdogConfig
 from megatron_speech.training.health.control import StopRequest
-from megatron_speech.training.health.watchdog import Heart, Progress, Watchdog
+from megatron_speech.training.health.watchdog import Heartbeat, Progress, Watchdog
 from megatron_speech.training.telemetry.timing import Stragglers
 
 
@@ -83,7 +83,7 @@ def test_a_process_that_was_suspended_is_not_late() -> None:
     progress.step_ended(1)
     time.now += 3600
     assert progress.overdue() is not None
-    progress.forgive()
+    progress.reset_timer()
     assert progress.overdue() is None
 
 
@@ -109,18 +109,20 @@ def test_a_hanging_step_ends_the_process_with_its_stacks(tmp_path: Path, capfd: 
 # ---- hearing of the others
 
 
-def hearts(time: Time, seconds: float = 10.0) -> list[Heart]:
+def hearts(time: Time, seconds: float = 10.0) -> list[Heartbeat]:
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=1))
-    return [Heart(store, rank, ["n1", "n2", "n3"], lambda: "training at step 5", seconds, time) for rank in range(3)]
+    return [
+        Heartbeat(store, rank, ["n1", "n2", "n3"], lambda: "training at step 5", seconds, time) for rank in range(3)
+    ]
 
 
 def test_a_silent_rank_is_named_with_its_host_and_what_it_did_last() -> None:
     time = Time()
     first, second, third = hearts(time)
     for _ in range(3):
-        for heart in (first, second, third):
-            assert heart.beat() is None
+        for heartbeat in (first, second, third):
+            assert heartbeat.beat() is None
         time.now += 4
     for _ in range(4):  # the second one is stopped
         time.now += 4
@@ -129,7 +131,7 @@ def test_a_silent_rank_is_named_with_its_host_and_what_it_did_last() -> None:
     sentence = first.silent()
     assert sentence is not None
     assert sentence.startswith("rank 1 on n2 has not been heard of for 12 s") and "training at step 5" in sentence
-    first.pronounce(sentence)
+    first.publish_verdict(sentence)
     assert third.beat() == sentence
 
 
@@ -153,13 +155,13 @@ def test_a_store_that_does_not_answer_is_named() -> None:
         broken = False
 
     time, store = Time(), Gone()
-    heart = Heart(store, 1, ["n1", "n2"], lambda: "", 10.0, time)
+    heartbeat = Heartbeat(store, 1, ["n1", "n2"], lambda: "", 10.0, time)
     store.broken = True
     time.now += 5
-    assert heart.beat() is None and heart.silent() is None
+    assert heartbeat.beat() is None and heartbeat.silent() is None
     time.now += 6
-    assert heart.beat() is None
-    assert "store of the launcher (on n1, where rank 0 runs) has not answered for 11 s" in (heart.silent() or "")
+    assert heartbeat.beat() is None
+    assert "store of the launcher (on n1, where rank 0 runs) has not answered for 11 s" in (heartbeat.silent() or "")
 
 
 def test_the_slowest_rank_is_compared_with_those_that_do_the_same() -> None:
@@ -179,16 +181,16 @@ def test_term_and_usr1_ask_and_a_second_interrupt_insists(capsys: pytest.Capture
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     for number in (signal.SIGTERM, signal.SIGUSR1):
         with StopRequest() as stop:
-            assert not stop.wanted
+            assert not stop.requested
             os.kill(os.getpid(), number)
-            assert stop.wanted
-    StopRequest().take_interrupts()  # a benchmark's: nothing waits for its wish
+            assert stop.requested
+    StopRequest().catch_interrupts()  # a benchmark's: nothing waits for its wish
     with StopRequest() as stop:
         with pytest.raises(KeyboardInterrupt):  # nothing to save yet
             os.kill(os.getpid(), signal.SIGINT)
-        stop.take_interrupts()
+        stop.catch_interrupts()
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.wanted and "saving; interrupt again" in capsys.readouterr().err
+        assert stop.requested and "saving; interrupt again" in capsys.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
@@ -278,5 +280,5 @@ def test_two_processes_rehearse_as_one(faults: tuple[Path, dict[str, Any]]) -> N
     folder, results = faults
     assert [results[name]["codes"] for name in ("dry", "overfit")] == [[0, 0], [0, 0]], results
     assert "its batch has 512 tokens and 0 of padding" in results["dry"]["last"]
-    assert "8 sequences of stage sft are known by heart" in results["overfit"]["last"]
+    assert "overfit check passed: 8 sequences of stage sft, after " in results["overfit"]["last"]
     assert not (folder / "dry").exists() and not (folder / "overfit").exists()
