@@ -177,7 +177,7 @@ def waits_in_steps(recipe: Path, overrides: list[str], set_mode: Callable[[str],
     waits: Counter[str] = Counter()
 
     try:
-        run = set_up(load_recipe(recipe, overrides), say_environment=False)
+        run = set_up(load_recipe(recipe, overrides), log_environment=False)
         take, interval = run.step.take, run.recipe.logging.interval_steps
 
         def watched_take(*args: Any) -> Any:

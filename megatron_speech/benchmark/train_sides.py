@@ -119,7 +119,7 @@ def train_ours(race: Race, connection: Connection) -> None:
             taken += 1
 
     try:
-        run = set_up(recipe, say_environment=False)
+        run = set_up(recipe, log_environment=False)
         (chunk,) = run.engine.chunks
         torch.save(transformers_weights(global_named_parameters(chunk), recipe.model, run.space.size), race.weights)
         turns.ready(threads=torch.get_num_threads())

@@ -10,11 +10,11 @@ from typing import Any
 
 from megatron_speech.errors import InputError
 from megatron_speech.files import write_json
-from megatron_speech.model.memory import GIB, Memory, MemoryLayout, divided, worst
+from megatron_speech.model.memory import GIB, Memory, MemoryLayout, divided, max_rank_memory
 from megatron_speech.recipe.load import load_recipe
 from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.recipe.recompute import RecomputeConfig
-from megatron_speech.training.plan import fullest, scaled
+from megatron_speech.training.plan import peak_stage, scaled
 
 # Cheapest first: what is tried when a layout does not fit.
 _RECOMPUTE = (RecomputeConfig(), RecomputeConfig(mode="selective", modules=("mlp",)), RecomputeConfig(mode="full"))
@@ -71,7 +71,7 @@ def layouts(recipe: Recipe, vocab_size: int, gpus: int) -> Iterator[tuple[Memory
     divides what cannot be divided, is left out.
     """
     model = recipe.model
-    stage, base, _ = fullest(recipe, vocab_size, 1, device="cuda")
+    stage, base, _ = peak_stage(recipe, vocab_size, 1, device="cuda")
     rows = stage.global_batch_sequences // stage.micro_batch_size
     for tensor in _powers(min(gpus, _NODE)):
         if model.num_query_groups % tensor or model.ffn_hidden_size % tensor:
@@ -94,7 +94,7 @@ def layouts(recipe: Recipe, vocab_size: int, gpus: int) -> Iterator[tuple[Memory
             )
             for recompute in _RECOMPUTE:
                 found = divided(model, vocab_size, stage.seq_length, replace(layout, recompute=recompute))
-                yield found, worst(model, vocab_size, found)
+                yield found, max_rank_memory(model, vocab_size, found)
 
 
 def _powers(limit: int) -> list[int]:
@@ -132,7 +132,7 @@ def _best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _heading(recipe: Recipe, vocab_size: int, args: argparse.Namespace) -> str:
-    stage, _, _ = fullest(recipe, vocab_size, 1, device="cuda")
+    stage, _, _ = peak_stage(recipe, vocab_size, 1, device="cuda")
     model = recipe.model
     total = sum(model.flops_per_token(one.seq_length, vocab_size) * one.tokens for one in recipe.stages)
     return (

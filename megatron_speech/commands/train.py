@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_speech.errors import InputError, PeerError
 from megatron_speech.recipe.load import load_recipe
 from megatron_speech.recipe.recipe import Recipe
-from megatron_speech.training.health.agreement import AgreedError
+from megatron_speech.training.health.agreement import AllRanksError
 from megatron_speech.training.telemetry.run_log import record_failure
 
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         if rehearsal:
             return 0 if rehearse(recipe, args.overfit, args.overfit_steps) else 1
         train(recipe, through=args.through)
-    except AgreedError as error:
+    except AllRanksError as error:
         if _is_main():
             note(recipe, str(error))
         return _report_for_all(error)

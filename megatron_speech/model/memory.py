@@ -253,7 +253,7 @@ def _head_bytes(vocab_size: int, layout: MemoryLayout, hidden: int, positions: f
     return a * hidden * (positions + 2 * rows) + logits * table * min(rows, chunk) + gradient * table * hidden
 
 
-def worst(config: ModelConfig, vocab_size: int, layout: MemoryLayout) -> Memory:
+def max_rank_memory(config: ModelConfig, vocab_size: int, layout: MemoryLayout) -> Memory:
     """The memory of the pipeline stage that needs most."""
     return max(
         (memory(config, vocab_size, layout, stage) for stage in range(layout.pipeline)), key=lambda found: found.total
@@ -296,6 +296,6 @@ def remedies(config: ModelConfig, vocab_size: int, layout: MemoryLayout, limit: 
             changes.append((f"parallel.pipeline: {pipeline}", longer))
     found = []
     for change, changed in changes:
-        total = worst(config, vocab_size, changed).total
+        total = max_rank_memory(config, vocab_size, changed).total
         found.append(Remedy(change, total, total <= limit))
     return [remedy for remedy in found if remedy.enough] or sorted(found, key=lambda remedy: remedy.total)

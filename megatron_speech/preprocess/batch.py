@@ -218,7 +218,7 @@ class Batch:
 
 
 def split_at_duplicate(filters: Filters) -> tuple[list[FilterRule], Duplicate | None, list[FilterRule]]:
-    """Rules before the one that looks for duplicates, that one, and those after it."""
+    """Rules before the one that finds duplicates, that one, and those after it."""
     rules: list[FilterRule] = list(filters.filters)
     for i, rule in enumerate(rules):
         if isinstance(rule, Duplicate):

@@ -141,7 +141,7 @@ def read_samples(rules: SampleRules, rows: Sequence[Row] | Rows, path: str) -> S
 
 
 class _Columns:
-    """Reads columns of fields; `odd` are the rows that have to be looked at on their own."""
+    """Reads columns of fields; `odd` are the rows that have to be read one by one."""
 
     def __init__(self, rules: SampleRules, rows: Rows, path: str) -> None:
         self.rules = rules

@@ -46,24 +46,26 @@ class ConversionJob:
 
     space: TokenSpace
     rules: SampleRules
-    quotes: int = 0  # references (or prompts) per sample; 0: plain documents only
-    drop_unquoted: bool = False  # what becomes of a sample without one: dropped, or a plain document
+    references: int = 0  # references (or prompts) per sample; 0: plain documents only
+    drop_without_reference: bool = False  # what becomes of a sample without one: dropped, or a plain document
     append_eod: bool = False
     records: Records | None = None
     filters: Filters = field(default_factory=Filters)
 
     @property
-    def looks_over(self) -> bool:
-        """Whether the whole input has to be looked over before the first document is made."""
-        return self.quotes > 0 or self.filters.finds_duplicates
+    def needs_index(self) -> bool:
+        """Whether the whole input is indexed before the first document is made."""
+        return self.references > 0 or self.filters.has_duplicate_rule
 
 
 @dataclass(frozen=True)
 class Work:
-    """One item of work: rows, and what the look over the whole input found of each of them."""
+    """One item of work: rows, and what the index of the whole input says of each of them."""
 
     batch: RowBatch
-    candidates: np.ndarray | None = None  # int64 [rows, candidates]: rows that it may quote; -1, or no column: none
+    candidates: np.ndarray | None = (
+        None  # int64 [rows, candidates]: rows that may be its reference; -1, or no column: none
+    )
     plain: np.ndarray | None = None  # bool [rows]: make a plain document of this row all the same
     duplicates: np.ndarray | None = None  # bool [rows]: it repeats an earlier row
 
@@ -85,7 +87,7 @@ class Documents:
 
 
 class _Record(NamedTuple):
-    """A row as a reference is made of it."""
+    """What a reference to a row needs of it."""
 
     sample_id: str
     source_id: str
@@ -94,7 +96,7 @@ class _Record(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Quote:
+class Reference:
     """Another sample as a reference or prompt."""
 
     sample_id: str
@@ -142,10 +144,10 @@ class Converter:
                     f"({codec.name}) of the token space; encode the audio with that codec, or make another token space"
                 )
 
-    # ---- the look over the whole input
+    # ---- the index of the whole input
 
     def index(self, source: RowBatch) -> IndexedRows:
-        """Keys of the rows, and records of those that can be quoted."""
+        """Keys of the rows, and records of those that can be references."""
         batch = self.read(source)
         batch.apply(self.rules_before)
         content = None
@@ -154,7 +156,7 @@ class Converter:
             batch.apply(self.rules_after)
         alive = batch.alive()
         records = [b""] * len(batch.samples)
-        if self.job.quotes:
+        if self.job.references:
             samples = batch.samples
             for row in alive:
                 place = samples.codes[row]
@@ -164,28 +166,28 @@ class Converter:
                 records[row] = pickle.dumps(record, protocol=5)
         return IndexedRows(Keys.of(batch.samples, alive, content), records)
 
-    # ---- quotes
+    # ---- references
 
-    def quotes(self, candidates: np.ndarray) -> list[list[Quote]]:
-        """For each row of `candidates`, int64 [n, candidates], its first usable ones, at most `job.quotes`."""
-        wanted = self.job.quotes
+    def references(self, candidates: np.ndarray) -> list[list[Reference]]:
+        """For each row of `candidates`, int64 [n, candidates], its first usable ones, at most `job.references`."""
+        wanted = self.job.references
         first = [int(row) for row in np.unique(candidates[:, :wanted]) if row >= 0]
-        known: dict[int, Quote | None] = dict(zip(first, self._load_quotes(first), strict=True))
+        known: dict[int, Reference | None] = dict(zip(first, self._load_references(first), strict=True))
         result = []
         for row in candidates:
-            found: list[Quote] = []
+            found: list[Reference] = []
             for number in row.tolist():
                 if number < 0 or len(found) == wanted:
                     break
                 if number not in known:  # a spare, because an earlier one is unusable
-                    known[number] = self._load_quotes([number])[0]
-                quote = known[number]
-                if quote is not None:
-                    found.append(quote)
+                    known[number] = self._load_references([number])[0]
+                reference = known[number]
+                if reference is not None:
+                    found.append(reference)
             result.append(found)
         return result
 
-    def _load_quotes(self, numbers: Sequence[int]) -> list[Quote | None]:
+    def _load_references(self, numbers: Sequence[int]) -> list[Reference | None]:
         assert self._record_data is not None
         records = []
         for number in numbers:
@@ -194,11 +196,11 @@ class Converter:
             records.append(_Record(sample_id, source_id, text, CodesAt(*place)))
         codes = self.loader.encode([record.codes for record in records])
         texts = iter(self.space.encode_text_batch([record.text for record in records if record.text is not None]))
-        result: list[Quote | None] = []
+        result: list[Reference | None] = []
         for record, ids in zip(records, codes.ids, strict=True):
             text_ids = next(texts) if record.text is not None else None
             usable = ids is not None and (text_ids is None or len(text_ids) > 0)
-            result.append(Quote(record.sample_id, record.source_id, text_ids, ids) if usable else None)  # type: ignore[arg-type]
+            result.append(Reference(record.sample_id, record.source_id, text_ids, ids) if usable else None)  # type: ignore[arg-type]
         return result
 
     # ---- documents
@@ -211,16 +213,16 @@ class Converter:
         batch.load_codes(batch.alive())
         batch.encode_texts()
         rows = batch.alive()
-        quotes: list[list[Quote]] | None = None
+        references: list[list[Reference]] | None = None
         if work.candidates is not None:
             usable = np.zeros(len(batch.samples), dtype=bool)
             usable[rows] = True
-            quotes = self.quotes(np.where(usable[:, None], work.candidates, -1))
+            references = self.references(np.where(usable[:, None], work.candidates, -1))
         plan = _Plan(self, batch)
-        if quotes is None:
+        if references is None:
             plan.add_plain(rows)
         else:
-            plan.add_quoting(rows, quotes, work.plain)
+            plan.add_with_references(rows, references, work.plain)
         return plan.finish()
 
 
@@ -249,15 +251,15 @@ class _Plan:
         self.tokenizer_version = converter.tokenizer_version
         self.batch = batch
         self.notices = Counter(batch.samples.notices)
-        # Of each document: its row, its form, what it quotes, and the first and one after the last of its texts.
+        # Of each document: its row, its form, its reference, and the first and one after the last of its texts.
         nothing = np.zeros(0, dtype=np.int64)
         self.row, self.begin, self.end = nothing, nothing, nothing
         self.form: list[str] = []
-        self.quote: list[Quote | None] = []
+        self.reference: list[Reference | None] = []
         self.kept: list[int] = []
 
     def add_plain(self, rows: list[int]) -> None:
-        """Documents of samples that quote nothing: one each, but of text rows one of each text or conversation."""
+        """Documents of samples without a reference: one each, but of text rows one of each text or conversation."""
         self.kept, self.row = rows, np.array(rows, dtype=np.int64)
         self.form = ["plain"] * len(rows)
         self._find_texts()
@@ -270,24 +272,24 @@ class _Plan:
             self.end = np.maximum(self.begin + 1, last)
             self.form = ["turns" if many else "plain" for many in np.repeat(turns, count).tolist()]
 
-    def add_quoting(self, rows: list[int], quotes: list[list[Quote]], plain: np.ndarray | None) -> None:
-        """Documents of samples of speech: one per quote, or a plain one."""
+    def add_with_references(self, rows: list[int], references: list[list[Reference]], plain: np.ndarray | None) -> None:
+        """Documents of samples of speech: one per reference, or a plain one."""
         task, chosen = self.job.rules.task, []
         for row in rows:
-            found: Sequence[Quote | None] = quotes[row]
+            found: Sequence[Reference | None] = references[row]
             if plain is not None and plain[row]:
                 found = [None]
             elif not found:
                 self.notices["rows_without_reference"] += 1
-                if self.job.drop_unquoted:
+                if self.job.drop_without_reference:
                     self.batch.dropped["no_reference"] += 1
                     continue
                 found = [None]
             self.kept.append(row)
-            for quote in found:
+            for reference in found:
                 chosen.append(row)
-                self.quote.append(quote)
-                self.form.append("plain" if quote is None else "cloning" if task == "tts" else "continuation")
+                self.reference.append(reference)
+                self.form.append("plain" if reference is None else "cloning" if task == "tts" else "continuation")
         self.row = np.array(chosen, dtype=np.int64)
         self._find_texts()
 
@@ -303,11 +305,11 @@ class _Plan:
             fields[CODES] = self._of_rows(batch.codes)
         if batch.texts is not None:
             fields[TEXT] = batch.texts.ids.take(self.begin)
-        if any(self.quote):
-            codes = [quote.code_ids if quote else None for quote in self.quote]
+        if any(self.reference):
+            codes = [reference.code_ids if reference else None for reference in self.reference]
             fields[PROMPT_CODES if task == "speech_lm" else REF_CODES] = codes
             if task == "tts":
-                fields[REF_TEXT] = [quote.text_ids if quote else None for quote in self.quote]
+                fields[REF_TEXT] = [reference.text_ids if reference else None for reference in self.reference]
         if "turns" in self.form:
             fields[TURNS] = [self._turns(i) if form == "turns" else None for i, form in enumerate(self.form)]
         return fields
@@ -393,9 +395,9 @@ class _Plan:
             columns["code_len"] = counts["frames"].astype(np.int32)
             columns["duration_seconds"] = counts["frames"] / codec.frame_rate_hz
             columns["checksum"] = self._of_rows(batch.checksums)
-        if any(self.quote):
-            columns["reference_sample_id"] = [quote and quote.sample_id for quote in self.quote]
-            columns["reference_source_id"] = [quote and quote.source_id for quote in self.quote]
+        if any(self.reference):
+            columns["reference_sample_id"] = [reference and reference.sample_id for reference in self.reference]
+            columns["reference_source_id"] = [reference and reference.source_id for reference in self.reference]
         constants = {
             "task": rules.task,
             "codec_hash": codec.hash if rules.needs_codes else None,

@@ -7,7 +7,7 @@
       - {rule: duplicate}
 
 A row meets the rules in their order and is counted under the first that drops it. What a rule reads of a row is the
-row's own, so neither workers nor shards change what is dropped; `duplicate` alone looks over the whole input. No
+row's own, so neither workers nor shards change what is dropped; `duplicate` alone needs an index of the whole input. No
 language, script or source is built in: what is not in the file is not filtered.
 """
 
@@ -448,8 +448,8 @@ class Filters(BaseModel):
         return self
 
     @property
-    def finds_duplicates(self) -> bool:
-        """Whether the whole input has to be looked over first."""
+    def has_duplicate_rule(self) -> bool:
+        """Whether a rule needs an index of the whole input."""
         return any(rule.rule == "duplicate" for rule in self.filters)
 
     def resolved(self) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""The look over the whole input that some choices need: kept on disk as it goes, so that a killed one goes on.
+"""An index of the whole input, which some choices need: kept on disk as it grows, so that a killed one resumes.
 
-Every row leaves its keys (a few numbers, one file per kind) and a record (the row as a reference is made of it) in the
-work folder. The choices themselves are made from the keys at the end, in seconds, and need not be kept.
+Every row leaves its keys (a few numbers, one file per kind) and a record (what a reference to the row needs of it) in
+the work folder. The choices themselves are made from the keys at the end, in seconds, and need not be kept.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from megatron_speech.preprocess.references import Keys
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What the pre-pass found: keys of all rows, and where their records lie."""
+class IndexedInput:
+    """Keys of all rows, and where their records lie."""
 
     keys: Keys
     records: Records
 
 
-def look_over(
+def index_input(
     folder: Path, index: Callable[[int], Generator[IndexedRows, None, None]], rows: int | None, description: str
-) -> Looked:
-    """Look over the input, or go on with it, or take what a finished look left.
+) -> IndexedInput:
+    """Index the input, or resume it, or read the index that is finished already.
 
     Args:
-        folder: of the unfinished work; whoever owns it has made sure that what lies there is of the same work.
-        index: gives the keys and records of all rows from a given one on.
+        folder: of the unfinished work; the caller has checked that its files belong to the same work.
+        index: yields the keys and records of all rows from a given one on.
         rows: of the input, for the progress bar; None if not known.
         description: of what is done, for the progress bar.
 
@@ -44,27 +44,27 @@ def look_over(
         OutputError: the disk is full, or fails.
     """
     folder.mkdir(exist_ok=True)
-    look = _Look(folder)
+    work = _InputIndex(folder)
     try:
-        if not look.done:
+        if not work.done:
             # closing: an error here must end the workers now, not when the generator is collected
             with (
-                contextlib.closing(index(look.rows)) as parts,
-                tqdm(total=rows, initial=look.rows, unit="row", desc=description, disable=None) as progress,
+                contextlib.closing(index(work.rows)) as parts,
+                tqdm(total=rows, initial=work.rows, unit="row", desc=description, disable=None) as progress,
             ):
                 for part in parts:
-                    look.add(part)
+                    work.add(part)
                     progress.update(len(part.keys))
-                    if look.commits.due():
-                        look.commit(done=False)
-            look.commit(done=True)
-        return look.result()
+                    if work.commits.due():
+                        work.commit(done=False)
+            work.commit(done=True)
+        return work.result()
     finally:
-        look.close()
+        work.close()
 
 
-class _Look:
-    """The files of a pre-pass."""
+class _InputIndex:
+    """The files of an index that is being built."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -75,7 +75,7 @@ class _Look:
         self._files: dict[str, AppendFile] = {}
         names = ["records", "sizes", *(f"keys.{field.name}" for field in fields(Keys))]
         saved = None
-        with contextlib.suppress(JournalError):  # anything amiss: it is cheaper than the conversion, and begins anew
+        with contextlib.suppress(JournalError):  # damaged: started again, which costs less than the conversion
             saved = read_journal(folder)
             self._open(names, saved)
         if not self._files:
@@ -113,7 +113,7 @@ class _Look:
         self.done = done
         self.commits.done()
 
-    def result(self) -> Looked:
+    def result(self) -> IndexedInput:
         offsets = self.folder / "offsets.npy"
         sizes = np.fromfile(self.folder / "sizes", dtype=np.int64)
         np.save(offsets, np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]))
@@ -123,7 +123,7 @@ class _Look:
                 for field in fields(Keys)
             }
         )
-        return Looked(keys, Records(self.folder / "records", offsets))
+        return IndexedInput(keys, Records(self.folder / "records", offsets))
 
     def close(self) -> None:
         for file in self._files.values():

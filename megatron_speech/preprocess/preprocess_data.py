@@ -2,7 +2,7 @@
 
 The input's rows are cut into batches, which worker processes read, check, encode and compile into documents; one
 writer appends them in the order of the input, so the bytes do not depend on the number of workers. Cloning and
-continuation look over the whole input once before that, to choose what each sample refers to.
+continuation index the whole input once before that, to choose the reference of each sample.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from megatron_speech.preprocess.documents import (
 )
 from megatron_speech.preprocess.filters import Filters, find_duplicates
 from megatron_speech.preprocess.pool import available_cores, interrupt_on_sigterm, map_ordered
-from megatron_speech.preprocess.prepass import look_over
+from megatron_speech.preprocess.prepass import index_input
 from megatron_speech.preprocess.readers.base import BATCH_ROWS, ReadOptions
 from megatron_speech.preprocess.readers.open import InputFiles, input_entries
 from megatron_speech.preprocess.references import fraction_of, previous_segment, same_speaker
@@ -103,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--language", metavar="TAG", help="BCP-47 tag of rows that name no language")
     add("--source", metavar="NAME", help="dataset_source of rows that name none (default: the input's file name)")
     add("--dry-run", action="store_true", help="do everything but write: totals, drops and a few documents")
-    add("--first-rows", type=int, metavar="N", help="with --dry-run: look at the first N rows only")
+    add("--first-rows", type=int, metavar="N", help="with --dry-run: read the first N rows only")
     add("--restart", action="store_true", help="begin anew even if a stopped conversion could be gone on with")
     text = parser.add_argument_group("text_lm")
     text.add_argument(
@@ -180,13 +180,13 @@ def make_job(arguments: argparse.Namespace, space: TokenSpace) -> ConversionJob:
         language=arguments.language,
         dataset_source=arguments.source,
     )
-    quotes = arguments.references if arguments.cloning != "none" else int(arguments.continuation)
+    references = arguments.references if arguments.cloning != "none" else int(arguments.continuation)
     drop = arguments.without_reference == "drop"
     return ConversionJob(
         space,
         rules,
-        quotes=quotes,
-        drop_unquoted=drop,
+        references=references,
+        drop_without_reference=drop,
         append_eod=arguments.append_eod,
         filters=arguments.filters,
     )
@@ -198,17 +198,17 @@ def _workers(arguments: argparse.Namespace, rows: int | None) -> int:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the look over the whole input decided, row by row."""
+    """What was decided from the index of the whole input, row by row."""
 
     rows: int
     records: Records
-    candidates: np.ndarray | None = None  # int64 [rows, candidates]: rows that each row may quote
+    candidates: np.ndarray | None = None  # int64 [rows, candidates]: rows that may be the reference of each row
     plain: np.ndarray | None = None  # bool [rows]: stays plain all the same
     duplicates: np.ndarray | None = None  # bool [rows]: repeats an earlier row
 
 
 def choose(arguments: argparse.Namespace, inputs: InputFiles, job: ConversionJob, folder: Path) -> Choices:
-    """Look over the whole input, and choose what each row quotes."""
+    """Index the whole input, and choose the reference of each row."""
     known, first_rows = inputs.known_rows, arguments.first_rows
 
     def index(start: int) -> Generator[IndexedRows, None, None]:
@@ -217,18 +217,18 @@ def choose(arguments: argparse.Namespace, inputs: InputFiles, job: ConversionJob
             index_batch, batches, workers=_workers(arguments, known), make_state=Converter, arguments=(job,)
         )
 
-    looked = look_over(folder / "look", index, known, "look over the input")
-    keys, duplicates = looked.keys, None
-    if job.filters.finds_duplicates:
+    indexed = index_input(folder / "look", index, known, "index the input")
+    keys, duplicates = indexed.keys, None
+    if job.filters.has_duplicate_rule:
         duplicates = find_duplicates(keys.content_low, keys.content_high)
         keys = replace(keys, usable=keys.usable & ~duplicates)
-    choices = Choices(rows=len(keys), records=looked.records, duplicates=duplicates)
-    if not job.quotes:
+    choices = Choices(rows=len(keys), records=indexed.records, duplicates=duplicates)
+    if not job.references:
         return choices
     pick = previous_segment if arguments.continuation else same_speaker
     return replace(
         choices,
-        candidates=pick(keys, job.quotes, arguments.seed),
+        candidates=pick(keys, job.references, arguments.seed),
         plain=fraction_of(keys.sample, arguments.plain_fraction, arguments.seed),
     )
 
@@ -318,8 +318,8 @@ def convert(
         InputError: unusable arguments or input.
     """
     job = make_job(arguments, space)
-    choices = choose(arguments, inputs, job, folder) if job.looks_over else None
-    if choices is not None and job.quotes:
+    choices = choose(arguments, inputs, job, folder) if job.needs_index else None
+    if choices is not None and job.references:
         job = replace(job, records=choices.records)
     first, stop = shard_rows(arguments, inputs, choices)
     rows = None if stop is None else stop - first
@@ -354,7 +354,7 @@ def convert(
 def fingerprint(arguments: argparse.Namespace, inputs: InputFiles, space: TokenSpace) -> dict[str, Any]:
     """Everything that decides the output, and so whether unfinished work can be gone on with.
 
-    Files of codes that rows name are not looked at: there may be one for each row.
+    Files of codes that rows name are not checked: there may be one for each row.
     """
     options = {name: value for name, value in vars(arguments).items() if name not in UNDECIDING}
     return {

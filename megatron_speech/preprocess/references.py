@@ -1,4 +1,4 @@
-"""Which other sample a document quotes: the reference of a cloning document, the prompt of a continuation.
+"""Which other sample a document refers to: the reference of a cloning document, the prompt of a continuation.
 
 Both are chosen over the whole input from a few numbers per row, with numpy and without reading codes, and depend
 on nothing but the rows and the seed: not on workers, shards or the order of rows.
@@ -31,7 +31,7 @@ class Keys:
     speaker: np.ndarray  # uint64 [rows]
     language: np.ndarray  # uint64 [rows]
     order: np.ndarray  # int64 [rows], NO_ORDER where the row has no segment_order
-    content_low: np.ndarray  # uint64 [rows]: half of a hash of codes or text, 0 where no duplicates are looked for
+    content_low: np.ndarray  # uint64 [rows]: half of a hash of codes or text, 0 where no rule needs it
     content_high: np.ndarray  # uint64 [rows]: the other half
 
     def __len__(self) -> int:

@@ -21,7 +21,7 @@ class Tally:
     """Counts over all batches so far.
 
     Attributes:
-        rows: rows of the input looked at.
+        rows: rows of the input read so far.
         kept: rows that gave at least one document.
         documents: documents made.
         dropped: rows by the rule that dropped them.
@@ -70,7 +70,7 @@ class Tally:
         Args:
             rows: rows of the whole work; None where that is not known before its end.
             max_rejected: share of them that may be unusable.
-            last: all of them were looked at.
+            last: all of them were read.
 
         Raises:
             InputError: saying how many rows were rejected by which rule, and the first reasons.
@@ -81,13 +81,13 @@ class Tally:
             return
         if self.kept == 0 and set(self.dropped) == {"no_tokens"}:
             raise InputError(
-                f"the text tokenizer yields nothing: none of the {self.rows:,} texts looked at gave a token; "
+                f"the text tokenizer yields nothing: none of the {self.rows:,} texts read so far gave a token; "
                 "make a token space with a trained tokenizer, or with `bytes`"
             )
         rules = ", ".join(f"{rule} {count:,}" for rule, count in self.dropped.most_common())
         limit = f"more than --max-rejected {max_rejected:g} of the rows"
         raise InputError(
-            f"{sum(self.dropped.values()):,} of the {self.rows:,} rows looked at ({rows:,} in all) cannot be used "
+            f"{sum(self.dropped.values()):,} of the {self.rows:,} rows read ({rows:,} in all) cannot be used "
             f"({rules}), {limit if self.kept else 'and no row is left'}; nothing was written; "
             f"first: {'; '.join(self.reasons) or rules}"
         )

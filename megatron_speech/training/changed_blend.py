@@ -26,7 +26,7 @@ from megatron_speech.recipe.load import parse_recipe
 from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.training.checkpoint import CheckpointInfo
-from megatron_speech.training.health.agreement import agreed
+from megatron_speech.training.health.agreement import raise_on_all_ranks
 
 
 def stage_histories(
@@ -51,7 +51,7 @@ def stage_histories(
         return histories, None
     current, taken = int(info.fields["stage_index"]), int(info.fields["stage_step"])
     change: tuple[str, list[str]] | None = None
-    with agreed():
+    with raise_on_all_ranks():
         for index, stage in enumerate(recipe.stages[: current + 1]):
             entries: list[Entry] = info.fields["blend"][stage.name]
             over = index < current or taken >= stage.steps or stage.name in info.fields.get("ended_early", {})
@@ -73,10 +73,10 @@ def stage_histories(
     stage, history = recipe.stages[current], histories[name]
     from_sequence = stage.sequences_after(taken)
     path = continuation_path(recipe.run_directory, name, history.entries[-1]["key"], from_sequence)
-    with agreed():
+    with raise_on_all_ranks():
         if is_main:
             _taken_so_far(info, recipe, datasets, space, history, from_sequence).save(path)
-    with agreed():
+    with raise_on_all_ranks():
         continuation = Continuation.load(path)
     reason = "; ".join(changes)
     histories[name] = history.changed(reason, continuation)

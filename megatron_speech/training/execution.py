@@ -60,7 +60,7 @@ class Execution:
             deterministic_mode=recipe.deterministic,
         )
 
-    def own(self, batches: list[MicroBatch]) -> list[MicroBatch]:
+    def local_micro_batches(self, batches: list[MicroBatch]) -> list[MicroBatch]:
         """What of a step's micro-batches this rank computes: all, or its share under context parallelism."""
         context = self.recipe.parallel.context
         if context == 1:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_speech.errors import InputError
-from megatron_speech.model.memory import GIB, Memory, MemoryLayout, divided, remedies, worst
+from megatron_speech.model.memory import GIB, Memory, MemoryLayout, divided, max_rank_memory, remedies
 from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.recipe.recompute import RecomputeConfig
 from megatron_speech.recipe.stage import StageConfig
@@ -62,7 +62,7 @@ def layout_of(
     return divided(recipe.model, vocab_size, max(one.seq_length for one in recipe.stages), layout)
 
 
-def fullest(
+def peak_stage(
     recipe: Recipe, vocab_size: int, data_parallel: int, *, device: str, learned: Sequence[float] | None = None
 ) -> tuple[StageConfig, MemoryLayout, Memory]:
     """The stage that needs most memory, with its layout and what its fullest rank holds."""
@@ -70,7 +70,7 @@ def fullest(
     found = []
     for stage, share in zip(recipe.stages, shares, strict=True):
         layout = layout_of(recipe, stage, vocab_size, data_parallel, device=device, learned=share)
-        found.append((stage, layout, worst(recipe.model, vocab_size, layout)))
+        found.append((stage, layout, max_rank_memory(recipe.model, vocab_size, layout)))
     return max(found, key=lambda entry: entry[2].total)
 
 
@@ -94,7 +94,7 @@ def check_fits(
         return
     # How much of an SFT batch is learned is not known yet, and its head is the smaller part: it counts as none.
     learned = [0.0 if stage.is_sft else 1.0 for stage in recipe.stages]
-    stage, layout, found = fullest(recipe, vocab_size, data_parallel, device=device.type, learned=learned)
+    stage, layout, found = peak_stage(recipe, vocab_size, data_parallel, device=device.type, learned=learned)
     if found.total <= limit:
         return
     helps = remedies(recipe.model, vocab_size, layout, limit)
@@ -129,7 +129,7 @@ def lines(
         blend["counted_tokens"] / max(1, (blend["n_sequences"] - blend["first_sequence"]) * blend["seq_length"])
         for blend in blends
     ]
-    stage, layout, found = fullest(recipe, vocab_size, data_parallel, device=device.type, learned=learned)
+    stage, layout, found = peak_stage(recipe, vocab_size, data_parallel, device=device.type, learned=learned)
     limit = rank_bytes(device)
     of = "" if limit is None else f" of {limit / GIB:.1f}"
     said = [
@@ -137,7 +137,7 @@ def lines(
         f"{found.describe()}; {found.parameters / 1e6:.2f} M parameters"
     ]
     if recipe.recompute.mode != "none":
-        without = worst(recipe.model, vocab_size, replace(layout, recompute=RecomputeConfig()))
+        without = max_rank_memory(recipe.model, vocab_size, replace(layout, recompute=RecomputeConfig()))
         said.append(
             f"recomputation: activations {found.activations / GIB:.3g} GiB, {without.activations / GIB:.3g} without it"
         )

@@ -18,14 +18,14 @@ from megatron_speech.data.loading.loader import GlobalBatch, MicroBatch
 from megatron_speech.errors import InputError
 from megatron_speech.recipe.loss import LossConfig
 from megatron_speech.recipe.recipe import Recipe
-from megatron_speech.training.health.agreement import agreed
+from megatron_speech.training.health.agreement import raise_on_all_ranks
 from megatron_speech.training.health.control import StopRequest
 from megatron_speech.training.run import Run, set_up
 
 TARGET = 0.05
 """Nats above the unavoidable loss at which the overfit check has passed."""
 
-_LOOK_STEPS = 10
+_LOG_STEPS = 10
 _WARMUP_STEPS = 10
 
 
@@ -57,14 +57,14 @@ def dry_run(recipe: Recipe, stop: StopRequest | None = None) -> None:
     with _rehearsed(recipe, stop, resume=True) as run:
         position = run.progress.position
         if run.progress.finished:
-            run.log.say(f"dry run: {recipe.name} is finished, there is no next step")
+            run.log.info(f"dry run: {recipe.name} is finished, there is no next step")
             return
         with run.sources[position.stage_index].batches(position.stage_step) as batches:
             batch = next(batches)
         counts = run.safety.control.gather([batch.tokens, batch.pad_tokens]).sum(0).tolist()
         tokens, padding = (int(count / (run.world_size / run.dp_size)) for count in counts)
         stage = recipe.stages[position.stage_index]
-        run.log.say(
+        run.log.info(
             f"dry run: ready for step {position.step + 1} (stage {stage.name}): its batch has {tokens:,} tokens and "
             f"{padding:,} of padding; nothing was written but the index cache"
         )
@@ -84,7 +84,7 @@ def overfit(recipe: Recipe, sequences: int, steps: int, stop: StopRequest | None
     with _rehearsed(recipe, stop, resume=False) as run:
         stage, data = recipe.stages[0], run.stages[0]
         loss = stage.loss.model_copy(update={"label_smoothing": 0.0, "z_loss": 0.0})
-        with agreed():
+        with raise_on_all_ranks():
             unit = stage.micro_batch_size * run.dp_size * recipe.parallel.micro_batch_multiple
             if sequences % unit or sequences > data.n_sequences:
                 raise InputError(
@@ -106,21 +106,21 @@ def overfit(recipe: Recipe, sequences: int, steps: int, stop: StopRequest | None
         now = math.nan
         for step in range(1, steps + 1):
             step_without_skips.take(batch, meter, loss, scheduler)
-            if run.safety.stop_agreed(step):
+            if run.safety.should_stop(step):
                 break
-            if step % _LOOK_STEPS and step != steps:
+            if step % _LOG_STEPS and step != steps:
                 continue
             now = meter.read()["loss"]
-            run.log.say(
+            run.log.info(
                 f"overfit {step}/{steps}  loss {now:.4f}  of it unavoidable {unavoidable:.4f}  "
                 f"lr {run.engine.optimizer.learning_rate:.2e}"
             )
             if now - unavoidable <= TARGET:
-                run.log.say(
+                run.log.info(
                     f"overfit check passed: {sequences} sequences of stage {stage.name} learned in {step} steps"
                 )
                 return True
-        run.log.say(
+        run.log.info(
             f"error: overfit: after {step} steps the loss on {sequences} sequences of stage {stage.name} is "
             f"{now:.4f}, needed is {unavoidable + TARGET:.4f}; something keeps the model from learning (labels, "
             f"masks, its layers), or lr.peak {stage.lr.peak:g} and --overfit-steps {steps} are too low"

@@ -30,7 +30,7 @@ from megatron_speech.training.changed_blend import stage_histories
 from megatron_speech.training.determinism import set_determinism
 from megatron_speech.training.early_stop import check_held_out
 from megatron_speech.training.engine import Engine
-from megatron_speech.training.health.agreement import agreed
+from megatron_speech.training.health.agreement import raise_on_all_ranks
 from megatron_speech.training.health.control import StopRequest
 from megatron_speech.training.health.preflight import Preflight
 from megatron_speech.training.health.safety import Safety
@@ -109,7 +109,7 @@ class Run:
 def set_up(
     recipe: Recipe,
     *,
-    say_environment: bool = True,
+    log_environment: bool = True,
     stop: StopRequest | None = None,
     resume: bool = True,
     read_only: bool = False,
@@ -118,7 +118,7 @@ def set_up(
 
     Args:
         recipe: what to do.
-        say_environment: print what the process runs on (once per command).
+        log_environment: print what the process runs on (once per command).
         stop: signals that ask the run to save and end; None: nothing asks.
         resume: go on from the newest checkpoint of the run directory, if it holds one.
         read_only: write nothing to the run directory but the cache of sequence indices.
@@ -144,23 +144,23 @@ def set_up(
 
     safety = Safety(recipe.watchdog, recipe.run_directory, stop, note_failure)
     with safety.guard():
-        return _assemble(recipe, safety, say_environment=say_environment, resume=resume, read_only=read_only)
+        return _assemble(recipe, safety, log_environment=log_environment, resume=resume, read_only=read_only)
 
 
-def _assemble(recipe: Recipe, safety: Safety, *, say_environment: bool, resume: bool, read_only: bool) -> Run:
+def _assemble(recipe: Recipe, safety: Safety, *, log_environment: bool, resume: bool, read_only: bool) -> Run:
     directory, device = recipe.run_directory, groups.device()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dp_rank = parallel_state.get_data_parallel_rank()
     is_main = rank == 0
     found = environment.detect() if is_main else {}
-    if is_main and say_environment:
+    if is_main and log_environment:
         print(environment.describe(found), flush=True)
     preflight = Preflight(recipe, safety.control, safety.hosts, device)
     with safety.progress.doing("the first sum over all processes"):
         preflight.processes()
     info = _find_checkpoint(directory / "checkpoints", read_only=read_only) if resume else None
     notes: list[str] = []
-    with agreed():
+    with raise_on_all_ranks():
         dp_size = recipe.data_parallel_size(world_size)
         space = TokenSpace.load(recipe.token_space)
         plan.check_fits(recipe, space.padded_size, dp_size, device)
@@ -186,11 +186,11 @@ def _assemble(recipe: Recipe, safety: Safety, *, say_environment: bool, resume: 
             history=None if validation else histories.get(stage.name),
         )
 
-    with agreed():
+    with raise_on_all_ranks():
         stages = [stage_data(stage) for stage in recipe.stages]
         held_out = [stage_data(stage, validation=True) for stage in recipe.stages]
         check_held_out(recipe.stages, held_out)
-    with agreed():
+    with raise_on_all_ranks():
         engine = Engine(
             recipe, space, device, data_parallel=dp_size, fresh=info is None, on_backward_end=safety.timer.end
         )
@@ -199,7 +199,7 @@ def _assemble(recipe: Recipe, safety: Safety, *, say_environment: bool, resume: 
     if info is not None:
         loaded = checkpoint.load_checkpoint(info, chunks=engine.chunks, optimizer=engine.optimizer)
         progress = RunProgress(recipe, info.step, info.fields["ended_early"])
-        checkpoint.say_resume(info, notes)
+        checkpoint.log_resume(info, notes)
     log, checkpoints = _open_directory(recipe, space, info, progress, active=is_main, read_only=read_only)
     if is_main and not read_only:
         write_json(directory / "environment.json", {**found, "model": engine.execution.record()})
@@ -233,7 +233,7 @@ def _assemble(recipe: Recipe, safety: Safety, *, say_environment: bool, resume: 
         _log_plan(run)
         if change is not None:
             running = stages[min(progress.position.stage_index, len(stages) - 1)]
-            log.say(f"{change}; {running.documents_due:,} documents are still due and come first")
+            log.info(f"{change}; {running.documents_due:,} documents are still due and come first")
     return run
 
 
@@ -258,7 +258,7 @@ def _open_directory(
         quiet = recipe.checkpoint.model_copy(update={"upload": None})
         recipe, info = recipe.model_copy(update={"checkpoint": quiet}), None
     else:
-        with agreed():
+        with raise_on_all_ranks():
             exporters = open_exporters(recipe, directory, progress.position.step) if active else []
         log = RunLog(directory, active=active, exporters=exporters)
     return log, checkpoint.RunCheckpoints(directory / "checkpoints", recipe, space, info=info, log=log)
@@ -279,7 +279,7 @@ def _make_step(
         device,
         data_parallel=dp_size,
         timer=safety.timer,
-        before_update=checkpoints.hold_training_stream,
+        before_update=checkpoints.block_training_stream,
         spikes=spikes,
     )
 
@@ -291,17 +291,17 @@ def _log_plan(run: Run) -> None:
     if run.world_size > 1:
         parts = {"data": run.dp_size, "tensor": recipe.parallel.tensor, "pipeline": recipe.parallel.pipeline}
         layout += f" ({', '.join(f'{name} {size}' for name, size in parts.items())})"
-    log.say(
+    log.info(
         f"{recipe.name}: {parameters / 1e6:.2f} M parameters, {run.space.size} ids, {recipe.precision}, "
         f"{layout}, run directory {run.directory}"
     )
     if run.engine.init_note is not None:
-        log.say(f"  {run.engine.init_note}")
+        log.info(f"  {run.engine.init_note}")
     reports = [data.blend_report() for data in run.stages]
     reaches = [data.reach for data in run.stages]
     cost = plan.lines(recipe, run.space.padded_size, run.dp_size, run.device, reaches, reports)
     for line in (*run.engine.execution.lines(reaches[0]), *cost, *plan.stage_lines(recipe, reports)):
-        log.say(f"  {line}")
+        log.info(f"  {line}")
 
 
 def _fingerprint(dataset: TokenDataset) -> str:

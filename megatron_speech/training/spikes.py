@@ -62,7 +62,7 @@ class SpikeGuard:
         device: where losses and norms are.
 
     Attributes:
-        rewinds: times that the stage went back.
+        rollbacks: times that the stage went back.
     """
 
     def __init__(self, config: SpikesConfig, device: torch.device) -> None:
@@ -76,7 +76,7 @@ class SpikeGuard:
 
     def begin_stage(self) -> None:
         """Forget the steps so far: another stage has other losses."""
-        self.rewinds = 0
+        self.rollbacks = 0
         # The last steps that were taken, [window, loss and norm]; empty slots are infinite, and sort behind the rest.
         self._taken = torch.full((self.config.window, len(QUANTITIES)), math.inf, device=self._device)
         self._count = torch.zeros((), dtype=torch.int64, device=self._device)
@@ -121,7 +121,7 @@ class SpikeGuard:
             for number, (loss, norm, loss_limit, norm_limit, in_row) in enumerate(rows)
         ]
 
-    def rewind(self, verdict: Verdict, directory: Path) -> CheckpointInfo:
+    def rollback(self, verdict: Verdict, directory: Path) -> CheckpointInfo:
         """The checkpoint to go back to: the newest sound one from before the steps that were skipped. A collective.
 
         Args:
@@ -134,12 +134,12 @@ class SpikeGuard:
         first = verdict.step - verdict.skipped_in_row + 1
         what = f"steps {first} to {verdict.step} were skipped ({verdict.reason})"
         advice = "look at the sequences that metrics.jsonl names, or lower lr.peak of the stage"
-        if self.rewinds >= self.config.rewind_limit:
-            raise RuntimeError(f"{what}, and the stage has gone back {self.rewinds} times (rewind_limit); {advice}")
+        if self.rollbacks >= self.config.rewind_limit:
+            raise RuntimeError(f"{what}, and the stage has gone back {self.rollbacks} times (rewind_limit); {advice}")
         info = find_latest(directory, before_step=first)
         if info is None:
             raise RuntimeError(f"{what}, and there is no checkpoint from before them to go back to; {advice}")
-        self.rewinds += 1
+        self.rollbacks += 1
         return info
 
     def state(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class SpikeGuard:
             "taken": self._taken.cpu(),
             "count": int(self._count),
             "in_row": int(self._in_row),
-            "rewinds": self.rewinds,
+            "rewinds": self.rollbacks,
         }
 
     def load_state(self, state: dict[str, Any] | None) -> None:
@@ -159,10 +159,10 @@ class SpikeGuard:
             self._taken.copy_(state["taken"])
             self._count.fill_(state["count"])
             self._in_row.fill_(state["in_row"])
-            self.rewinds = state["rewinds"]
+            self.rollbacks = state["rewinds"]
 
 
-def tell_of_skips(guard: SpikeGuard, step: int, recipe: Recipe, ended: Ended, log: RunLog) -> Verdict | None:
+def log_skipped_steps(guard: SpikeGuard, step: int, recipe: Recipe, ended: Ended, log: RunLog) -> Verdict | None:
     """Log the steps skipped since the last call, by the sequences that they were of, up to step `step`.
 
     Returns:
@@ -184,7 +184,7 @@ def tell_of_skips(guard: SpikeGuard, step: int, recipe: Recipe, ended: Ended, lo
                 "reason": verdict.reason,
             }
         )
-        log.say(
+        log.info(
             f"{record['stage']} step {verdict.step} skipped, sequences {first:,} to "
             f"{after.consumed_sequences - 1:,}: {verdict.reason}"
         )
@@ -193,13 +193,13 @@ def tell_of_skips(guard: SpikeGuard, step: int, recipe: Recipe, ended: Ended, lo
     return None
 
 
-def tell_of_rewind(info: CheckpointInfo, verdict: Verdict, recipe: Recipe, ended: Ended, log: RunLog) -> None:
+def log_rollback(info: CheckpointInfo, verdict: Verdict, recipe: Recipe, ended: Ended, log: RunLog) -> None:
     """Log that the run has gone back to `info` after `verdict`, and which sequences it steps over."""
     after = Position.at_step(recipe, verdict.step, ended)
     first = Position.at_step(recipe, info.step, ended).consumed_sequences
     record = after.as_record(recipe)
     log.write({**record, "split": "rewound", "checkpoint": info.path.name, "first_sequence": first})
-    log.say(
+    log.info(
         f"{record['stage']} goes back to {info.path.name} and on from sequence {after.consumed_sequences:,}; "
         f"{first:,} to {after.consumed_sequences - 1:,} are stepped over"
     )

@@ -109,7 +109,7 @@ class TrainStep:
         fused = engine.chunks[0].fused_attention
         inputs = [
             ModelInputs(micro_batch, self._device, plain, scales, fused=fused, context=self._context)
-            for micro_batch in engine.execution.own(batch.micro_batches)
+            for micro_batch in engine.execution.local_micro_batches(batch.micro_batches)
         ]
 
         def forward_step(iterator: Iterator[ModelInputs], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:

@@ -63,7 +63,7 @@ def train(run: Run, *, max_steps: int | None = None, through: str | None = None,
         return _nothing_left(run, recipe.name if end == len(names) else f"{recipe.name} through {through}")
     limit = progress.total_steps if max_steps is None else progress.position.step + max_steps
     run.write_status("running")
-    run.safety.stop.take_interrupts()
+    run.safety.stop.catch_interrupts()
     loop = make_loop(run, events)
     state, message = "preempted", "stopped on request; start the same command to continue"
     try:
@@ -88,7 +88,7 @@ def train(run: Run, *, max_steps: int | None = None, through: str | None = None,
 
 def _nothing_left(run: Run, what: str) -> str:
     """End a run that has all that was asked for."""
-    run.log.say(f"{what} is finished: nothing left to do in {run.directory}")
+    run.log.info(f"{what} is finished: nothing left to do in {run.directory}")
     run.checkpoints.finish(copied=True)
     state = "finished" if run.progress.finished else "paused"
     run.write_status(state)

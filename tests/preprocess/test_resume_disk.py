@@ -229,7 +229,7 @@ def test_a_killed_stream_goes_on_and_still_knows_its_rows(corpus: Any, killer: A
 def test_neither_shards_nor_workers_show_in_the_bytes(
     make_corpus: Any, workers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With references and the filter of duplicates, which both look over the whole input."""
+    """With references and the filter of duplicates, which both index the whole input."""
     monkeypatch.setattr(jsonl, "BATCH_ROWS", 50)
     monkeypatch.setattr(preprocess_data, "BATCH_ROWS", 50)
     corpus = make_corpus(400)

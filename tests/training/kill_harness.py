@@ -187,12 +187,12 @@ def launch(recipe: Path, run: Path, world: int, kill: Kill | None, usual_seconds
 def look_at(run: Path) -> list[str]:
     """What is wrong with the directories that bear a checkpoint's name."""
     from megatron_speech.errors import InputError
-    from megatron_speech.training.checkpoint.store import damage_seen_by, list_checkpoints, read_info
+    from megatron_speech.training.checkpoint.store import find_rank_damage, list_checkpoints, read_info
 
     problems = []
     for path in list_checkpoints(run / "checkpoints"):
         try:
-            problem = damage_seen_by(read_info(path))
+            problem = find_rank_damage(read_info(path))
         except InputError as error:
             problem = str(error)
         if problem:

@@ -94,7 +94,7 @@ def test_loss_and_gradients_are_those_of_the_formula_for_any_micro_batch(
 ) -> None:
     recipe = parse_recipe(recipe_with(toy, loss) | {"run_dir": str(tmp_path / "run")}, "test")
     stage = recipe.stages[0]
-    run = set_up(recipe, say_environment=False)
+    run = set_up(recipe, log_environment=False)
     try:
         parameters = [p for p in run.engine.chunks[0].parameters() if p.requires_grad]
         for micro_batch_size in (1, 4):

@@ -12,7 +12,7 @@ from megatron_speech.training.checkpoint.load import (
     load_weights,
     open_checkpoint,
 )
-from megatron_speech.training.checkpoint.resume import check_resumable, say_resume
+from megatron_speech.training.checkpoint.resume import check_resumable, log_resume
 from megatron_speech.training.checkpoint.retention import promote_best, prune
 from megatron_speech.training.checkpoint.run import RunCheckpoints, newest_checkpoint
 from megatron_speech.training.checkpoint.save import save_checkpoint, save_weights
@@ -30,5 +30,5 @@ __all__ = [
     "FORMAT_VERSION", "CheckpointInfo", "RunCheckpoints", "check_resumable", "checkpoint_name", "clean_leftovers",
     "find_latest", "list_checkpoints", "load_checkpoint", "load_for_inference", "load_moments", "load_weights",
     "newest_checkpoint", "open_checkpoint", "promote_best", "prune", "read_info", "save_checkpoint", "save_weights",
-    "say_resume",
+    "log_resume",
 ]  # fmt: skip

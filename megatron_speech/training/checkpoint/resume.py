@@ -107,8 +107,8 @@ def _show(value: Any) -> str:
     return "not set" if value is None else repr(value)
 
 
-def say_resume(info: CheckpointInfo, notes: list[str]) -> None:
-    """Tell the user, once, what is continued and with which changes."""
+def log_resume(info: CheckpointInfo, notes: list[str]) -> None:
+    """Print, once, what is continued and with which changes."""
     if is_main_process():
         print(f"continuing from {info.path}", flush=True)
         for note in notes:

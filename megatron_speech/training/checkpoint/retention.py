@@ -11,7 +11,7 @@ from megatron_speech.errors import InputError
 from megatron_speech.recipe.checkpoint import CheckpointConfig
 from megatron_speech.training.checkpoint.store import (
     CheckpointInfo,
-    damage_seen_by,
+    find_rank_damage,
     list_checkpoints,
     point_link,
     read_info,
@@ -30,7 +30,7 @@ class Soundness:
         try:
             key = str(path), (path / "checkpoint.json").stat().st_mtime_ns
             if key not in self._known:
-                self._known[key] = damage_seen_by(read_info(path))
+                self._known[key] = find_rank_damage(read_info(path))
             return self._known[key]
         except (OSError, InputError) as error:
             return str(error)

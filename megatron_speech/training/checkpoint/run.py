@@ -1,4 +1,4 @@
-"""The checkpoints of one run: found, due, saved beside the training, promoted, pruned, copied elsewhere, spoken of."""
+"""The checkpoints of one run: found, due, saved beside the training, promoted, pruned, uploaded, logged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.recipe.stage import StageConfig
 from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.training.checkpoint.retention import Soundness, promote_best, prune
-from megatron_speech.training.checkpoint.save import Aftermath, CheckpointSaver, SaveReport
+from megatron_speech.training.checkpoint.save import CheckpointSaver, PostSave, SaveReport
 from megatron_speech.training.checkpoint.store import (
     CheckpointInfo,
     checkpoint_name,
@@ -24,7 +24,7 @@ from megatron_speech.training.checkpoint.store import (
     point_link,
 )
 from megatron_speech.training.checkpoint.upload import Uploader
-from megatron_speech.training.health.agreement import agreed
+from megatron_speech.training.health.agreement import raise_on_all_ranks
 from megatron_speech.training.optim.optimizer import Optimizer
 from megatron_speech.training.telemetry.run_log import RunLog
 
@@ -60,7 +60,7 @@ class RunCheckpoints:
             point_link(directory / "latest", info.path.name)
             promote_best(directory, info.fields["stage"])
         self._uploader: Uploader | None = None
-        with agreed():
+        with raise_on_all_ranks():
             if self._config.upload is not None and dist.get_rank() == 0:
                 self._uploader = Uploader(directory.parent, self._config)
         self._saver = CheckpointSaver(
@@ -76,26 +76,26 @@ class RunCheckpoints:
     def save(self, *, fields: dict[str, Any], chunks: list[Any], optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Take a checkpoint of this moment, see :meth:`CheckpointSaver.save`. A collective."""
         self._saver.save(fields=fields, chunks=chunks, optimizer=optimizer, state=state)
-        self.speak()
+        self.log_finished_saves()
 
     @property
     def busy(self) -> bool:
         """Whether a save is under way beside the training."""
         return self._saver.busy
 
-    def hold_training_stream(self) -> None:
-        """Before weights or optimizer state change, see :meth:`CheckpointSaver.hold_training_stream`."""
-        self._saver.hold_training_stream()
+    def block_training_stream(self) -> None:
+        """Before weights or optimizer state change, see :meth:`CheckpointSaver.block_training_stream`."""
+        self._saver.block_training_stream()
 
-    def speak(self) -> None:
-        """Tell of the saves that have ended; waits for nothing."""
+    def log_finished_saves(self) -> None:
+        """Log the saves that have ended; waits for nothing."""
         for report in self._saver.poll():
-            self._tell(report)
+            self._log_save(report)
 
     def wait(self) -> None:
-        """Wait for the save under way, and tell of it."""
+        """Wait for the save under way, and log it."""
         for report in self._saver.wait():
-            self._tell(report)
+            self._log_save(report)
 
     def finish(self, *, copied: bool) -> None:
         """Wait for the last one, which the run needs; with `copied` also for copies that are still to be made.
@@ -121,7 +121,7 @@ class RunCheckpoints:
         if self._uploader is not None:
             self._uploader.close()
 
-    def _after_save(self, info: CheckpointInfo) -> Aftermath:
+    def _after_save(self, info: CheckpointInfo) -> PostSave:
         """On rank 0, beside the training: read it back, promote, have it copied, prune."""
         alarms = []
         waiting: list[str] = []
@@ -134,9 +134,9 @@ class RunCheckpoints:
             waiting = self._uploader.waiting()
         best = promote_best(self.directory, info.fields["stage"])
         alarms += prune(self.directory, self._config, problem=self._soundness.problem, waiting=waiting)
-        return Aftermath(best is not None and best.step == info.step, alarms)
+        return PostSave(best is not None and best.step == info.step, alarms)
 
-    def _tell(self, report: SaveReport) -> None:
+    def _log_save(self, report: SaveReport) -> None:
         self.reports.append(report)
         name = checkpoint_name(report.step)
         if report.problem is not None:
@@ -146,10 +146,10 @@ class RunCheckpoints:
             return
         self._problem = None
         self._log.alarm("checkpoint", None)
-        for alarm in report.aftermath.alarms:
+        for alarm in report.post_save.alarms:
             self._log.alarm(f"checkpoint {alarm}", alarm)
-        note = " (best so far)" if report.aftermath.best else ""
-        self._log.say(
+        note = " (best so far)" if report.post_save.best else ""
+        self._log.info(
             f"{report.stage} checkpoint {name}{note}, {report.bytes / 1e6:,.1f} MB of this process in "
             f"{report.seconds:.2f} s, of which training waited {report.waited_seconds:.2f} s"
         )

@@ -23,7 +23,7 @@ from megatron_speech.training.optim.optimizer import Optimizer
 
 
 @dataclass(frozen=True)
-class Aftermath:
+class PostSave:
     """What followed a checkpoint that was written: whether it is the best so far, and what should be looked into."""
 
     best: bool = False
@@ -37,7 +37,7 @@ class SaveReport:
     Attributes:
         step, stage: of the checkpoint.
         problem: why it could not be written; None: it was. The same on all ranks.
-        aftermath: what was done after it, on rank 0.
+        post_save: what was done after it, on rank 0.
         seconds: from the step that it was taken in until it had its name.
         waited_seconds: the part of that in which the training waited.
         bytes: size of this rank's shards.
@@ -46,7 +46,7 @@ class SaveReport:
     step: int
     stage: str
     problem: str | None
-    aftermath: Aftermath
+    post_save: PostSave
     seconds: float
     waited_seconds: float
     bytes: int
@@ -62,7 +62,7 @@ class CheckpointSaver:
         directory: RUN/checkpoints, on storage that all ranks share.
         asynchronous: False: `save` waits until it is written.
         after_save: called on rank 0 with every checkpoint that was written, in the thread that wrote it; its answer
-            is the report's aftermath.
+            is `SaveReport.post_save`.
 
     To be made on all ranks at the same time: it takes a process group of its own.
     """
@@ -78,7 +78,7 @@ class CheckpointSaver:
         recipe: Recipe,
         space: TokenSpace,
         asynchronous: bool,
-        after_save: Callable[[CheckpointInfo], Aftermath],
+        after_save: Callable[[CheckpointInfo], PostSave],
     ) -> None:
         self.directory = directory
         self._recipe, self._space = recipe, space
@@ -125,10 +125,10 @@ class CheckpointSaver:
         """Whether a save is under way."""
         return self._thread is not None and self._thread.is_alive()
 
-    def hold_training_stream(self) -> None:
+    def block_training_stream(self) -> None:
         """Before weights or optimizer state change: on a GPU the change waits for the copies. No host sync."""
         if self._buffers is not None:
-            self._buffers.hold_training_stream()
+            self._buffers.block_training_stream()
 
     def poll(self) -> list[SaveReport]:
         """Reports of the saves that have ended since it was last asked; waits for nothing.
@@ -170,18 +170,18 @@ class CheckpointSaver:
         problem = write_save(
             planned, final, described=described, space=self._space, recipe=self._recipe, group=self._group
         )
-        seconds, aftermath = time.perf_counter() - started, Aftermath()
+        seconds, post_save = time.perf_counter() - started, PostSave()
         if problem is None and dist.get_rank() == 0:
             try:
                 point_link(self.directory / "latest", final.name)
-                aftermath = self._after_save(read_info(final))
+                post_save = self._after_save(read_info(final))
             except OSError as error:  # the checkpoint is there all the same
-                aftermath = Aftermath(alarms=[f"after {final.name} was written: {error}"])
+                post_save = PostSave(alarms=[f"after {final.name} was written: {error}"])
         report = SaveReport(
             described["step"],
             described["stage"],
             problem,
-            aftermath,
+            post_save,
             seconds,
             seconds if waited is None else waited,
             planned.bytes,

@@ -88,7 +88,7 @@ def read_info(path: Path) -> CheckpointInfo:
     return CheckpointInfo(path, fields)
 
 
-def damage_seen_by(info: CheckpointInfo, rank: int = 0, world: int = 1) -> str | None:
+def find_rank_damage(info: CheckpointInfo, rank: int = 0, world: int = 1) -> str | None:
     """What is wrong with the files of a checkpoint, or None; reads the bytes of every `world`-th of them."""
     for number, (name, expected) in enumerate(sorted(info.fields["files"].items())):
         path = info.path / name
@@ -107,7 +107,7 @@ def find_damage(info: CheckpointInfo) -> str | None:
     A collective where torch.distributed is up: all ranks get the same answer.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    problem = damage_seen_by(info, rank, world)
+    problem = find_rank_damage(info, rank, world)
     if world > 1:
         problems: list[str | None] = [None] * world
         dist.all_gather_object(problems, problem)

@@ -56,7 +56,7 @@ class HostBuffers:
     """Host memory that a save copies this rank's shards into, and the next one again: pinned where there is a GPU.
 
     The copies of a GPU's tensors run on a stream of their own. They may be read after `wait_for_copies`, and the
-    tensors changed by what the training stream does after `hold_training_stream`.
+    tensors changed by what the training stream does after `block_training_stream`.
     """
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class HostBuffers:
             self._stream, self._copied = stream, stream.record_event()
         return self._buffers
 
-    def hold_training_stream(self) -> None:
+    def block_training_stream(self) -> None:
         """Before tensors that were copied are changed: the GPU's next work waits for the copies, the host does not."""
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)

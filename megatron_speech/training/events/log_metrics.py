@@ -73,7 +73,7 @@ class LogMetrics(Event):
         if run.is_main:
             of = {"stage_steps": stage.config.steps, "total_steps": total}
             done = run.progress.steps_taken(stage.index)
-            run.log.say(console_line(record, stage_step=done, **of, eta_seconds=eta))
+            run.log.info(console_line(record, stage_step=done, **of, eta_seconds=eta))
         run.write_status("running", force=False)
         if recipe.spikes is None and not (math.isfinite(means["loss"]) and math.isfinite(grad_norm)):
             raise RuntimeError(

@@ -94,7 +94,7 @@ class Profile(Event):
         if torch.cuda.is_available():
             torch.cuda.memory._dump_snapshot(f"{self.path}_memory.pickle")
             torch.cuda.memory._record_memory_history(enabled=None)
-        self._run.log.say(f"profile of steps {self._first} to {self._last}: {self.path}.json.gz (Perfetto reads it)")
+        self._run.log.info(f"profile of steps {self._first} to {self._last}: {self.path}.json.gz (Perfetto reads it)")
 
 
 def _memory_of(row: Any) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_speech.training import checkpoint
 from megatron_speech.training.events.event import Boundary, Event, StageRun
 from megatron_speech.training.run import Run
-from megatron_speech.training.spikes import SpikeGuard, Verdict, tell_of_rewind, tell_of_skips
+from megatron_speech.training.spikes import SpikeGuard, Verdict, log_rollback, log_skipped_steps
 
 
 class RollBackOnSpikes(Event):
@@ -34,7 +34,7 @@ class RollBackOnSpikes(Event):
     def check(self, boundary: Boundary) -> None:
         """Log what was skipped, and roll back where it was too much. A collective, and a device sync."""
         run = self._run
-        verdict = tell_of_skips(self._guard, boundary.step, run.recipe, run.progress.ended, run.log)
+        verdict = log_skipped_steps(self._guard, boundary.step, run.recipe, run.progress.ended, run.log)
         if verdict is not None:
             with run.safety.progress.doing("going back to a checkpoint"):
                 self._roll_back(verdict)
@@ -43,17 +43,17 @@ class RollBackOnSpikes(Event):
     def _roll_back(self, verdict: Verdict) -> None:
         run, guard = self._run, self._guard
         run.checkpoints.wait()
-        info = guard.rewind(verdict, run.directory / "checkpoints")
+        info = guard.rollback(verdict, run.directory / "checkpoints")
         state = checkpoint.load_checkpoint(info, chunks=run.engine.chunks, optimizer=run.engine.optimizer)
         run.progress.move_to(verdict.step)
         index, stage = run.progress.position.stage_of_last_step(run.recipe)
         begun = info.fields["stage_index"] == index
         if not begun and not stage.carry_optimizer:
             run.engine.optimizer.reset_state()
-        rewinds = guard.rewinds
+        rollbacks = guard.rollbacks
         guard.load_state(state.get("spikes") if begun else None)
-        guard.rewinds = rewinds
-        tell_of_rewind(info, verdict, run.recipe, run.progress.ended, run.log)
+        guard.rollbacks = rollbacks
+        log_rollback(info, verdict, run.recipe, run.progress.ended, run.log)
 
     def state(self) -> dict[str, Any]:
         """What its decisions depend on."""

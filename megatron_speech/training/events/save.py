@@ -17,7 +17,7 @@ class LogFinishedSaves(Event):
 
     def after_step(self, stage: StageRun, boundary: Boundary) -> None:
         """At every boundary: it costs nothing."""
-        self._run.checkpoints.speak()
+        self._run.checkpoints.log_finished_saves()
 
 
 class SaveCheckpoint(Event):

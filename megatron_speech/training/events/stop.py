@@ -20,6 +20,6 @@ class StopOnRequest(Event):
 
     def after_step(self, stage: StageRun, boundary: Boundary) -> None:
         """Find out, without waiting for a message."""
-        boundary.stop = self._run.safety.stop_agreed(boundary.step)
+        boundary.stop = self._run.safety.should_stop(boundary.step)
         if boundary.stop and self._rollback is not None:
             self._rollback.check(boundary)

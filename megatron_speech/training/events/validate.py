@@ -68,7 +68,7 @@ class Validate(Event):
             run.engine.set_training(False)
             averaged = run.recipe.ema is not None and run.recipe.ema.use_for_validation
             if averaged:
-                run.checkpoints.hold_training_stream()  # the averages change places with the weights
+                run.checkpoints.block_training_stream()  # the averages change places with the weights
             with run.engine.optimizer.averaged_weights() if averaged else contextlib.nullcontext():
                 boundary.scores = scores = self._validator.run()
             run.engine.set_training(True)
@@ -76,7 +76,7 @@ class Validate(Event):
             record = {**run.progress.as_record(), "split": "validation", **scores}
             run.log.write({**record, "validation_seconds": seconds})
             audio = scores.get("loss/modality/audio")
-            run.log.say(
+            run.log.info(
                 f"{record['stage']} validation at step {record['step']}  loss {scores.get('loss', math.nan):.4f}"
                 f"  audio {'-' if audio is None else f'{audio:.4f}'}  {scores.get('tokens', 0):,} tokens"
                 f"  {clock(seconds)}"
@@ -107,7 +107,7 @@ class EndStageEarly(Event):
         audio = boundary.scores.get("loss/modality/audio")
         if audio is None or not early.update(audio):
             return
-        run.log.say(
+        run.log.info(
             f"{stage.config.name} ends early at step {boundary.step}: the audio loss {audio:.4f} is the "
             f"{early.without_improvement}th in a row that is not {early.config.min_delta:g} below the best, "
             f"{early.best:.4f}"

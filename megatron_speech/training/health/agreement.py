@@ -9,13 +9,13 @@ from megatron_speech.environment import host_name
 from megatron_speech.errors import InputError
 
 
-class AgreedError(InputError):
+class AllRanksError(InputError):
     """An InputError that every rank has raised; the main process reports it for all."""
 
 
 @contextlib.contextmanager
-def agreed() -> Iterator[None]:
-    """Make an InputError of any rank an AgreedError of all ranks, so that none waits for one that has gone.
+def raise_on_all_ranks() -> Iterator[None]:
+    """Make an InputError of any rank an AllRanksError of all ranks, so that none waits for one that has gone.
 
     What runs inside must hold no collective that only some ranks reach.
     """
@@ -33,4 +33,4 @@ def agreed() -> Iterator[None]:
     for rank, (message, host) in enumerate(messages):
         if message:
             everywhere = all(text == message for text, _ in messages)
-            raise AgreedError(message if everywhere else f"rank {rank} on {host}: {message}") from problem
+            raise AllRanksError(message if everywhere else f"rank {rank} on {host}: {message}") from problem

@@ -17,15 +17,15 @@ import torch.distributed as dist
 
 
 class StopRequest:
-    """Turns signals into a wish that the training loop asks for: save, and end as `preempted`.
+    """Turns signals into a request that the training loop reads: save, and end as `preempted`.
 
     SIGTERM (preemption, `scancel`) and SIGUSR1 (`sbatch --signal=USR1@120`: the time limit is near) are taken from
-    the start, SIGINT from :meth:`take_interrupts` on: before it there is nothing to save. A second SIGINT ends the
+    the start, SIGINT from :meth:`catch_interrupts` on: before it there is nothing to save. A second SIGINT ends the
     process at once. Does nothing outside of the main thread, where Python delivers no signals.
     """
 
     def __init__(self) -> None:
-        self.wanted = False
+        self.requested = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -38,7 +38,7 @@ class StopRequest:
             signal.signal(number, handler)
         self._before.clear()
 
-    def take_interrupts(self) -> None:
+    def catch_interrupts(self) -> None:
         """From now on the first SIGINT asks too; outside of `with` nothing changes."""
         if self._before:
             self._take(signal.SIGINT)
@@ -48,7 +48,7 @@ class StopRequest:
             self._before.setdefault(number, signal.signal(number, self._ask))
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.wanted = True
+        self.requested = True
         if number == signal.SIGINT:
             # What Python does with an interrupt, whatever was there before: a second one is meant.
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -68,7 +68,7 @@ class Control:
         self._group = dist.new_group(backend="gloo", timeout=timeout) if self.world_size > 1 else None
         self._asked: tuple[Any, torch.Tensor] | None = None
 
-    def stop_agreed(self, wanted: bool) -> bool:
+    def should_stop(self, wanted: bool) -> bool:
         """Whether the run stops at this step boundary: True on all ranks at the same one, or on none.
 
         One rank alone answers for itself. Of several, each boundary sends out the ranks' wishes and takes in those of

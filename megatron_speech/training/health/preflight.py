@@ -28,7 +28,7 @@ from megatron_speech.errors import InputError
 from megatron_speech.files import canonical_json, sha256_hex
 from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.tokens.space import TokenSpace
-from megatron_speech.training.health.agreement import agreed
+from megatron_speech.training.health.agreement import raise_on_all_ranks
 from megatron_speech.training.health.control import Control
 
 _EDGE_BYTES = 4096
@@ -58,11 +58,11 @@ class Preflight:
         )
         self._control.barrier()
         clocks = self._control.gather([time.time()])[:, 0].tolist()
-        with agreed():
+        with raise_on_all_ranks():
             check_clocks(clocks, self._hosts, self._recipe.preflight.max_clock_skew_seconds)
         total = torch.tensor([self._control.rank + 1.0], device=self._device)
         dist.all_reduce(total)
-        with agreed():
+        with raise_on_all_ranks():
             check_sum(float(total.item()), self._control.world_size, dist.get_backend())
 
     def data(self, datasets: Mapping[str, TokenDataset], space: TokenSpace) -> None:
@@ -70,7 +70,7 @@ class Preflight:
         if self._control.world_size == 1:
             return
         facts = {"the token space": space.hash}
-        with agreed():
+        with raise_on_all_ranks():
             for name, dataset in datasets.items():
                 facts |= {f"dataset {name}: {file}": fact for file, fact in dataset_facts(dataset).items()}
         self._equal(facts, "let all nodes read the same files; clear data.cache_dir where it holds another version")
@@ -91,21 +91,21 @@ class Preflight:
             seen = self._control.gather_objects(path.exists())
             if self._control.rank == 0:
                 path.unlink()
-            with agreed():
+            with raise_on_all_ranks():
                 if not all(seen):
                     raise InputError(
                         f"run_dir {directory} is not the same folder on all nodes: "
                         f"{self._name(r for r, there in enumerate(seen) if not there)} cannot see a file that rank 0 "
                         f"on {self._hosts[0]} has just written there; name a folder on storage that all nodes share"
                     )
-        with agreed():
+        with raise_on_all_ranks():
             if self._control.rank == 0:
                 check_space(self._recipe, directory, parameters)
 
     def _equal(self, mine: dict[str, Any], remedy: str) -> None:
         """Raise unless these facts are the same on all ranks that know them (None: this one does not)."""
         gathered = self._control.gather_objects(mine)
-        with agreed():
+        with raise_on_all_ranks():
             for key in gathered[0]:
                 values = [facts.get(key) for facts in gathered]
                 known = [value for value in values if value is not None]

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 
 from megatron_speech.environment import host_name
 from megatron_speech.recipe.watchdog import WatchdogConfig
-from megatron_speech.training.health.agreement import AgreedError
+from megatron_speech.training.health.agreement import AllRanksError
 from megatron_speech.training.health.control import Control, StopRequest
 from megatron_speech.training.health.watchdog import Watchdog, peer_error, store_of_run
 from megatron_speech.training.telemetry.timing import RankTimer, Stragglers
@@ -54,7 +54,7 @@ class Safety:
         """
         try:
             yield
-        except AgreedError:  # raised by all ranks: none waits
+        except AllRanksError:  # raised by all ranks: none waits
             self._watchdog.close()
             raise
         except BaseException as error:
@@ -62,16 +62,16 @@ class Safety:
             if peer is None:
                 rank = dist.get_rank()
                 what = str(error) or type(error).__name__
-                self._watchdog.tell(f"rank {rank} on {self.hosts[rank]} has failed: {what}")
+                self._watchdog.report_failure(f"rank {rank} on {self.hosts[rank]} has failed: {what}")
             self._watchdog.close()
             if peer is not None:
                 raise peer from error
             raise
 
-    def stop_agreed(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Call at the end of every step: whether all ranks stop here, because one was asked to. A collective."""
         self.progress.step_ended(step)
-        return self.control.stop_agreed(self.stop.wanted)
+        return self.control.should_stop(self.stop.requested)
 
     def stragglers(self, waited: float) -> tuple[Stragglers, str]:
         """The slowest rank since the last call, and its host. A collective; the device must have finished the steps.

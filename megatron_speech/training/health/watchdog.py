@@ -1,9 +1,9 @@
 """Ends a process that waits for something that will not come, soon and with a sentence.
 
 Two threads watch the main one. `Watchdog` looks at clocks only, so nothing can keep it waiting: has a step ended within
-its time limit, and have the other ranks been heard of? `Heart` talks to the launcher's key-value store, and may get
-stuck there: it says "rank 3 lives, step 120", listens for the next rank, and for the verdict that the run is over,
-which any rank may pronounce. A rank that ends because of an error says so there too. So the others end within seconds,
+its time limit, and have the other ranks been heard of? `Heartbeat` talks to the launcher's key-value store, and may
+block there: it sets "rank 3 lives, step 120", reads the key of the next rank, and the verdict that the run is over,
+which any rank may publish. A rank that ends because of an error publishes that too. So the others end within seconds,
 instead of when a collective times out after half an hour.
 """
 
@@ -97,8 +97,8 @@ class Progress:
             what = f"step {self.step + 1}" if what == "training" else what
             return f"{what} has not ended after {silent:.0f} s (watchdog allows {limit:.0f} s)"
 
-    def forgive(self) -> None:
-        """Begin to count anew: this process was stopped for a while."""
+    def reset_timer(self) -> None:
+        """Count from now: this process was stopped for a while."""
         with self._lock:
             self._since = self._clock()
 
@@ -107,8 +107,8 @@ class Progress:
         return f"{self._doing[-1][0]} at step {self.step}"
 
 
-class Heart:
-    """Tells the store that this rank lives, and listens for the next one and for the verdict.
+class Heartbeat:
+    """Reports to the store that this rank lives, and reads what the next rank reports, and the verdict.
 
     Args:
         store: a client of the launcher's store that nothing else uses, with keys of this run only.
@@ -155,8 +155,8 @@ class Heart:
             self._seen, self._seen_at = seen, self._clock()
         return None if verdict == self._NONE else verdict
 
-    def forgive(self) -> None:
-        """Begin to count anew: this process was stopped for a while."""
+    def reset_timer(self) -> None:
+        """Count from now: this process was stopped for a while."""
         self._seen_at = self._answered_at = self._clock()
 
     def silent(self) -> str | None:
@@ -175,8 +175,8 @@ class Heart:
             )
         return None
 
-    def pronounce(self, verdict: str) -> None:
-        """Tell every rank that the run is over, and why."""
+    def publish_verdict(self, verdict: str) -> None:
+        """Publish to every rank that the run is over, and why."""
         with contextlib.suppress(dist.DistError, RuntimeError):
             self._store.set(self.VERDICT, verdict)
 
@@ -209,7 +209,7 @@ class Watchdog:
         self._config, self._stacks, self._rank = config, stacks, rank
         self._on_end, self._end = on_end, end
         self._host = "this host"
-        self._heart: Heart | None = None
+        self._heartbeat: Heartbeat | None = None
         self._verdict: str | None = None
         self._closing = threading.Event()
         self._judged = threading.Event()
@@ -224,11 +224,11 @@ class Watchdog:
             return
         seconds = self._config.peer_seconds
         store.set_timeout(timedelta(seconds=max(1.0, seconds / 2)))
-        heart = Heart(store, self._rank, hosts, self.progress.describe, seconds)
+        heartbeat = Heartbeat(store, self._rank, hosts, self.progress.describe, seconds)
         barrier()
-        heart.forgive()
-        self._heart = heart
-        self._start(self._beat, "heart")
+        heartbeat.reset_timer()
+        self._heartbeat = heartbeat
+        self._start(self._beat, "heartbeat")
 
     def _start(self, run: Callable[[], None], name: str) -> None:
         thread = threading.Thread(target=run, name=name, daemon=True)
@@ -236,10 +236,10 @@ class Watchdog:
         self._threads.append(thread)
 
     def _beat(self) -> None:
-        heart = self._heart
-        assert heart is not None
-        while not self._closing.wait(heart.interval):
-            if (verdict := heart.beat()) is not None:
+        heartbeat = self._heartbeat
+        assert heartbeat is not None
+        while not self._closing.wait(heartbeat.interval):
+            if (verdict := heartbeat.beat()) is not None:
                 self._verdict = verdict
                 self._judged.set()
                 return
@@ -252,9 +252,9 @@ class Watchdog:
             self._judged.wait(poll)
             now = time.monotonic()
             if now - looked > 10 * poll + 1.0:  # SIGSTOP and SIGCONT, or a laptop's lid: nobody is late
-                self.progress.forgive()
-                if self._heart is not None:
-                    self._heart.forgive()
+                self.progress.reset_timer()
+                if self._heartbeat is not None:
+                    self._heartbeat.reset_timer()
             looked = now
             if self._closing.is_set():
                 return
@@ -265,9 +265,10 @@ class Watchdog:
     def _judge(self) -> str | None:
         """Why the run is over by what this rank sees; the others are told."""
         overdue = self.progress.overdue()
-        reason = f"rank {self._rank} on {self._host}: {overdue}" if overdue else self._heart and self._heart.silent()
-        if reason and self._heart is not None:
-            threading.Thread(target=self._heart.pronounce, args=(reason,), daemon=True).start()
+        silent = self._heartbeat and self._heartbeat.silent()
+        reason = f"rank {self._rank} on {self._host}: {overdue}" if overdue else silent
+        if reason and self._heartbeat is not None:
+            threading.Thread(target=self._heartbeat.publish_verdict, args=(reason,), daemon=True).start()
         return reason or None
 
     def _arm_backup(self) -> None:
@@ -299,17 +300,17 @@ class Watchdog:
             faulthandler.dump_traceback(handle, all_threads=True)
         self._on_end(reason)
 
-    def tell(self, reason: str) -> None:
-        """Tell the other ranks why this one ends. They end too, within `Heart.interval`."""
-        if self._heart is not None:
-            self._heart.pronounce(reason)
+    def report_failure(self, reason: str) -> None:
+        """Publish to the other ranks why this one ends. They end too, within `Heartbeat.interval`."""
+        if self._heartbeat is not None:
+            self._heartbeat.publish_verdict(reason)
 
     def reason(self) -> str | None:
         """Why the run is over, if another rank has said so or says so within a beat."""
-        if self._heart is None:
+        if self._heartbeat is None:
             return None
-        # The heart has to be asked, not waited for: its thread may be asleep for a whole interval.
-        return self._verdict or self._heart.beat()
+        # Beat now rather than wait: the thread may be asleep for a whole interval.
+        return self._verdict or self._heartbeat.beat()
 
     def close(self) -> None:
         """Watch no longer; waits for the threads, unless one is stuck in the store."""
@@ -319,9 +320,9 @@ class Watchdog:
             thread.join(2.0)
         self._threads.clear()
         faulthandler.cancel_dump_traceback_later()
-        if self._heart is not None:
-            self._heart.done()
-            self._heart = None
+        if self._heartbeat is not None:
+            self._heartbeat.done()
+            self._heartbeat = None
 
 
 def store_of_run(nonce: str) -> Any:

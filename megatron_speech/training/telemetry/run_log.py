@@ -46,7 +46,7 @@ class RunLog:
         for exporter in self._exporters:
             self.alarm(type(exporter).__name__, exporter.write(clean))
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """One line for people."""
         if self.active:
             print(text, flush=True)
