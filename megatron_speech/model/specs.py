@@ -25,8 +25,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_speech.errors import InputError
-from megatron_speech.model.attention import PackedSdpaAttention, PackedSequences
+from megatron_speech.model.attention import PackedSdpaAttention
 from megatron_speech.model.norm import RMSNorm, SwiGLU
+from megatron_speech.model.packed import PackedSequences
 from megatron_speech.recipe.precision import Precision
 
 BackendName = Literal["torch", "te"]
