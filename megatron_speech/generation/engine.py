@@ -78,7 +78,12 @@ class GenerationResult:
 
 
 class DecodingSession(Protocol):
-    """What the engine asks of a model: rows of a batch, fed token by token."""
+    """What the engine asks of a model: rows of a batch, fed token by token.
+
+    streams: ids that a row takes at each step; :func:`decode_batch` samples one.
+    """
+
+    streams: int
 
     def prefill(self, prompts: Sequence[np.ndarray]) -> Tensor:
         """Feed the prompts (int32 [n_b] each); logits [B, V] of what follows each."""
@@ -100,6 +105,7 @@ SessionFactory = Callable[[int, int], DecodingSession]
 class CachedSession:
     """A :class:`DecodingSession` of a megatron-core model with the state of its layers: keys and values."""
 
+    streams = 1
     # Room for so many new tokens is taken at once: most speech ends long before its limit.
     ROOM_TOKENS = 256
 
@@ -163,7 +169,15 @@ def decode_batch(
         mass and of illegal argmax.
 
     The host waits for the device once per frame, to learn who has ended.
+
+    Raises:
+        InputError: a row of the session takes several ids a step.
     """
+    if session.streams != 1:
+        raise InputError(
+            f"the model takes {session.streams} ids a step (streams), but generation samples one; generate with a "
+            "model of one stream"
+        )
     count, books = len(prompts), legal.codebook_count
     limits_B = torch.tensor(frame_limits, device=device) * books
     ids_BT = torch.zeros(count, int(limits_B.max()), dtype=torch.int64, device=device)

@@ -485,7 +485,7 @@ class Trainer:
                 reach=self.stages[index].reach,
                 processes=self.world_size,
                 peak_tflops=peak,
-                top_of_learned=self.execution.top_of_learned,
+                last_mlp_on_learned_only=self.execution.last_mlp_on_learned_only,
             ),
             "memory_gib": memory_gib(),
             "slowest_rank": slowest.rank,

@@ -27,6 +27,8 @@ REFERENCE = np.array([[7, 8, 9, 10], [511, 0, 15, 63], [3, 1, 4, 1]], dtype=np.i
 class RecomputedSession:
     """No cache: every step runs the whole of every sequence again, alone. The reference for `CachedSession`."""
 
+    streams = 1
+
     def __init__(self, model: SpeechGPTModel, rows: int, capacity: int) -> None:
         self.model = model
         self.sequences: list[list[int]] = []
