@@ -43,8 +43,9 @@ CURVE_TOLERANCE = {"te_bf16": 0.01, "te_fp8_tensorwise": 0.03, "te_fp8_delayed":
 
 def compare_back_ends(result: dict[str, Any]) -> list[str]:
     """Losses and gradients of both back-ends for the same weights and documents; returns what is wrong."""
-    from megatron_speech.model.attention import PackedSequences
     from megatron_speech.model.builder import build_model, global_named_parameters
+    from megatron_speech.model.packed import PackedSequences
+    from megatron_speech.model.targets import TOKENS, HeadTargets
     from megatron_speech.parallel import groups
     from megatron_speech.recipe.model import ModelConfig
 
@@ -53,7 +54,8 @@ def compare_back_ends(result: dict[str, Any]) -> list[str]:
         config = ModelConfig(preset="smoke", num_query_groups=5, qk_norm=True, qkv_bias=True)
         lengths = [300, 1, 17, 450, 64, 192]
         generator = torch.Generator().manual_seed(0)
-        ids, labels = torch.randint(0, 1000, (2, 1, sum(lengths)), generator=generator).cuda()
+        ids, labels = torch.randint(0, 1000, (2, 1, sum(lengths)), generator=generator)
+        ids = ids.cuda()
         bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
         weights = torch.full((sum(lengths),), 1.0 / sum(lengths))
         losses, gradients, leak = {}, {}, {}
@@ -62,8 +64,8 @@ def compare_back_ends(result: dict[str, Any]) -> list[str]:
             model.cuda()
 
             def run(tokens: torch.Tensor, model: Any = model) -> Any:
-                packed = PackedSequences.build(bounds, loss_weights=weights, fused=model.fused_attention)
-                return model(tokens, None, None, labels, packed)
+                packed = PackedSequences.build(bounds, fused=model.fused_attention)
+                return model(tokens, None, None, HeadTargets.build(labels, weights), packed)[TOKENS]
 
             head = run(ids)
             head.total.backward()

@@ -22,7 +22,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from megatron_speech.codecs import Codec, get_codec
 from megatron_speech.codecs.audio import read_audio
@@ -37,8 +36,9 @@ from megatron_speech.generation.sampling import (
     sample,
     uniform_noise,
 )
-from megatron_speech.model.attention import KVCache, PackedSequences
 from megatron_speech.model.gpt import SpeechGPTModel
+from megatron_speech.model.packed import PackedSequences
+from megatron_speech.model.state import GenerationState
 from megatron_speech.tokens.normalization import normalize_transcript
 from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.tokens.templates import compile_cloning_prompt, compile_prompt
@@ -78,7 +78,12 @@ class GenerationResult:
 
 
 class DecodingSession(Protocol):
-    """What the engine asks of a model: rows of a batch, fed token by token."""
+    """What the engine asks of a model: rows of a batch, fed token by token.
+
+    streams: ids that a row takes at each step; :func:`decode_batch` samples one.
+    """
+
+    streams: int
 
     def prefill(self, prompts: Sequence[np.ndarray]) -> Tensor:
         """Feed the prompts (int32 [n_b] each); logits [B, V] of what follows each."""
@@ -98,8 +103,9 @@ SessionFactory = Callable[[int, int], DecodingSession]
 
 
 class CachedSession:
-    """A :class:`DecodingSession` of a megatron-core model with a KV cache."""
+    """A :class:`DecodingSession` of a megatron-core model with the state of its layers: keys and values."""
 
+    streams = 1
     # Room for so many new tokens is taken at once: most speech ends long before its limit.
     ROOM_TOKENS = 256
 
@@ -107,37 +113,27 @@ class CachedSession:
         self._model = model
         self._rows = rows
         self._capacity = capacity
-        self._cache = KVCache(0, 0, model.device)
+        self._state = GenerationState(0, 0, model.device)
 
     def prefill(self, prompts: Sequence[np.ndarray]) -> Tensor:
         """Feed the prompts end to end; logits fp32 [B, V] of what follows each."""
         lengths = [len(prompt) for prompt in prompts]
         room = min(self._capacity, max(lengths) + self.ROOM_TOKENS)
-        self._cache = KVCache(self._rows, room, self._model.device)
-        packed = self._cache.prefill(lengths)
+        self._state = GenerationState(self._rows, room, self._model.device)
+        packed = self._state.prefill(lengths)
         ids_T = torch.from_numpy(np.concatenate(prompts).astype(np.int64)).to(self._model.device)
         return self._forward(ids_T, packed)
 
     def step(self, ids_B: Tensor) -> Tensor:
         """Feed one more id per row; logits fp32 [B, V] of what follows."""
-        if self._cache.lengths.max() == self._cache.max_length:
-            self._grow()
-        return self._forward(ids_B, self._cache.decode())
+        state = self._state
+        if state.lengths.max() == state.max_length:
+            state.grow(min(self._capacity, 2 * state.max_length))
+        return self._forward(ids_B, state.decode())
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but `rows`."""
-        self._cache.keep(rows.cpu().numpy())
-
-    def _grow(self) -> None:
-        """Twice the room, up to what the session may take."""
-        cache = self._cache
-        longer = min(self._capacity, 2 * cache.max_length)
-        extra = (0, 0, 0, 0, 0, longer - cache.max_length)  # keys and values are [rows, length, heads, width]
-        cache.layers = {
-            layer: (functional.pad(keys, extra), functional.pad(values, extra))
-            for layer, (keys, values) in cache.layers.items()
-        }
-        cache.max_length = longer
+        self._state.keep(rows.cpu().numpy())
 
     def _forward(self, ids_T: Tensor, packed: PackedSequences) -> Tensor:
         assert packed.position_ids is not None
@@ -173,7 +169,15 @@ def decode_batch(
         mass and of illegal argmax.
 
     The host waits for the device once per frame, to learn who has ended.
+
+    Raises:
+        InputError: a row of the session takes several ids a step.
     """
+    if session.streams != 1:
+        raise InputError(
+            f"the model takes {session.streams} ids a step (streams), but generation samples one; generate with a "
+            "model of one stream"
+        )
     count, books = len(prompts), legal.codebook_count
     limits_B = torch.tensor(frame_limits, device=device) * books
     ids_BT = torch.zeros(count, int(limits_B.max()), dtype=torch.int64, device=device)

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_speech.errors import InputError
 from megatron_speech.model import pipeline_split, specs
 from megatron_speech.model.gpt import SpeechGPTModel
+from megatron_speech.model.layer_plan import layer_kinds
 from megatron_speech.recipe.model import ModelConfig
 from megatron_speech.recipe.parallel import check_pipeline_layout
 from megatron_speech.recipe.precision import Fp8Config, Precision
@@ -156,7 +157,7 @@ def build_model(
         ends = {"ignore_virtual": False, "vp_stage": vp_stage}
         model = SpeechGPTModel(
             config=core,
-            transformer_layer_spec=specs.block_spec(core, backend, vp_stage),
+            transformer_layer_spec=specs.block_spec(core, backend, vp_stage, layer_kinds(config)),
             vocab_size=padded,
             max_sequence_length=max_sequence_length,
             pre_process=parallel_state.is_pipeline_first_stage(**ends),

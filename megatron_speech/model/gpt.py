@@ -13,9 +13,11 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from megatron_speech.model.attention import PackedSequences, rotary_tables
+from megatron_speech.model.packed import PackedSequences
+from megatron_speech.model.rotary import rotary_tables
 from megatron_speech.model.specs import LastLayer
-from megatron_speech.ops.cross_entropy import LinearLoss, linear_cross_entropy
+from megatron_speech.model.targets import TOKENS, HeadTargets, Losses
+from megatron_speech.ops.cross_entropy import linear_cross_entropy
 from megatron_speech.recipe.model import ModelConfig
 
 
@@ -36,32 +38,31 @@ class SpeechGPTModel(GPTModel):
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
+        targets: HeadTargets | None = None,
         packed_seq_params: PackedSequences | None = None,
-        **unused: Any,
-    ) -> Tensor | LinearLoss:
+    ) -> Tensor | Losses:
         """Run this stage.
 
         Args:
             input_ids: [1, T] int64.
             position_ids: ignored in favour of `packed_seq_params.position_ids`, which every stage has.
             attention_mask: none: documents and causality say it all.
-            labels: [1, T] int64, any value where the loss weight is zero.
-            packed_seq_params: where the documents lie, and which tokens are learned with what weight; required on
-                every stage.
+            targets: what the head is to learn; None for logits.
+            packed_seq_params: where the documents lie, required on every stage. With targets its `head_rows` become
+                theirs.
 
         Returns:
-            Before the last stage: hidden states [T, 1, H]. Last stage, with labels: a :class:`LinearLoss` of
-            `packed_seq_params.loss_rows` (all tokens if None) under `row_weights`, `label_smoothing` and `z_loss`.
-            Without labels: logits [rows, padded vocabulary] fp32 for `packed_seq_params.logit_rows` (all tokens if
-            None), −inf for padding ids, whole on every tensor-parallel rank.
+            Before the last stage: hidden states [T, 1, H]. Last stage, with targets: :class:`Losses` of them. Without:
+            logits [rows, padded vocabulary] fp32 for `packed_seq_params.head_rows` (all tokens if None), −inf for
+            padding ids, whole on every tensor-parallel rank.
         """
         if not isinstance(packed_seq_params, PackedSequences):
             raise TypeError("SpeechGPTModel needs packed_seq_params: a PackedSequences of the micro-batch")
-        packed = packed_seq_params
-        packed.head_rows = packed.logit_rows if labels is None else packed.loss_rows
-        result: Tensor | LinearLoss = super().forward(
-            input_ids, position_ids, attention_mask, labels=labels, packed_seq_params=packed_seq_params
+        if targets is not None:
+            packed_seq_params.head_rows = targets.rows
+        # megatron-core hands what it calls labels on to `_postprocess` as it is.
+        result: Tensor | Losses = super().forward(
+            input_ids, position_ids, attention_mask, labels=targets, packed_seq_params=packed_seq_params
         )
         return result
 
@@ -97,11 +98,11 @@ class SpeechGPTModel(GPTModel):
         hidden_states: Tensor,
         input_ids: Tensor,
         position_ids: Tensor,
-        labels: Tensor | None,
+        labels: HeadTargets | None,
         *args: Any,
         packed_seq_params: PackedSequences | None = None,
         **kwargs: Any,
-    ) -> Tensor | LinearLoss:
+    ) -> Tensor | Losses:
         if not self.post_process:
             return hidden_states
         assert packed_seq_params is not None
@@ -116,19 +117,20 @@ class SpeechGPTModel(GPTModel):
         rows, hidden_RH = packed_seq_params.head_rows, hidden_states.squeeze(1)
         if rows is not None and not (self.decoder.layers and isinstance(self.decoder.layers[-1], LastLayer)):
             hidden_RH = hidden_RH.index_select(0, rows)
-        if labels is None:
+        targets = labels
+        if targets is None:
             return self._logits(hidden_RH, table_VH)
-        labels_T = labels.reshape(-1)
-        return linear_cross_entropy(
+        loss = linear_cross_entropy(
             hidden_RH,
             table_VH,
-            labels_T if rows is None else labels_T.index_select(0, rows),
-            packed_seq_params.row_weights,
+            targets.labels,
+            targets.weights,
             vocab_size=self.valid_vocab_size,
-            label_smoothing=packed_seq_params.label_smoothing,
-            z_loss=packed_seq_params.z_loss,
+            label_smoothing=targets.label_smoothing,
+            z_loss=targets.z_loss,
             group=group if group.size() > 1 else None,
         )
+        return Losses({TOKENS: loss})
 
     def _logits(self, hidden_RH: Tensor, table_VH: Tensor) -> Tensor:
         logits = gather_from_tensor_model_parallel_region(hidden_RH @ table_VH.t(), group=self.pg_collection.tp)

@@ -45,6 +45,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+from megatron_speech.model.layer_plan import last_mlp_on_learned_only, layer_kinds
 from megatron_speech.model.pipeline_split import split_layers
 from megatron_speech.recipe.model import ModelConfig
 from megatron_speech.recipe.precision import Precision
@@ -234,7 +235,12 @@ def memory(config: ModelConfig, vocab_size: int, layout: MemoryLayout, stage: in
 
 def _left_out(config: ModelConfig, layout: MemoryLayout) -> float:
     """Bytes that the last layer's MLP and the last norm do not keep of a position without loss."""
-    if layout.precision == "fp8" or layout.context > 1 or layout.sequence_parallel or layout.split[-1] == 0:
+    if not last_mlp_on_learned_only(
+        layer_kinds(config)[-1],
+        torch_backend=layout.precision != "fp8" and layout.context == 1,
+        sequence_parallel=layout.sequence_parallel and layout.tensor > 1,
+        layers=layout.split[-1],
+    ):
         return 0.0
     norm = layout.activation_bytes * config.hidden_size + 4.0
     if layout.recompute.mode == "full" and (layout.recompute.layers or layout.split[-1]) >= layout.split[-1]:

@@ -9,6 +9,7 @@ Weights have the same names and initial values in both, and a checkpoint of one 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -21,12 +22,14 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_speech.errors import InputError
-from megatron_speech.model.attention import PackedSdpaAttention, PackedSequences
+from megatron_speech.model.attention import PackedSdpaAttention
+from megatron_speech.model.layer_plan import ATTENTION_MLP, last_mlp_on_learned_only
 from megatron_speech.model.norm import RMSNorm, SwiGLU
+from megatron_speech.model.packed import PackedSequences
 from megatron_speech.recipe.precision import Precision
 
 BackendName = Literal["torch", "te"]
@@ -94,16 +97,33 @@ def core_fields(backend: BackendName) -> dict[str, Any]:
     return {"apply_rope_fusion": True, "cp_comm_type": "p2p"} if backend == "te" else {}
 
 
-def block_spec(core: TransformerConfig, backend: BackendName, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The layers of this rank's chunk `vp_stage` of the model, and its last norm."""
-    layer, norm = (_te_layer if backend == "te" else _torch_layer)(core)
-    layer.submodules.mlp.submodules.activation_func = SwiGLU
-    layers = [layer] * get_num_layers_to_build(core, vp_stage=vp_stage)
+# A layer's spec from megatron-core's configuration and the back-end.
+LayerSpecBuilder = Callable[[TransformerConfig, BackendName], ModuleSpec]
+
+
+def block_spec(
+    core: TransformerConfig, backend: BackendName, vp_stage: int | None, kinds: Sequence[str]
+) -> TransformerBlockSubmodules:
+    """The layers of this rank's chunk `vp_stage` of the model, and its last norm.
+
+    Args:
+        core: megatron-core's configuration.
+        backend: what the layers run on.
+        vp_stage: the chunk under a virtual pipeline, else None.
+        kinds: of every layer of the whole model (:func:`megatron_speech.model.layer_plan.layer_kinds`).
+    """
+    first = get_transformer_layer_offset(core, vp_stage, parallel_state.get_pipeline_model_parallel_rank())
+    own = kinds[first : first + get_num_layers_to_build(core, vp_stage=vp_stage)]
+    layers = [LAYER_SPECS[kind](core, backend) for kind in own]
     has_head = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-    # Sequence parallelism leaves a rank with a part of the rows, and FP8 wants their number round.
-    if layers and has_head and backend == "torch" and not core.sequence_parallel:
-        layers[-1] = replace(layer, module=LastLayer)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+    if has_head and last_mlp_on_learned_only(
+        kinds[-1],
+        torch_backend=backend == "torch",
+        sequence_parallel=core.sequence_parallel,
+        layers=len(layers),
+    ):
+        layers[-1] = replace(layers[-1], module=LastLayer)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_final_norm(backend))
 
 
 class LastLayer(TransformerLayer):
@@ -121,21 +141,30 @@ class LastLayer(TransformerLayer):
         return hidden if rows is None else hidden.index_select(0, rows), context
 
 
-def _torch_layer(core: TransformerConfig) -> tuple[ModuleSpec, Any]:
-    """megatron-core's local spec with our attention core and norms."""
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=core.qk_layernorm)
-    parts = layer.submodules
-    parts.input_layernorm = RMSNorm
-    parts.pre_mlp_layernorm = RMSNorm
-    parts.self_attention.submodules.core_attention = PackedSdpaAttention
-    if core.qk_layernorm:
-        parts.self_attention.submodules.q_layernorm = RMSNorm
-        parts.self_attention.submodules.k_layernorm = RMSNorm
-    return layer, RMSNorm
+def attention_mlp(core: TransformerConfig, backend: BackendName) -> ModuleSpec:
+    """megatron-core's spec of a layer: under Transformer Engine as it is, else with our attention core and norms."""
+    if backend == "te":
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=core.qk_layernorm)
+    else:
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=core.qk_layernorm)
+        parts = layer.submodules
+        parts.input_layernorm = RMSNorm
+        parts.pre_mlp_layernorm = RMSNorm
+        parts.self_attention.submodules.core_attention = PackedSdpaAttention
+        if core.qk_layernorm:
+            parts.self_attention.submodules.q_layernorm = RMSNorm
+            parts.self_attention.submodules.k_layernorm = RMSNorm
+    layer.submodules.mlp.submodules.activation_func = SwiGLU
+    return layer
 
 
-def _te_layer(core: TransformerConfig) -> tuple[ModuleSpec, Any]:
-    """megatron-core's Transformer Engine spec as it is."""
+# How each kind of layer is built.
+LAYER_SPECS: dict[str, LayerSpecBuilder] = {ATTENTION_MLP: attention_mlp}
+
+
+def _final_norm(backend: BackendName) -> Any:
+    if backend == "torch":
+        return RMSNorm
     from megatron.core.extensions.transformer_engine import TENorm
 
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=core.qk_layernorm), TENorm
+    return TENorm

@@ -16,6 +16,7 @@ Letters in names: N rows, n rows of a chunk, H hidden, V rows of the table on th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,11 +33,16 @@ _MIN_CHUNK_ROWS = 128
 _MIN_NARROW_ROWS = 512
 
 
+# (log p fp32 [n] of the labels of some rows, which rows: a slice of 0 … N with both ends)
+# → (their losses [n], d loss / d log p [n]), both fp32.
+Objective = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+
+
 class LinearLoss(NamedTuple):
     """What :func:`linear_cross_entropy` returns; all fp32.
 
     total: scalar, Σ row weight · loss. It alone carries a gradient. losses: [N], what is minimised, smoothing and
-    z-loss included. cross_entropy: [N], −log softmax(hidden · weightᵀ)[label], for reports.
+    z-loss included, or what the objective gave. cross_entropy: [N], −log softmax(hidden · weightᵀ)[label], for reports.
     """
 
     total: Tensor
@@ -53,6 +59,7 @@ def linear_cross_entropy(
     vocab_size: int,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    objective: Objective | None = None,
     group: dist.ProcessGroup | None = None,
     chunk_rows: int | None = None,
 ) -> LinearLoss:
@@ -67,14 +74,22 @@ def linear_cross_entropy(
     near zero (PaLM, arXiv:2204.02311, section 5: ζ = 1e-4). Rows of the table beyond the ids that exist take no part
     in any of it.
 
+    With an `objective` a row's loss is whatever that makes of log p of its label, which is log softmax of its logits
+    at it (a ratio to another policy's, clipped; a preference): with g = d loss/d log p, the gradient of the logits is
+    row weight · g · ([k is the label] − p_k).
+
     Args:
         hidden_NH: [N, H] rows, fp32 or bf16; N may be 0.
         weight_VH: [V, H] this rank's rows of the table, of the same dtype; rank r of `group` holds ids
             r·V … (r+1)·V − 1.
         labels_N: [N] int64 ids, all below `vocab_size`.
-        row_weights_N: [N] fp32, what a row's loss counts for in the total; None: 1. Constants: they get no gradient.
+        row_weights_N: [N] fp32, what a row's loss counts for in the total; None: 1. Of any sign, and any sum.
+            Constants: they get no gradient.
         vocab_size: ids that exist. Rows of the table beyond it are padding: they get no probability and no gradient.
-        label_smoothing, z_loss: ε and ζ above.
+        label_smoothing, z_loss: ε and ζ above; 0 with an `objective`.
+        objective: instead of the cross-entropy; called once per chunk, in order, without autograd and with fp32
+            log p. It must not make the host wait for the device. Under tensor parallelism every rank calls it with the
+            same numbers, and it must give the same on all.
         group: tensor-parallel group, None for one process. All of its ranks give the same rows and get the same loss.
         chunk_rows: rows at once; chosen by size if None.
 
@@ -84,8 +99,14 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: a label is no id (checked on CPU only: elsewhere it would make the host wait; there such a label
-            has the logit 0).
+            has the logit 0); an objective beside smoothing or z-loss, or one that gives something else than two
+            numbers a row.
     """
+    if objective is not None and (label_smoothing or z_loss):
+        raise ValueError(
+            f"an objective takes the place of the cross-entropy, but label_smoothing is {label_smoothing:g} and z_loss "
+            f"{z_loss:g}; set both to 0 or leave the objective out"
+        )
     rows = labels_N.shape[0]
     if labels_N.device.type == "cpu" and rows and not 0 <= int(labels_N.min()) <= int(labels_N.max()) < vocab_size:
         raise ValueError(f"labels lie in {int(labels_N.min())}…{int(labels_N.max())}, ids in 0…{vocab_size - 1}")
@@ -95,7 +116,17 @@ def linear_cross_entropy(
     grad = torch.is_grad_enabled()
     wanted = grad and hidden_NH.requires_grad, grad and weight_VH.requires_grad
     total, per_row = _LinearCrossEntropy.apply(
-        hidden_NH, weight_VH, labels_N, row_weights_N, vocab_size, label_smoothing, z_loss, group, chunk_rows, wanted
+        hidden_NH,
+        weight_VH,
+        labels_N,
+        row_weights_N,
+        vocab_size,
+        label_smoothing,
+        z_loss,
+        objective,
+        group,
+        chunk_rows,
+        wanted,
     )
     return LinearLoss(total, per_row[0], per_row[1])
 
@@ -111,6 +142,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocab_size: int,
         label_smoothing: float,
         z_loss: float,
+        objective: Objective | None,
         group: dist.ProcessGroup | None,
         chunk_rows: int | None,
         wanted: tuple[bool, bool],
@@ -129,7 +161,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden_NH) if wanted[0] else None
         d_weight = _WeightGradient(weight_VH, real, chunks=-(-rows // chunk_rows)) if wanted[1] else None
         for start in range(0, rows, chunk_rows):
-            part = slice(start, start + chunk_rows)
+            part = slice(start, min(start + chunk_rows, rows))
             hidden, weights = hidden_NH[part], row_weights_N[part]
             logits = _product(hidden, table_RH.t(), out=buffer[: hidden.shape[0]])
             own = (local_N[part] >= 0) & (local_N[part] < real)
@@ -146,6 +178,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 loss = torch.lerp(plain, log_z - logit_sum[0] / vocab_size, label_smoothing)
             if z_loss:
                 loss = loss + z_loss * log_z.square()
+            if objective is not None:
+                loss, d_log_p = _apply(objective, -plain, part)
+                weights = -d_log_p * weights  # the cross-entropy has d loss/d log p = −1
             losses[0, part], losses[1, part] = loss, plain
             if d_hidden is None and d_weight is None:
                 continue
@@ -182,7 +217,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if d_weight is not None:
             same = d_weight.dtype == dtype
             d_weight = torch.mul(d_weight, gradients[0], out=d_weight if same else d_weight.new_empty(0, dtype=dtype))
-        return d_hidden, d_weight, *[None] * 8
+        return d_hidden, d_weight, *[None] * 9
+
+
+def _apply(objective: Objective, log_p_n: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    """What `objective` makes of a chunk, in fp32."""
+    found = objective(log_p_n, part)
+    shapes = [tuple(tensor.shape) for tensor in found]
+    if shapes != [tuple(log_p_n.shape)] * 2:
+        raise ValueError(
+            f"the objective gave shapes {shapes} for rows {part.start} to {part.stop}; needed are the loss and "
+            f"d loss/d log p of each, both {tuple(log_p_n.shape)}"
+        )
+    loss_n, d_log_p_n = (tensor.to(log_p_n.dtype) for tensor in found)
+    return loss_n, d_log_p_n
 
 
 class _WeightGradient:

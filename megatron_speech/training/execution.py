@@ -11,6 +11,7 @@ from megatron_speech.data.loading.context_parallel import share_micro_batches
 from megatron_speech.data.loading.loader import MicroBatch
 from megatron_speech.model.builder import build_model, layer_split
 from megatron_speech.model.gpt import SpeechGPTModel
+from megatron_speech.model.layer_plan import last_mlp_on_learned_only, layer_kinds
 from megatron_speech.model.specs import Backend, choose_backend
 from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.tokens.space import TokenSpace
@@ -36,11 +37,15 @@ class Execution:
         return cls(recipe, space.size, backend, split)
 
     @property
-    def top_of_learned(self) -> bool:
-        """Whether the last layer's MLP runs for learned tokens alone, see :class:`specs.LastLayer`."""
+    def last_mlp_on_learned_only(self) -> bool:
+        """Whether the last layer's MLP runs for learned tokens alone."""
         parallel = self.recipe.parallel
-        whole_rows = not (parallel.sequence_parallel and parallel.tensor > 1)
-        return self.backend.name == "torch" and whole_rows and self.split[-1] > 0
+        return last_mlp_on_learned_only(
+            layer_kinds(self.recipe.model)[-1],
+            torch_backend=self.backend.name == "torch",
+            sequence_parallel=parallel.sequence_parallel and parallel.tensor > 1,
+            layers=self.split[-1],
+        )
 
     def build(self, space: TokenSpace) -> list[SpeechGPTModel]:
         """This rank's model chunks."""

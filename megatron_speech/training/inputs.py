@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from megatron_speech.data.loading.loader import MicroBatch
-from megatron_speech.model.attention import PackedSequences
+from megatron_speech.model.packed import PackedSequences
+from megatron_speech.model.targets import HeadTargets
 from megatron_speech.recipe.loss import LossConfig
 
 
@@ -26,27 +27,20 @@ class ModelInputs:
         context: int,
     ) -> None:
         self.tokens = batch.tokens.view(1, -1).to(device, non_blocking=True)
-        self.labels = batch.labels.view(1, -1).to(device, non_blocking=True)
-        self.weights = batch.loss_weights.view(-1).to(device, non_blocking=True)
-        self.group_ids = batch.group_ids.view(-1).to(device, non_blocking=True)
         self.packed = PackedSequences.build(
             batch.cu_seqlens,
             position_ids=batch.position_ids,
-            loss_weights=batch.loss_weights * _by_position(scales, batch.group_ids),
             row_pointers=batch.row_pointers,
             fused=fused,
             context=context,
             device=device,
         )
-        self.packed.label_smoothing, self.packed.z_loss = loss.label_smoothing, loss.z_loss
-
-    def learned(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss weights, group ids) of the tokens that the head returns losses of."""
-        rows = self.packed.loss_rows
-        assert rows is not None
-        return self.weights.index_select(0, rows), self.group_ids.index_select(0, rows)
-
-
-def _by_position(scales: list[float], group_ids: torch.Tensor) -> float | torch.Tensor:
-    """The factor of each position: the only one, or that of its label's modality (any where nothing is learned)."""
-    return scales[0] if len(scales) == 1 else torch.tensor(scales)[group_ids.long() % len(scales)]
+        self.targets = HeadTargets.build(
+            batch.labels,
+            batch.loss_weights,
+            batch.group_ids,
+            scales=scales,
+            label_smoothing=loss.label_smoothing,
+            z_loss=loss.z_loss,
+            device=device,
+        )

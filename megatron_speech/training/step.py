@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_speech.data.loading.loader import GlobalBatch
-from megatron_speech.ops.cross_entropy import LinearLoss
+from megatron_speech.model.targets import TOKENS, Losses
 from megatron_speech.recipe.loss import LossConfig
 from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.training.engine import Engine
@@ -118,15 +118,16 @@ class TrainStep:
                 input_ids=micro_batch.tokens,
                 position_ids=None,
                 attention_mask=None,
-                labels=micro_batch.labels,
+                targets=micro_batch.targets,
                 packed_seq_params=micro_batch.packed,
             )
 
-            def total(head: LinearLoss) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-                meter.add_losses(head.losses, head.cross_entropy, *micro_batch.learned())
+            def total(losses: Losses) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+                tokens, targets = losses[TOKENS], micro_batch.targets
+                meter.add_losses(tokens.losses, tokens.cross_entropy, targets.loss_weights, targets.groups)
                 if self._spikes is not None and engine.contributes and not forward_only:
-                    self._step_loss += head.total.detach()
-                return head.total, self._no_tokens, {}
+                    self._step_loss += losses.total.detach()
+                return losses.total, self._no_tokens, {}
 
             return output, total
 

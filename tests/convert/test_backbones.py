@@ -18,7 +18,7 @@ from megatron_speech import cli
 from megatron_speech.generation.engine import SpeechGenerator
 from megatron_speech.generation.requests import GenerationRequest
 from megatron_speech.generation.sampling import SamplingConfig
-from megatron_speech.model.attention import PackedSequences
+from megatron_speech.model.packed import PackedSequences
 from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.training.checkpoint import load_for_inference
 

@@ -15,6 +15,8 @@ from megatron_speech.tokens.space import TokenSpace
 class NoiseSession:
     """A model that says anything legal, and ends now and then: reports need speech, not sense."""
 
+    streams = 1
+
     def __init__(self, vocabulary: int, end_id: int) -> None:
         self.logits = torch.zeros(vocabulary)
         self.logits[end_id] = 4.0

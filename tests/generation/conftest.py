@@ -32,6 +32,8 @@ class LeakySum:
 
 
 class LeakySession:
+    streams = 1
+
     def __init__(self, model: LeakySum) -> None:
         self.model = model
         self.state = torch.zeros(0, 16, dtype=torch.float64)

@@ -118,6 +118,14 @@ def test_an_end_right_at_the_limit_is_an_end(toy_space: Any, leaky_model: Any) -
     assert (result.ended, result.stop_reason, len(result.codes), result.generated_tokens) == (True, "end", 1, 4)
 
 
+def test_a_model_of_several_streams_is_refused(
+    toy_generator: SpeechGenerator, leaky_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leaky_model.open_session(1, 1).__class__, "streams", 4)
+    with pytest.raises(InputError, match=r"takes 4 ids a step \(streams\), but generation samples one"):
+        toy_generator.generate(requests(1))
+
+
 def test_a_model_that_wants_illegal_ids_is_found_out_but_stays_legal(toy_space: Any, leaky_model: Any) -> None:
     leaky_model.bias[: toy_space.text_size] = 50.0
     generator = SpeechGenerator(

@@ -14,9 +14,9 @@ from megatron_speech.codecs import describe_codec
 from megatron_speech.generation.engine import CachedSession, SpeechGenerator
 from megatron_speech.generation.requests import GenerationRequest
 from megatron_speech.generation.sampling import SamplingConfig
-from megatron_speech.model.attention import PackedSequences
 from megatron_speech.model.builder import build_model
 from megatron_speech.model.gpt import SpeechGPTModel
+from megatron_speech.model.packed import PackedSequences
 from megatron_speech.parallel import groups
 from megatron_speech.recipe.model import ModelConfig
 from megatron_speech.tokens.space import TokenSpace
@@ -26,6 +26,8 @@ REFERENCE = np.array([[7, 8, 9, 10], [511, 0, 15, 63], [3, 1, 4, 1]], dtype=np.i
 
 class RecomputedSession:
     """No cache: every step runs the whole of every sequence again, alone. The reference for `CachedSession`."""
+
+    streams = 1
 
     def __init__(self, model: SpeechGPTModel, rows: int, capacity: int) -> None:
         self.model = model

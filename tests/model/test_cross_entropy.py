@@ -124,3 +124,104 @@ def test_a_label_that_is_no_id_is_an_error(label):
     labels[1] = label
     with pytest.raises(ValueError, match=r"ids in 0…79"):
         linear_cross_entropy(hidden, table, labels, vocab_size=80)
+
+
+# ---- objectives
+
+
+def likelihood(log_p, rows):
+    return -log_p, torch.full_like(log_p, -1.0)
+
+
+def clipped_ratio(old_log_p, advantages, epsilon=0.2):
+    """GRPO's −min(ratio · advantage, clip(ratio) · advantage) of a chunk, and its derivative, by hand."""
+
+    def objective(log_p, rows):
+        ratio, advantage = (log_p - old_log_p[rows]).exp(), advantages[rows]
+        plain, clipped = ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage
+        return -torch.minimum(plain, clipped), torch.where(plain <= clipped, -plain, 0.0)
+
+    return objective
+
+
+def naive_clipped_ratio(log_p, old_log_p, advantages, epsilon=0.2):
+    ratio = (log_p - old_log_p).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
+
+
+@pytest.mark.parametrize("chunk_rows", [8, 64])
+def test_the_likelihood_as_an_objective_is_the_cross_entropy(chunk_rows):
+    hidden, table, labels, weights = inputs(37)
+    found = []
+    for objective in (None, likelihood):
+        loss = linear_cross_entropy(
+            hidden, table, labels, weights, vocab_size=80, chunk_rows=chunk_rows, objective=objective
+        )
+        found.append((loss.total, *loss, *torch.autograd.grad(loss.total, (hidden, table))))
+    for plain, ours in zip(*found, strict=True):
+        assert apart(ours, plain) <= 1e-6
+
+
+@pytest.mark.parametrize("signs", ["positive", "mixed", "sum to zero", "negative"])
+@pytest.mark.parametrize("kind", ["cross-entropy", "clipped ratio"])
+def test_losses_and_gradients_are_those_of_autograd_in_double_precision_for_weights_of_any_sign(kind, signs):
+    hidden, table, labels, weights = inputs(200, vocab=1000, width=64, real=970)
+    generator = torch.Generator().manual_seed(2)
+    if signs == "mixed":
+        weights[::3] *= -1
+    elif signs == "sum to zero":
+        weights[1::2] = -weights[::2]
+        assert weights.sum().abs() < 1e-5
+    elif signs == "negative":
+        weights.neg_()
+    exact = hidden.detach().double().requires_grad_(), table.detach().double().requires_grad_()
+    log_p = (exact[0] @ exact[1][:970].t()).log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    # Some rows lie beyond either end of the clip, with advantages of both signs.
+    old = log_p.detach() + 0.3 * torch.randn(200, generator=generator).double()
+    advantages = torch.randn(200, generator=generator).double()
+    ratio = (log_p.detach() - old).exp()
+    assert (ratio > 1.2).any() and (ratio < 0.8).any() and ((ratio < 1.2) & (ratio > 0.8)).any()
+    expected = -log_p if kind == "cross-entropy" else naive_clipped_ratio(log_p, old, advantages)
+    objective = None if kind == "cross-entropy" else clipped_ratio(old.float(), advantages.float())
+    ours = linear_cross_entropy(hidden, table, labels, weights, vocab_size=970, chunk_rows=48, objective=objective)
+    assert apart(ours.losses, expected) <= 1e-5 and apart(ours.cross_entropy, -log_p) <= 1e-6
+    total = (expected * weights).sum()
+    assert (ours.total - total).abs() <= 1e-5 * (expected * weights).abs().sum()
+    wanted = torch.autograd.grad(total, exact)
+    for mine, other in zip(torch.autograd.grad(ours.total, (hidden, table)), wanted, strict=True):
+        assert apart(mine, other) <= 1e-5
+
+
+def test_an_objective_sees_every_row_once_in_order_and_scores_without_gradients():
+    hidden, table, labels, weights = inputs(37)
+    seen = []
+
+    def objective(log_p, rows):
+        assert not torch.is_grad_enabled() and log_p.shape == (rows.stop - rows.start,)
+        seen.extend(range(rows.start, rows.stop))
+        return log_p.square(), 2 * log_p
+
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            loss = linear_cross_entropy(
+                hidden, table, labels, weights, vocab_size=80, chunk_rows=8, objective=objective
+            )
+        assert loss.total.requires_grad == grad
+        torch.testing.assert_close(loss.losses, loss.cross_entropy.square())
+        torch.testing.assert_close(loss.total.detach(), (loss.losses * weights).sum())
+    assert seen == 2 * list(range(37))
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"z_loss": 1e-3}])
+def test_an_objective_beside_smoothing_or_z_loss_is_refused(options):
+    hidden, table, labels, _ = inputs(3)
+    with pytest.raises(ValueError, match="set both to 0 or leave the objective out"):
+        linear_cross_entropy(hidden, table, labels, vocab_size=80, objective=likelihood, **options)
+
+
+def test_an_objective_that_gives_no_number_a_row_is_refused():
+    hidden, table, labels, _ = inputs(3)
+    with pytest.raises(ValueError, match=r"gave shapes \[\(\), \(3,\)\] for rows 0 to 3"):
+        linear_cross_entropy(
+            hidden, table, labels, vocab_size=80, objective=lambda log_p, rows: (-log_p.sum(), -torch.ones(3))
+        )

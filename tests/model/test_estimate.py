@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_speech.model.attention import PackedSequences
 from megatron_speech.model.builder import build_model
 from megatron_speech.model.memory import (
     GIB,
@@ -18,6 +17,8 @@ from megatron_speech.model.memory import (
     rank_parameters,
     remedies,
 )
+from megatron_speech.model.packed import PackedSequences
+from megatron_speech.model.targets import HeadTargets
 from megatron_speech.ops import cpu_layers
 from megatron_speech.recipe.model import ModelConfig
 from megatron_speech.recipe.recompute import RecomputeConfig
@@ -67,8 +68,8 @@ def kept_for_backward(config, precision, recompute, learned=1.0):
     (model,) = build_model(config, VOCAB, precision=precision, recompute=recompute)
     ids = torch.randint(0, VOCAB, (1, POSITIONS))
     weights = (torch.arange(POSITIONS) < learned * POSITIONS).float()
-    packed = PackedSequences.build(torch.tensor([0, 100, POSITIONS]), loss_weights=weights)
-    outside = [*model.parameters(), ids, packed.position_ids, packed.loss_rows, packed.segments]
+    packed, targets = PackedSequences.build(torch.tensor([0, 100, POSITIONS])), HeadTargets.build(ids, weights)
+    outside = [*model.parameters(), ids, packed.position_ids, targets.rows, packed.segments]
     outside = {tensor.untyped_storage().data_ptr() for tensor in outside}
     found = {}
 
@@ -79,7 +80,7 @@ def kept_for_backward(config, precision, recompute, learned=1.0):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(ids, None, None, ids.clone(), packed)
+        model(ids, None, None, targets, packed)
     return sum(size for _, size in found.values())
 
 

@@ -5,8 +5,9 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_speech.model import specs
-from megatron_speech.model.attention import PackedSequences
 from megatron_speech.model.builder import build_model
+from megatron_speech.model.packed import PackedSequences
+from megatron_speech.model.targets import HeadTargets
 from megatron_speech.recipe.model import ModelConfig
 from megatron_speech.recipe.recompute import RecomputeConfig
 
@@ -43,8 +44,8 @@ def both(monkeypatch):
 
 
 def loss_and_gradients(model, ids, weights):
-    packed = PackedSequences.build(BOUNDS, loss_weights=weights)
-    loss = model(ids, None, None, ids.roll(-1, 1), packed)
+    targets = HeadTargets.build(ids.roll(-1, 1), weights)
+    loss = model(ids, None, None, targets, PackedSequences.build(BOUNDS))
     loss.total.backward()
     return loss.total.detach(), {
         name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()
@@ -76,7 +77,7 @@ def test_logits_are_those_of_a_whole_last_layer(both, rows):
     found = []
     for model in both():
         packed = PackedSequences.build(BOUNDS)
-        packed.logit_rows = None if rows is None else torch.tensor(rows)
+        packed.head_rows = None if rows is None else torch.tensor(rows)
         found.append(model(ids, None, packed_seq_params=packed))
     assert found[0].shape[0] == (POSITIONS if rows is None else len(rows))
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)

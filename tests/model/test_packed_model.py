@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from megatron_speech.model.attention import KVCache, PackedSequences, PaddedLayout
 from megatron_speech.model.builder import build_model
+from megatron_speech.model.packed import PackedSequences, PaddedLayout
+from megatron_speech.model.state import GenerationState
+from megatron_speech.model.targets import TOKENS, HeadTargets
 from megatron_speech.ops import cpu_layers
 from megatron_speech.recipe.model import PRESETS, ModelConfig
 
@@ -40,8 +42,9 @@ def batch(lengths, seed=0):
     return ids, labels, cu_seqlens
 
 
-def head(model, ids, labels, cu_seqlens, **kwargs):
-    return model(ids, None, None, labels, PackedSequences.build(cu_seqlens, **kwargs))
+def head(model, ids, labels, cu_seqlens, weights=None, **kwargs):
+    packed = PackedSequences.build(cu_seqlens, **kwargs)
+    return model(ids, None, None, HeadTargets.build(labels, weights), packed)[TOKENS]
 
 
 def losses(*args):
@@ -125,7 +128,7 @@ def test_a_document_sends_no_gradient_to_its_neighbours():
     ids, labels, cu_seqlens = batch([20, 30])
     ids[:, :20] = ids[:, :20] % 100
     ids[:, 20:] = 100 + ids[:, 20:] % 100
-    head(model, ids, labels, cu_seqlens, loss_weights=(torch.arange(50) < 20).float()).total.backward()
+    head(model, ids, labels, cu_seqlens, weights=(torch.arange(50) < 20).float()).total.backward()
     gradient = model.embedding.word_embeddings.weight.grad
     assert gradient[:100].abs().sum() > 0
     assert gradient[100:].abs().sum() == 0
@@ -140,10 +143,10 @@ def test_known_padding_and_zero_weights_change_no_other_loss(layers):
     weights[0, 80:], weights[1, 90:] = 0, 0
     full = model(ids, packed_seq_params=PackedSequences.build(cu_seqlens))[:, :REAL]
     full = torch.nn.functional.cross_entropy(full, labels[0], reduction="none")
-    packed = PackedSequences.build(cu_seqlens, loss_weights=weights, row_pointers=torch.tensor([0, 2, 3]))
+    packed = PackedSequences.build(cu_seqlens, row_pointers=torch.tensor([0, 2, 3]))
     if packed.layout is not None:
         assert packed.layout.area <= 2 * (30**2 + 50**2 + 90**2)
-    selected = model(ids, None, None, labels, packed)
+    selected = model(ids, None, None, HeadTargets.build(labels, weights), packed)[TOKENS]
     torch.testing.assert_close(selected.losses, full[weights.view(-1) != 0], rtol=0, atol=1e-5)
     selected.total.backward()
     ours = [p.grad.clone() for p in model.parameters()]
@@ -156,7 +159,7 @@ def test_known_padding_and_zero_weights_change_no_other_loss(layers):
 def test_a_batch_without_any_loss_has_a_zero_loss_and_zero_gradients():
     model = model_of()
     ids, labels, cu_seqlens = batch([10])
-    loss = head(model, ids, labels, cu_seqlens, loss_weights=torch.zeros(10))
+    loss = head(model, ids, labels, cu_seqlens, weights=torch.zeros(10))
     loss.total.backward()
     assert loss.total.item() == 0.0 and loss.losses.tolist() == []
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -191,8 +194,8 @@ def test_greedy_decoding_with_the_cache_is_the_full_forward(shape):
     prompts = [torch.arange(n) * 7 % REAL for n in (3, 11, 1)]
     steps = 6
     with torch.no_grad():
-        cache = KVCache(3, max_length=11 + steps)
-        packed = cache.prefill([len(p) for p in prompts])
+        state = GenerationState(3, max_length=11 + steps)
+        packed = state.prefill([len(p) for p in prompts])
         logits = model(torch.cat(prompts)[None], packed.position_ids[None], packed_seq_params=packed)
         sequences = [p.tolist() for p in prompts]
         for _ in range(steps):
@@ -205,31 +208,31 @@ def test_greedy_decoding_with_the_cache_is_the_full_forward(shape):
             chosen = logits.argmax(-1)
             for sequence, token in zip(sequences, chosen.tolist(), strict=True):
                 sequence.append(token)
-            packed = cache.decode()
+            packed = state.decode()
             logits = model(chosen[None], packed.position_ids[None], packed_seq_params=packed)
 
 
 def test_sequences_can_leave_the_cache():
     model = model_of().eval()
     with torch.no_grad():
-        both, one = KVCache(2, 16), KVCache(1, 16)
+        both, one = GenerationState(2, 16), GenerationState(1, 16)
         packed = both.prefill([4, 9])
         model(torch.arange(13)[None], packed_seq_params=packed)
         packed = one.prefill([9])
         model(torch.arange(4, 13)[None], packed_seq_params=packed)
         both.keep([1])
         results = []
-        for cache in (both, one):
-            packed = cache.decode()
+        for state in (both, one):
+            packed = state.decode()
             results.append(model(torch.tensor([[42]]), packed_seq_params=packed))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
-def test_a_full_cache_says_so():
-    cache = KVCache(1, 4)
-    cache.prefill([4])
-    with pytest.raises(ValueError, match="does not fit a cache of 4"):
-        cache.decode()
+def test_a_full_state_says_so():
+    state = GenerationState(1, 4)
+    state.prefill([4])
+    with pytest.raises(ValueError, match="does not fit a state of 4"):
+        state.decode()
 
 
 def test_padding_ids_are_never_predicted():

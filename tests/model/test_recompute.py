@@ -5,8 +5,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from megatron_speech.model.attention import PackedSdpaAttention, PackedSequences
+from megatron_speech.model.attention import PackedSdpaAttention
 from megatron_speech.model.builder import build_model
+from megatron_speech.model.packed import PackedSequences
+from megatron_speech.model.targets import TOKENS, HeadTargets
 from megatron_speech.recipe.model import ModelConfig
 from megatron_speech.recipe.recompute import RecomputeConfig
 
@@ -25,9 +27,9 @@ def run(section):
     ids, labels = torch.randint(0, 200, (2, 1, sum(LENGTHS)), generator=generator)
     bounds = torch.tensor([0, *np.cumsum(LENGTHS)], dtype=torch.int32)
     weights = torch.rand(sum(LENGTHS), generator=generator).masked_fill_(torch.arange(sum(LENGTHS)) % 3 == 0, 0.0)
-    head = model(ids, None, None, labels, PackedSequences.build(bounds, loss_weights=weights))
-    head.total.backward()
-    return head.losses.detach(), {name: p.grad for name, p in model.named_parameters()}, len(calls)
+    losses = model(ids, None, None, HeadTargets.build(labels, weights), PackedSequences.build(bounds))
+    losses.total.backward()
+    return losses[TOKENS].losses.detach(), {name: p.grad for name, p in model.named_parameters()}, len(calls)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from te_stand_ins import Norm, install
 
 from megatron_speech.errors import InputError
 from megatron_speech.model import specs
-from megatron_speech.model.attention import PackedSequences
 from megatron_speech.model.builder import build_model, global_named_parameters, transformer_config
+from megatron_speech.model.packed import PackedSequences
+from megatron_speech.model.targets import TOKENS, HeadTargets
 from megatron_speech.recipe.model import ModelConfig
 from megatron_speech.recipe.precision import Fp8Config
 from megatron_speech.training.checkpoint.contents import METADATA
@@ -44,7 +45,7 @@ def losses(model):
     ids, labels = torch.randint(0, 200, (2, 1, sum(LENGTHS)), generator=generator)
     bounds = torch.tensor([0, *np.cumsum(LENGTHS)], dtype=torch.int32)
     packed = PackedSequences.build(bounds, fused=model.fused_attention)
-    return model(ids, None, None, labels, packed).losses
+    return model(ids, None, None, HeadTargets.build(labels), packed)[TOKENS].losses
 
 
 def test_both_back_ends_start_from_the_same_weights_and_have_the_same_losses(engine):
@@ -79,7 +80,7 @@ def test_a_batch_of_the_wrong_kind_is_an_error(engine):
     model = build("te")
     ids = torch.zeros(1, 8, dtype=torch.int64)
     with pytest.raises(TypeError, match="fused=True"):
-        model(ids, None, None, ids, PackedSequences.build(torch.tensor([0, 8])))
+        model(ids, None, None, HeadTargets.build(ids), PackedSequences.build(torch.tensor([0, 8])))
 
 
 # ---- the choice of a back-end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,12 +24,25 @@ def inputs(dtype: torch.dtype, real: int, padded: int) -> tuple[torch.Tensor, ..
     return hidden, table, labels, weights
 
 
+def squared(log_p: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log p)² times the number of the row, and its derivative."""
+    number = torch.arange(rows.start, rows.stop)
+    return number * log_p.square(), 2 * number * log_p
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "smoothed": {"label_smoothing": 0.1, "z_loss": 1e-3},
+    "objective": {"objective": squared},
+}
+
+
 def head(rank: int, world_size: int, directory: str, real: int, padded: int) -> None:
-    """Losses and gradients of this rank for each dtype, plain and with everything, to `directory`."""
+    """Losses and gradients of this rank for each dtype, plain, with everything and of an objective, to `directory`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world_size)
     found = {}
-    for dtype, (smoothing, z_loss) in itertools.product((torch.float32, torch.bfloat16), ((0.0, 0.0), (0.1, 1e-3))):
+    for dtype, (kind, options) in itertools.product((torch.float32, torch.bfloat16), KINDS.items()):
         hidden, table, labels, weights = inputs(dtype, real, padded)
         own = table.chunk(world_size)[rank].clone().requires_grad_()
         hidden.requires_grad_()
@@ -38,8 +52,7 @@ def head(rank: int, world_size: int, directory: str, real: int, padded: int) -> 
             labels,
             weights,
             vocab_size=real,
-            label_smoothing=smoothing,
-            z_loss=z_loss,
+            **options,
             group=dist.group.WORLD,
             chunk_rows=CHUNK,
         )
@@ -47,7 +60,7 @@ def head(rank: int, world_size: int, directory: str, real: int, padded: int) -> 
         assert hidden.grad is not None
         whole = hidden.grad.float()  # the part of this rank: megatron-core's mappings add them up
         dist.all_reduce(whole)
-        found[str(dtype), smoothing] = {
+        found[str(dtype), kind] = {
             "total": result.total.detach(),
             "losses": result.losses,
             "cross_entropy": result.cross_entropy,

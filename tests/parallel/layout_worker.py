@@ -18,9 +18,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_speech.model.attention import PackedSequences
 from megatron_speech.model.builder import build_model, global_named_parameters
-from megatron_speech.ops.cross_entropy import LinearLoss
+from megatron_speech.model.packed import PackedSequences
+from megatron_speech.model.targets import TOKENS, HeadTargets, Losses
 from megatron_speech.parallel import groups
 from megatron_speech.recipe.model import ModelConfig
 
@@ -50,13 +50,12 @@ def micro_batch(step: int, number: int) -> dict[str, torch.Tensor]:
 
 def forward_step(data: Any, model: Any, total: float) -> tuple[torch.Tensor, Any]:
     batch = next(data)
-    packed = PackedSequences.build(
-        batch["cu_seqlens"], loss_weights=batch["weights"] / total, row_pointers=batch["row_pointers"]
-    )
-    output = model(batch["tokens"][None], None, None, batch["labels"][None], packed_seq_params=packed)
+    packed = PackedSequences.build(batch["cu_seqlens"], row_pointers=batch["row_pointers"])
+    targets = HeadTargets.build(batch["labels"], batch["weights"] / total)
+    output = model(batch["tokens"][None], None, None, targets, packed_seq_params=packed)
 
-    def loss(head: LinearLoss) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        return head.total, torch.ones((), dtype=torch.int), {"loss": head.total.detach()}
+    def loss(losses: Losses) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        return losses.total, torch.ones((), dtype=torch.int), {"loss": losses.total.detach()}
 
     return output, loss
 
@@ -196,11 +195,11 @@ def two_documents(rank: int, world_size: int, directory: str, layout: dict[str, 
 
     def step(data: Any, model: Any) -> tuple[Any, Any]:
         tokens = next(data)
-        output = model(tokens, None, None, tokens, packed_seq_params=packed)
+        output = model(tokens, None, None, HeadTargets.build(tokens), packed_seq_params=packed)
 
-        def keep(head: LinearLoss) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            losses.append(head.losses[FIRST:].detach().clone())
-            return head.total, torch.ones((), dtype=torch.int), {}
+        def keep(found: Losses) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            losses.append(found[TOKENS].losses[FIRST:].detach().clone())
+            return found.total, torch.ones((), dtype=torch.int), {}
 
         return output, keep
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from megatron_speech.data.loading import context_parallel
 from megatron_speech.data.loading.loader import MicroBatch
-from megatron_speech.model.attention import PackedSequences
+from megatron_speech.model.packed import PackedSequences
+from megatron_speech.model.targets import HeadTargets
 
 
 def by_hand(lengths, ranks, rank, total):
@@ -95,7 +96,6 @@ def test_fused_attention_is_told_of_the_padded_documents():
     (part,) = context_parallel.share_micro_batches([micro_batch([5, 12, 3])], 2, 1)
     packed = PackedSequences.build(
         part.cu_seqlens,
-        loss_weights=part.loss_weights,
         position_ids=part.position_ids,
         row_pointers=part.row_pointers,
         fused=True,
@@ -106,7 +106,8 @@ def test_fused_attention_is_told_of_the_padded_documents():
     # The same tensor: comparing it with itself costs Transformer Engine no wait for the device.
     assert packed.cu_seqlens_q_padded is packed.cu_seqlens_q
     assert packed.max_seqlen_q == packed.max_seqlen_kv == 64
-    assert packed.loss_rows.numel() == int((part.loss_weights > 0).sum())
+    targets = HeadTargets.build(part.labels, part.loss_weights, part.group_ids)
+    assert targets.rows.numel() == int((part.loss_weights > 0).sum())
 
 
 def test_without_context_parallelism_empty_documents_are_left_out():

@@ -11,7 +11,7 @@ import torch
 from toy_runs import copy_until, launch_two, read_metrics, toy_recipe, train, without_timing, write_recipe
 
 from megatron_speech.modalities import MODALITIES
-from megatron_speech.model.attention import PackedSequences
+from megatron_speech.model.packed import PackedSequences
 from megatron_speech.parallel import groups
 from megatron_speech.recipe.load import parse_recipe
 from megatron_speech.recipe.loss import LossConfig

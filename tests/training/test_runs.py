@@ -455,7 +455,7 @@ def test_an_error_of_the_input_is_one_sentence_of_all_processes(
 
 
 def test_a_checkpoint_scores_the_same_when_it_is_loaded_for_inference(reference: Path) -> None:
-    from megatron_speech.model.attention import PackedSequences
+    from megatron_speech.model.packed import PackedSequences
     from megatron_speech.parallel import groups
     from megatron_speech.tokens.templates import compile_document
     from megatron_speech.training.checkpoint import load_for_inference

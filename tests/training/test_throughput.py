@@ -25,5 +25,5 @@ def test_only_what_is_computed_counts() -> None:
     assert (record["data_wait_seconds"], record["step_seconds"]) == (0.25, 2.0)
     assert (record["learned_fraction"], record["pad_fraction"]) == (0.25, 0.2)
     assert interval.record(MODEL, 100, reach=10.0, processes=2, peak_tflops=None)["mfu"] is None
-    top = interval.record(MODEL, 100, reach=10.0, processes=2, peak_tflops=1e-6, top_of_learned=True)
+    top = interval.record(MODEL, 100, reach=10.0, processes=2, peak_tflops=1e-6, last_mlp_on_learned_only=True)
     assert top["tflops_per_gpu"] == pytest.approx((flops - 750 * 6 * 3 * 128) / 4 / 2 / 1e12)

@@ -60,7 +60,7 @@ class LogMetrics(Event):
                 reach=stage.source.reach,
                 processes=run.world_size,
                 peak_tflops=peak,
-                top_of_learned=run.engine.execution.top_of_learned,
+                last_mlp_on_learned_only=run.engine.execution.last_mlp_on_learned_only,
             ),
             "memory_gib": memory_gib(),
             "slowest_rank": slowest.rank,

@@ -49,7 +49,7 @@ class Interval:
         reach: float,
         processes: int,
         peak_tflops: float | None,
-        top_of_learned: bool = False,
+        last_mlp_on_learned_only: bool = False,
     ) -> dict[str, float | None]:
         """The fields of metrics.jsonl.
 
@@ -59,11 +59,11 @@ class Interval:
             reach: tokens that attention sees, on average over tokens.
             processes: GPUs, or processes without one.
             peak_tflops: of the GPU; None where it is not known.
-            top_of_learned: the last layer's MLP runs for learned tokens alone.
+            last_mlp_on_learned_only: the last layer's MLP runs for learned tokens alone.
         """
         body = model.flops_per_token(reach, 0)
         head = model.flops_per_token(reach, vocabulary) - body
-        top = 18.0 * model.hidden_size * model.ffn_hidden_size if top_of_learned else 0.0
+        top = 18.0 * model.hidden_size * model.ffn_hidden_size if last_mlp_on_learned_only else 0.0
         tflops = (self.tokens * (body - top) + self.learned * (head + top)) / self.seconds / processes / 1e12
         return {
             "tokens_per_second": self.tokens / self.seconds,
