@@ -379,9 +379,9 @@ class Trainer:
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = batch.loss_weight_sums
+        sums = batch.loss_totals
         self._run_batch(batch, meter, loss, self._sum_over_ranks(sums), forward_only=False)
-        meter.add_counts(weight_sums=sums, tokens=batch.tokens, pad_tokens=batch.pad_tokens)
+        meter.add_counts(loss_totals=sums, tokens=batch.tokens, pad_tokens=batch.pad_tokens)
         scheduler.step(1)
         self._checkpoints.hold_training_stream()
         guard = self._spikes
@@ -397,7 +397,7 @@ class Trainer:
         return self.optimizer.step(skip)
 
     def _run_batch(
-        self, batch: GlobalBatch, meter: LossMeter, loss: LossConfig, weight_sums: np.ndarray, *, forward_only: bool
+        self, batch: GlobalBatch, meter: LossMeter, loss: LossConfig, loss_totals: np.ndarray, *, forward_only: bool
     ) -> None:
         """Forward (and backward) over this rank's micro-batches with megatron-core's schedule.
 
@@ -405,10 +405,11 @@ class Trainer:
             batch: this rank's share of the global batch.
             meter: takes the losses.
             loss: the stage's `loss` section.
-            weight_sums: Σ loss weight over the whole global batch, all ranks: what Σ weight·ce is divided by.
+            loss_totals: of the whole global batch, all ranks: what Σ weight·ce is divided by (`LossConfig.scales`).
             forward_only: no gradients, and the plain cross-entropy.
         """
-        scales = loss.scales(weight_sums.tolist())
+        # The meter weighs what is validated by itself: any scale will do that is not 0.
+        scales = [1.0] * loss.normalizers if forward_only else loss.scales(loss_totals)
         plain = loss.model_copy(update={"label_smoothing": 0.0, "z_loss": 0.0}) if forward_only else loss
         context, fused = self.recipe.parallel.context, self.chunks[0].fused_attention
         inputs = [
