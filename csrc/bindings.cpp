@@ -18,7 +18,7 @@ namespace ms = megatron_speech;
 namespace {
 
 // Raised together with INTERFACE in megatron_speech/ops/extension.py whenever a signature changes.
-constexpr int kInterface = 4;
+constexpr int kInterface = 5;
 
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
@@ -40,23 +40,28 @@ py::array_t<T> to_numpy(std::vector<T>&& values) {
 
 ms::LossMaskProblem problem_of(const Array<int64_t>& tokens, const Array<int32_t>& document_lengths,
                                const Array<int32_t>& row_pointers, const Array<int32_t>& document_groups,
-                               const Array<uint8_t>& modality_table, int64_t prompt_end_id, const Array<float>& weights,
-                               Array<int64_t>& labels, Array<float>& loss_weights, Array<int64_t>& position_ids,
+                               const Array<uint8_t>& document_flags, const Array<uint8_t>& modality_table,
+                               int64_t prompt_end_id, const Array<float>& weights, Array<int64_t>& labels, Array<float>& loss_weights, Array<int64_t>& position_ids,
                                Array<int32_t>& group_ids, Array<int32_t>& cu_seqlens, Array<int64_t>& counts,
                                Array<int64_t>& invalid) {
-    if (tokens.ndim() != 2 || tokens.shape(1) < 2) throw std::invalid_argument("tokens is not [B, S + 1] with S >= 1");
-    const int64_t rows = tokens.shape(0), seq_length = tokens.shape(1) - 1, documents = document_lengths.size();
-    if (seq_length > ms::kMaxSeqLength || rows * seq_length > INT32_MAX) {
-        throw std::invalid_argument("the batch has more positions than cu_seqlens (int32) can number");
+    const bool grid = tokens.ndim() == 3;
+    if ((tokens.ndim() != 2 && !grid) || tokens.shape(1) < 2 || (grid && tokens.shape(2) < 1)) {
+        throw std::invalid_argument("tokens is not [B, S + 1] or [B, S + 1, K] with S >= 1 and K >= 1");
+    }
+    const int64_t rows = tokens.shape(0), seq_length = tokens.shape(1) - 1, streams = grid ? tokens.shape(2) : 1;
+    const int64_t documents = document_lengths.size(), elements = rows * seq_length * streams;
+    if (seq_length > ms::kMaxSeqLength / streams || elements > INT32_MAX) {
+        throw std::invalid_argument("the batch has more elements than int32 can number");
     }
     if (modality_table.size() < 1) throw std::invalid_argument("modality_table is empty");
     require_size(row_pointers, rows + 1, "row_pointers");
     require_size(document_groups, documents, "document_groups");
+    if (document_flags.size()) require_size(document_flags, documents, "document_flags");
     require_size(weights, 2 * ms::kModalities, "weights");
-    require_size(labels, rows * seq_length, "labels");
-    require_size(loss_weights, rows * seq_length, "loss_weights");
+    require_size(labels, elements, "labels");
+    require_size(loss_weights, elements, "loss_weights");
     require_size(position_ids, rows * seq_length, "position_ids");
-    require_size(group_ids, rows * seq_length, "group_ids");
+    require_size(group_ids, elements, "group_ids");
     require_size(cu_seqlens, documents + rows + 1, "cu_seqlens");
     require_size(counts, ms::kCounts, "counts");
     require_size(invalid, 1, "invalid");
@@ -65,9 +70,11 @@ ms::LossMaskProblem problem_of(const Array<int64_t>& tokens, const Array<int32_t
     p.document_lengths = document_lengths.data();
     p.row_pointers = row_pointers.data();
     p.document_groups = document_groups.data();
+    p.document_flags = document_flags.size() ? document_flags.data() : nullptr;
     p.modality_table = modality_table.data();
     p.rows = rows;
     p.seq_length = seq_length;
+    p.streams = streams;
     p.documents = documents;
     p.vocabulary = modality_table.size();
     p.prompt_end_id = prompt_end_id;
@@ -83,12 +90,13 @@ ms::LossMaskProblem problem_of(const Array<int64_t>& tokens, const Array<int32_t
 }
 
 bool loss_mask(const Array<int64_t>& tokens, const Array<int32_t>& document_lengths, const Array<int32_t>& row_pointers,
-               const Array<int32_t>& document_groups, const Array<uint8_t>& modality_table, int64_t prompt_end_id,
-               const Array<float>& weights, Array<int64_t> labels, Array<float> loss_weights,
-               Array<int64_t> position_ids, Array<int32_t> group_ids, Array<int32_t> cu_seqlens, Array<int64_t> counts,
+               const Array<int32_t>& document_groups, const Array<uint8_t>& document_flags,
+               const Array<uint8_t>& modality_table, int64_t prompt_end_id, const Array<float>& weights,
+               Array<int64_t> labels, Array<float> loss_weights, Array<int64_t> position_ids, Array<int32_t> group_ids, Array<int32_t> cu_seqlens, Array<int64_t> counts,
                Array<int64_t> invalid) {
-    const auto p = problem_of(tokens, document_lengths, row_pointers, document_groups, modality_table, prompt_end_id,
-                              weights, labels, loss_weights, position_ids, group_ids, cu_seqlens, counts, invalid);
+    const auto p = problem_of(tokens, document_lengths, row_pointers, document_groups, document_flags, modality_table,
+                              prompt_end_id, weights, labels, loss_weights, position_ids, group_ids, cu_seqlens, counts,
+                              invalid);
     // The row pointers are what a wrong address could come from.
     if (p.row_pointers[0] != 0 || p.row_pointers[p.rows] != p.documents) {
         throw std::invalid_argument("row_pointers do not run from 0 to the number of documents");
@@ -105,12 +113,13 @@ bool loss_mask(const Array<int64_t>& tokens, const Array<int32_t>& document_leng
 
 void loss_mask_emulated(const Array<int64_t>& tokens, const Array<int32_t>& document_lengths,
                         const Array<int32_t>& row_pointers, const Array<int32_t>& document_groups,
-                        const Array<uint8_t>& modality_table, int64_t prompt_end_id, const Array<float>& weights,
-                        Array<int64_t> labels, Array<float> loss_weights, Array<int64_t> position_ids,
+                        const Array<uint8_t>& document_flags, const Array<uint8_t>& modality_table,
+                        int64_t prompt_end_id, const Array<float>& weights, Array<int64_t> labels, Array<float> loss_weights, Array<int64_t> position_ids,
                         Array<int32_t> group_ids, Array<int32_t> cu_seqlens, Array<int64_t> counts,
                         Array<int64_t> invalid, int threads, bool reversed) {
-    const auto p = problem_of(tokens, document_lengths, row_pointers, document_groups, modality_table, prompt_end_id,
-                              weights, labels, loss_weights, position_ids, group_ids, cu_seqlens, counts, invalid);
+    const auto p = problem_of(tokens, document_lengths, row_pointers, document_groups, document_flags, modality_table,
+                              prompt_end_id, weights, labels, loss_weights, position_ids, group_ids, cu_seqlens, counts,
+                              invalid);
     py::gil_scoped_release release;
     ms::loss_mask_emulated(p, threads, reversed);
 }
@@ -237,13 +246,13 @@ PYBIND11_MODULE(_C, m) {
     ms::register_text(m);
     const auto fixed = [](const char* name) { return py::arg(name).noconvert(); };
     m.def("loss_mask", &loss_mask, fixed("tokens"), fixed("document_lengths"), fixed("row_pointers"),
-          fixed("document_groups"), fixed("modality_table"), py::arg("prompt_end_id"), fixed("weights"),
-          fixed("labels"), fixed("loss_weights"), fixed("position_ids"), fixed("group_ids"), fixed("cu_seqlens"),
-          fixed("counts"), fixed("invalid"), "False when a token has no modality: the outputs are not to be used.");
+          fixed("document_groups"), fixed("document_flags"), fixed("modality_table"), py::arg("prompt_end_id"),
+          fixed("weights"), fixed("labels"), fixed("loss_weights"), fixed("position_ids"), fixed("group_ids"),
+          fixed("cu_seqlens"), fixed("counts"), fixed("invalid"), "False when a token has no modality: the outputs are not to be used.");
     m.def("loss_mask_emulated", &loss_mask_emulated, fixed("tokens"), fixed("document_lengths"), fixed("row_pointers"),
-          fixed("document_groups"), fixed("modality_table"), py::arg("prompt_end_id"), fixed("weights"),
-          fixed("labels"), fixed("loss_weights"), fixed("position_ids"), fixed("group_ids"), fixed("cu_seqlens"),
-          fixed("counts"), fixed("invalid"), py::arg("threads"), py::arg("reversed"),
+          fixed("document_groups"), fixed("document_flags"), fixed("modality_table"), py::arg("prompt_end_id"),
+          fixed("weights"), fixed("labels"), fixed("loss_weights"), fixed("position_ids"), fixed("group_ids"),
+          fixed("cu_seqlens"), fixed("counts"), fixed("invalid"), py::arg("threads"), py::arg("reversed"),
           "The code of the CUDA kernels, run thread by thread; for tests.");
     m.def("pack_cut", &pack_cut, fixed("lengths"), py::arg("seq_length"), "(seq_ptr, position, start, length)");
     m.def("pack_fit", &pack_fit, fixed("lengths"), py::arg("seq_length"), py::arg("open_bins"),

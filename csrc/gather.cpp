@@ -36,7 +36,7 @@ void copy_ids(const TokenSource& source, int64_t byte, int64_t count, int64_t* t
 struct Place {
     const TokenSource* source;
     int64_t byte;   // of its first id
-    int64_t whole;  // ids of its document
+    int64_t whole;  // steps of its document
 
     bool find(const std::vector<TokenSource>& sources, const SegmentBatch& batch, int64_t k) {
         const int64_t dataset = batch.dataset[k], document = batch.document[k];
@@ -47,18 +47,19 @@ struct Place {
         const int64_t start = batch.start[k], length = batch.length[k];
         if (start < 0 || length < 0 || start + length > whole) return false;
         const int64_t pointer = load<int64_t>(source->pointers, document);
-        if (pointer < 0 || pointer > source->bytes || whole > (source->bytes - pointer) / source->itemsize) return false;
-        byte = pointer + start * source->itemsize;
+        const int64_t step = source->streams * source->itemsize;  // bytes
+        if (pointer < 0 || pointer > source->bytes || whole > (source->bytes - pointer) / step) return false;
+        byte = pointer + start * step;
         return true;
     }
 };
 
 }  // namespace
 
-int64_t gather(const std::vector<TokenSource>& sources, const SegmentBatch& batch, int64_t pad_id, int64_t* tokens,
-               uint8_t* goes_on) {
+int64_t gather(const std::vector<TokenSource>& sources, const SegmentBatch& batch, int64_t streams, int64_t pad_id,
+               int64_t* tokens, uint8_t* goes_on) {
     for (int64_t row = 0; row < batch.rows; ++row) {
-        int64_t* out = tokens + row * (batch.width + 1);
+        int64_t* out = tokens + row * (batch.width + 1) * streams;
         int64_t used = 0;
         for (int64_t k = batch.row_pointers[row]; k < batch.row_pointers[row + 1]; ++k) {
             Place place;
@@ -67,16 +68,16 @@ int64_t gather(const std::vector<TokenSource>& sources, const SegmentBatch& batc
             if (batch.strides) {
                 column = (k - batch.row_pointers[row]) * batch.strides[row];
                 if (column < used) return k;
-                std::fill(out + used, out + std::min(column, batch.width), pad_id);
+                std::fill(out + used * streams, out + std::min(column, batch.width) * streams, pad_id);
             }
             const int64_t length = batch.length[k];
             if (column + length > batch.width) return k;
             const bool unfinished = batch.start[k] + length < place.whole;
             goes_on[k] = column + length == batch.width && unfinished;
-            copy_ids(*place.source, place.byte, length + goes_on[k], out + column);
+            copy_ids(*place.source, place.byte, (length + goes_on[k]) * streams, out + column * streams);
             used = column + length + goes_on[k];
         }
-        std::fill(out + used, out + batch.width + 1, pad_id);
+        std::fill(out + used * streams, out + (batch.width + 1) * streams, pad_id);
     }
     return -1;
 }
@@ -88,7 +89,8 @@ void will_need(const std::vector<TokenSource>& sources, const SegmentBatch& batc
         // What does not exist is refused where it is read.
         if (!place.find(sources, batch, k) || !place.source->mapped) continue;
         const uintptr_t begin = reinterpret_cast<uintptr_t>(place.source->tokens) + static_cast<uintptr_t>(place.byte);
-        const uintptr_t end = begin + static_cast<uintptr_t>((batch.length[k] + 1) * place.source->itemsize);
+        const int64_t step = place.source->streams * place.source->itemsize;  // bytes
+        const uintptr_t end = begin + static_cast<uintptr_t>((batch.length[k] + 1) * step);
         const uintptr_t first = begin / page * page;
         // Advice: whether it is taken makes no difference to what is read.
         (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_WILLNEED);

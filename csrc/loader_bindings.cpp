@@ -32,8 +32,10 @@ void require(bool holds, const char* what) {
 // The datasets of a run. Holds on to their arrays; called from several threads, since it never changes.
 class TokenSources {
   public:
-    // Each dataset is (ids [N], byte pointers int64 [D], lengths int32 [D], whether the ids are a mapped file).
-    explicit TokenSources(const py::list& datasets) {
+    // Each dataset is (ids [N], byte pointers int64 [D], lengths int32 [D] in steps, whether the ids are a mapped file);
+    // a step is `streams` ids.
+    TokenSources(const py::list& datasets, int64_t streams) : streams_(streams) {
+        require(streams >= 1 && streams <= INT32_MAX, "streams is not a number of streams");
         for (const py::handle& item : datasets) {
             const auto fields = item.cast<py::tuple>();
             require(fields.size() == 4, "a dataset is (tokens, pointers, lengths, mapped)");
@@ -54,14 +56,16 @@ class TokenSources {
             require(pointers.size() == lengths.size(), "pointers and lengths differ in number");
             sources_.push_back({static_cast<const char*>(tokens.data()), tokens.nbytes(), itemsize, kind == 'i',
                                 static_cast<const char*>(pointers.data()), static_cast<const char*>(lengths.data()),
-                                lengths.size(), fields[3].cast<bool>()});
+                                lengths.size(), fields[3].cast<bool>(), streams});
         }
     }
 
     int64_t gather(const Array<int32_t>& dataset, const Array<int32_t>& document, const Array<int32_t>& start,
                    const Array<int32_t>& length, const Array<int32_t>& row_pointers, const py::object& strides,
                    int64_t pad_id, Array<int64_t> tokens, Array<uint8_t> goes_on) const {
-        require(tokens.ndim() == 2 && tokens.shape(1) >= 2, "tokens is not [B, S + 1] with S >= 1");
+        const bool grid = tokens.ndim() == 3;
+        require((tokens.ndim() == 2 || grid) && tokens.shape(1) >= 2 && (grid ? tokens.shape(2) : 1) == streams_,
+                "tokens is not [B, S + 1, streams], or [B, S + 1] for one stream, with S >= 1");
         auto batch = batch_of(dataset, document, start, length, row_pointers, tokens.shape(0));
         batch.width = tokens.shape(1) - 1;
         require(goes_on.size() == batch.segments, "goes_on is not one value a segment");
@@ -75,7 +79,7 @@ class TokenSources {
         int64_t* out = tokens.mutable_data();
         uint8_t* flags = goes_on.mutable_data();
         py::gil_scoped_release release;
-        return ms::gather(sources_, batch, pad_id, out, flags);
+        return ms::gather(sources_, batch, streams_, pad_id, out, flags);
     }
 
     void will_need(const Array<int32_t>& dataset, const Array<int32_t>& document, const Array<int32_t>& start,
@@ -107,6 +111,7 @@ class TokenSources {
                 rows >= 0 ? row_pointers.data() : nullptr, nullptr, segments, rows, 0};
     }
 
+    int64_t streams_;
     std::vector<ms::TokenSource> sources_;
     std::vector<py::array> kept_;
 };
@@ -133,7 +138,8 @@ void megatron_speech::register_loader(py::module_& m) {
     m.def("pack_bucket", &bucketed, fixed("lengths"), fixed("targets"), py::arg("max_tokens"), py::arg("window"),
           "(seq_ptr, position, start, length, oversize)");
     py::class_<TokenSources>(m, "TokenSources", "The datasets that batches are read from.")
-        .def(py::init<const py::list&>(), py::arg("datasets"), "(tokens, pointers, lengths, mapped) of each dataset")
+        .def(py::init<const py::list&, int64_t>(), py::arg("datasets"), py::arg("streams"),
+             "(tokens, pointers, lengths, mapped) of each dataset; ids of a step")
         .def("gather", &TokenSources::gather, fixed("dataset"), fixed("document"), fixed("start"), fixed("length"),
              fixed("row_pointers"), py::arg("strides"), py::arg("pad_id"), fixed("tokens"), fixed("goes_on"),
              "-1, or the first segment that does not exist: the outputs are then not to be used.")

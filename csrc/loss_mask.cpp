@@ -10,16 +10,19 @@
 namespace megatron_speech {
 namespace {
 
-// One row. `valid` becomes false when a token has no modality; which one is looked up afterwards.
+// One row. `valid` becomes false when a token has no modality; which one is looked up afterwards. `kSingle` knows at
+// compile time that there is one stream.
+template <bool kSingle>
 class Row {
   public:
     Row(const LossMaskProblem& p, int64_t row)
         : p_(p),
-          tokens_(p.tokens + row * (p.seq_length + 1)),
-          labels_(p.labels + row * p.seq_length),
-          loss_weights_(p.loss_weights + row * p.seq_length),
+          streams_(kSingle ? 1 : p.streams),
+          tokens_(p.tokens + row * (p.seq_length + 1) * streams()),
+          labels_(p.labels + row * p.seq_length * streams()),
+          loss_weights_(p.loss_weights + row * p.seq_length * streams()),
           position_ids_(p.position_ids + row * p.seq_length),
-          group_ids_(p.group_ids + row * p.seq_length) {
+          group_ids_(p.group_ids + row * p.seq_length * streams()) {
         for (int i = 0; i < kModalities; ++i) {
             weights_[0][i] = p.weights[i];
             weights_[1][i] = p.weights[kModalities + i];
@@ -31,13 +34,14 @@ class Row {
     int64_t loss_tokens = 0, prompt_tokens = 0;
 
     // Columns [start, stop) hold a document (its in-row part), which goes on beyond the row where `cut`.
-    void document(int64_t start, int64_t stop, bool cut, int32_t group) {
+    void document(int64_t start, int64_t stop, bool cut, int32_t group, uint8_t flags) {
         if (start == stop) return;
-        const int64_t labelled = cut ? stop : stop - 1;  // the last column of a whole document has no label
+        // The last column of a whole document has no label.
+        const int64_t labelled = flags & kUnlearned ? start : (cut ? stop : stop - 1);
         int64_t prompted = start;                        // columns below it have a label in the prompt
-        if (p_.prompt_end_id >= 0) {
+        if (p_.prompt_end_id >= 0 && !(flags & kPromptless)) {
             int64_t prompt_end = start;
-            while (prompt_end < stop && tokens_[prompt_end] != p_.prompt_end_id) ++prompt_end;
+            while (prompt_end < stop && tokens_[prompt_end * streams()] != p_.prompt_end_id) ++prompt_end;
             prompted = prompt_end == stop ? labelled : std::min(prompt_end, labelled);
             prompt_tokens += std::min(prompt_end + 1, stop) - start;
         }
@@ -49,43 +53,52 @@ class Row {
     void ignore(int64_t begin, int64_t start, int64_t end) {
         for (int64_t column = begin; column < end; ++column) {
             check(column + 1);
-            labels_[column] = kIgnoreLabel;
-            loss_weights_[column] = 0.0f;
             position_ids_[column] = column - start;
-            group_ids_[column] = kNoGroup;
+            for (int64_t at = column * streams(); at < (column + 1) * streams(); ++at) {
+                labels_[at] = kIgnoreLabel;
+                loss_weights_[at] = 0.0f;
+                group_ids_[at] = kNoGroup;
+            }
         }
     }
 
   private:
+    int64_t streams() const { return kSingle ? 1 : streams_; }
+
     void learn(int64_t begin, int64_t start, int64_t end, const float* weights, int32_t group) {
         const uint64_t vocabulary = static_cast<uint64_t>(p_.vocabulary);
         const int32_t group_base = group * kModalities;
         int64_t learned_tokens = 0;
         bool all_valid = true;
         for (int64_t column = begin; column < end; ++column) {
-            const int64_t next = tokens_[column + 1];
-            const bool known = static_cast<uint64_t>(next) < vocabulary;
-            const int modality = p_.modality_table[known ? next : 0];
-            all_valid &= known & (modality < kModalities);
-            const float weight = weights[modality & 3];
-            const bool learned = weight != 0.0f;
-            learned_tokens += learned;
-            labels_[column] = learned ? next : kIgnoreLabel;
-            loss_weights_[column] = weight;
             position_ids_[column] = column - start;
-            group_ids_[column] = learned ? group_base + modality : kNoGroup;
+            for (int64_t at = column * streams(); at < (column + 1) * streams(); ++at) {
+                const int64_t next = tokens_[at + streams()];
+                const bool known = static_cast<uint64_t>(next) < vocabulary;
+                const int modality = p_.modality_table[known ? next : 0];
+                all_valid &= known & (modality < kModalities);
+                const float weight = weights[modality & 3];
+                const bool learned = weight != 0.0f;
+                learned_tokens += learned;
+                labels_[at] = learned ? next : kIgnoreLabel;
+                loss_weights_[at] = weight;
+                group_ids_[at] = learned ? group_base + modality : kNoGroup;
+            }
         }
         valid &= all_valid;
         loss_tokens += learned_tokens;
     }
 
     void check(int64_t column) {
-        const int64_t id = tokens_[column];
-        const bool known = static_cast<uint64_t>(id) < static_cast<uint64_t>(p_.vocabulary);
-        valid &= known & (p_.modality_table[known ? id : 0] < kModalities);
+        for (int64_t at = column * streams(); at < (column + 1) * streams(); ++at) {
+            const int64_t id = tokens_[at];
+            const bool known = static_cast<uint64_t>(id) < static_cast<uint64_t>(p_.vocabulary);
+            valid &= known & (p_.modality_table[known ? id : 0] < kModalities);
+        }
     }
 
     const LossMaskProblem& p_;
+    const int64_t streams_;
     const int64_t* tokens_;
     int64_t* labels_;
     float* loss_weights_;
@@ -129,32 +142,33 @@ void emulate(LossMaskProblem p, bool reversed) {
         }
         each(kThreads, reversed, [&](int64_t t) { Documents::write(p, s, row, static_cast<int>(t), from); });
     });
-    const int64_t blocks = p.rows * Tile<kThreads>::per_row(p);
     if (p.prompt_end_id >= 0) {
-        each(blocks, reversed, [&](int64_t block) {
+        each(p.rows * Tile<kThreads>::per_row(p.seq_length), reversed, [&](int64_t block) {
             each(kThreads, reversed,
                  [&](int64_t t) { PromptKernel<kThreads>::find(p, block, static_cast<int>(t)); });
         });
     }
-    const bool vector = outputs_are_aligned(p);
-    each(blocks, reversed, [&](int64_t block) {
+    const bool vector = outputs_are_aligned(p), single = p.streams == 1;
+    each(p.rows * Tile<kThreads>::per_row(p.seq_length * p.streams), reversed, [&](int64_t block) {
         typename Positions::Shared s;
         poison(&s);
         each(kThreads, reversed, [&](int64_t t) { Positions::begin(p, s, block, static_cast<int>(t)); });
         each(kThreads, reversed, [&](int64_t t) {
-            if (vector) {
-                Positions::template compute<true>(p, s, block, static_cast<int>(t));
+            const int thread = static_cast<int>(t);
+            if (single) {
+                vector ? Positions::template compute<true, true>(p, s, block, thread)
+                       : Positions::template compute<false, true>(p, s, block, thread);
             } else {
-                Positions::template compute<false>(p, s, block, static_cast<int>(t));
+                vector ? Positions::template compute<true, false>(p, s, block, thread)
+                       : Positions::template compute<false, false>(p, s, block, thread);
             }
         });
         each(kThreads, reversed, [&](int64_t t) { Positions::end(p, s, static_cast<int>(t)); });
     });
 }
 
-}  // namespace
-
-bool loss_mask_cpu(const LossMaskProblem& p) {
+template <bool kSingle>
+bool mask_rows(const LossMaskProblem& p) {
     const int64_t seq_length = p.seq_length;
     bool valid = true;
     std::fill_n(p.counts, static_cast<int>(kCounts), 0);
@@ -162,13 +176,13 @@ bool loss_mask_cpu(const LossMaskProblem& p) {
     int32_t* boundary = p.cu_seqlens;
     *boundary++ = 0;
     for (int64_t row = 0; row < p.rows; ++row) {
-        Row out(p, row);
+        Row<kSingle> out(p, row);
         int64_t offset = 0;
         for (int32_t d = p.row_pointers[row]; d < p.row_pointers[row + 1]; ++d) {
             const int64_t start = std::min(offset, seq_length);
             offset += p.document_lengths[d];
             const int64_t stop = std::min(offset, seq_length);
-            out.document(start, stop, offset > seq_length, p.document_groups[d]);
+            out.document(start, stop, offset > seq_length, p.document_groups[d], flags_of(p, d));
             *boundary++ = static_cast<int32_t>(row * seq_length + stop);
         }
         const int64_t used = std::min(offset, seq_length);
@@ -182,6 +196,10 @@ bool loss_mask_cpu(const LossMaskProblem& p) {
     }
     return valid;
 }
+
+}  // namespace
+
+bool loss_mask_cpu(const LossMaskProblem& p) { return p.streams == 1 ? mask_rows<true>(p) : mask_rows<false>(p); }
 
 void loss_mask_emulated(const LossMaskProblem& p, int threads, bool reversed) {
     threads == 4 ? emulate<4>(p, reversed) : emulate<256>(p, reversed);

@@ -27,30 +27,37 @@ constexpr int64_t kMaxSeqLength = 1 << 30;
 
 enum Count { kDocumentTokens, kPadTokens, kLossTokens, kPromptTokens, kCounts };
 
-// Shapes: B rows, S = seq_length, D documents, V = vocabulary. All arrays are dense and on one device.
+// Bits of a document's flags.
+constexpr uint8_t kPromptless = 1;  // has no prompt: its labels weigh what they weigh outside one
+constexpr uint8_t kUnlearned = 2;   // nothing of it is learned
+
+// Shapes: B rows, S = seq_length steps, K = streams, D documents, V = vocabulary. All arrays are dense and on one
+// device. A step holds K ids, one of each stream; documents, prompts and positions count steps.
 struct LossMaskProblem {
     // Inputs.
-    const int64_t* tokens;             // [B, S + 1]
+    const int64_t* tokens;             // [B, S + 1, K]
     const int32_t* document_lengths;   // [D]
     const int32_t* row_pointers;       // [B + 1]
     const int32_t* document_groups;    // [D]
+    const uint8_t* document_flags;     // [D], or null where no document has any
     const uint8_t* modality_table;     // [V]
     int64_t rows;
     int64_t seq_length;
+    int64_t streams;
     int64_t documents;
     int64_t vocabulary;
     int64_t prompt_end_id;             // -1: documents have no prompt
     float weights[2 * kModalities];    // by modality of the label: outside the prompt, then inside it
     // Outputs.
-    int64_t* labels;                   // [B, S]
-    float* loss_weights;               // [B, S]
+    int64_t* labels;                   // [B, S, K]
+    float* loss_weights;               // [B, S, K]
     int64_t* position_ids;             // [B, S]
-    int32_t* group_ids;                // [B, S]
+    int32_t* group_ids;                // [B, S, K]
     int32_t* cu_seqlens;               // [D + B + 1]
     int64_t* counts;                   // [kCounts], zeroed before the kernels
     int64_t* invalid;                  // [1], zeroed before the kernels: what a CPU implementation would refuse
     // Workspace of the CUDA kernels.
-    int32_t* prompt_ends;              // [D], column of the first prompt end of each document
+    int32_t* prompt_ends;              // [D], column of the first prompt end of each document; -1 where promptless
     int32_t* row_is_cut;               // [B], 1 where the document that holds column S - 1 goes on beyond the row
 };
 
@@ -124,6 +131,10 @@ MS_HOST_DEVICE RowDocuments row_documents(const LossMaskProblem& p, int64_t row)
     const bool outer = (row == 0 && begin != 0) || (row == p.rows - 1 && end != p.documents);
     return {static_cast<int32_t>(safe_begin), static_cast<int32_t>(safe_end),
             safe_begin != begin || safe_end != end || outer};
+}
+
+MS_HOST_DEVICE uint8_t flags_of(const LossMaskProblem& p, int32_t document) {
+    return p.document_flags ? p.document_flags[document] : uint8_t{0};
 }
 
 // First index in [low, high] whose end lies beyond `position`; the row's end, `ends[padding]`, always does.
@@ -202,7 +213,7 @@ struct DocumentKernel {
             const int32_t start = offset;
             offset = saturating_add(p, offset, length_of(p, d));
             row_ends[d] = base + (offset < seq_length ? offset : seq_length);
-            p.prompt_ends[d] = kNoPromptEnd;
+            p.prompt_ends[d] = flags_of(p, d) & kPromptless ? -1 : kNoPromptEnd;
             if (start < seq_length && offset > seq_length) p.row_is_cut[row] = 1;
         }
         if (thread == kThreads - 1) {
@@ -216,26 +227,27 @@ struct DocumentKernel {
 };
 
 // ---- Tiles: kernels 2 and 3 give each block a stretch of one row -------------------------------------------
+//
+// The stretch counts elements: the row's steps for kernel 2, which reads stream 0, and its steps × streams for kernel 3.
 
-constexpr int kPerThread = 4;  // consecutive positions: one 16-byte store of a 4-byte output
+constexpr int kPerThread = 4;  // consecutive elements: one 16-byte store of a 4-byte output
 
 template <int kThreads>
 struct Tile {
-    static constexpr int kPositions = kThreads * kPerThread;
+    static constexpr int kElements = kThreads * kPerThread;
 
     int64_t row;
-    int32_t begin, end;        // columns
+    int32_t begin, end;        // elements of the row
     int32_t first_document;    // of the row
     int32_t padding;           // segment number of the row's padding; segments are the documents, then the padding
     const int32_t* ends;       // flattened end of each segment of the row; ends[-1] is the row's begin
 
-    static MS_HOST_DEVICE int64_t per_row(const LossMaskProblem& p) {
-        return (p.seq_length + kPositions - 1) / kPositions;
-    }
+    // Tiles of a row of `elements`.
+    static MS_HOST_DEVICE int64_t per_row(int64_t elements) { return (elements + kElements - 1) / kElements; }
 
-    static MS_HOST_DEVICE Tile of_block(const LossMaskProblem& p, int64_t block) {
-        const int64_t tiles = per_row(p), row = block / tiles, begin = block % tiles * kPositions;
-        const int64_t end = begin + kPositions < p.seq_length ? begin + kPositions : p.seq_length;
+    static MS_HOST_DEVICE Tile of_block(const LossMaskProblem& p, int64_t block, int64_t elements) {
+        const int64_t tiles = per_row(elements), row = block / tiles, begin = block % tiles * kElements;
+        const int64_t end = begin + kElements < elements ? begin + kElements : elements;
         const RowDocuments documents = row_documents(p, row);
         return {row, static_cast<int32_t>(begin), static_cast<int32_t>(end), documents.begin,
                 documents.end - documents.begin, p.cu_seqlens + 1 + row + documents.begin};
@@ -245,16 +257,16 @@ struct Tile {
 // ---- Kernel 2, only where documents have prompts: the first prompt end of each document -------------------
 //
 // A document holds about one prompt end, so the search for its document and the atomic are rare; the kernel
-// is one coalesced read of the tokens.
+// is one read of stream 0 of the tokens. A promptless document's -1 stays below any column.
 
 template <int kThreads>
 struct PromptKernel {
     static MS_HOST_DEVICE void find(const LossMaskProblem& p, int64_t block, int thread) {
-        const Tile<kThreads> tile = Tile<kThreads>::of_block(p, block);
-        const int64_t* tokens = p.tokens + tile.row * (p.seq_length + 1);
+        const Tile<kThreads> tile = Tile<kThreads>::of_block(p, block, p.seq_length);
+        const int64_t* tokens = p.tokens + tile.row * (p.seq_length + 1) * p.streams;
         const int32_t base = static_cast<int32_t>(tile.row * p.seq_length);
         for (int32_t column = tile.begin + thread; column < tile.end; column += kThreads) {
-            if (tokens[column] != p.prompt_end_id) continue;
+            if (tokens[column * p.streams] != p.prompt_end_id) continue;
             const int32_t segment = segment_of(tile.ends, 0, tile.padding, base + column);
             if (segment != tile.padding) atomic_min(&p.prompt_ends[tile.first_document + segment], column);
         }
@@ -262,6 +274,8 @@ struct PromptKernel {
 };
 
 // ---- Kernel 3: everything that has a value per position ----------------------------------------------------
+//
+// `single` knows at compile time that there is one stream: an element of a row is then its column.
 
 template <int kThreads>
 struct PositionKernel {
@@ -271,28 +285,34 @@ struct PositionKernel {
     };
 
     static MS_HOST_DEVICE void begin(const LossMaskProblem& p, Shared& s, int64_t block, int thread) {
-        const Tile<kThreads> tile = Tile<kThreads>::of_block(p, block);
+        const Tile<kThreads> tile = Tile<kThreads>::of_block(p, block, p.seq_length * p.streams);
         const int32_t base = static_cast<int32_t>(tile.row * p.seq_length);
+        const int32_t streams = static_cast<int32_t>(p.streams);
         if (thread == 0) {
-            s.first_segment = segment_of(tile.ends, 0, tile.padding, base + tile.begin);
+            s.first_segment = segment_of(tile.ends, 0, tile.padding, base + tile.begin / streams);
             s.loss_tokens = s.prompt_tokens = s.invalid = 0;
         }
         // Another warp than the above, so that the two searches overlap.
-        if (thread == kThreads - 1) s.last_segment = segment_of(tile.ends, 0, tile.padding, base + tile.end - 1);
+        if (thread == kThreads - 1) {
+            s.last_segment = segment_of(tile.ends, 0, tile.padding, base + (tile.end - 1) / streams);
+        }
     }
 
-    // `vector`: S is a multiple of 4 and the outputs are 16-byte aligned, so that four positions are one store.
-    template <bool vector>
+    // `vector`: S is a multiple of 4 and the outputs are 16-byte aligned, so that four elements are one store.
+    template <bool vector, bool single>
     static MS_HOST_DEVICE void compute(const LossMaskProblem& p, Shared& s, int64_t block, int thread) {
-        const Tile<kThreads> tile = Tile<kThreads>::of_block(p, block);
-        const int64_t* tokens = p.tokens + tile.row * (p.seq_length + 1);
+        const int32_t streams = single ? 1 : static_cast<int32_t>(p.streams);
+        const Tile<kThreads> tile = Tile<kThreads>::of_block(p, block, p.seq_length * streams);
+        const int64_t* tokens = p.tokens + tile.row * (p.seq_length + 1) * streams;
         const int32_t base = static_cast<int32_t>(tile.row * p.seq_length);
         const int32_t begin = tile.begin + thread * kPerThread;
         const bool has_prompts = p.prompt_end_id >= 0;
         int32_t loss_tokens = 0, prompt_tokens = 0, invalid = 0;
 
         // Column 0 is nobody's label, so it is checked by itself; all others are checked as labels.
-        if (begin == 0) invalid += modality_of(p, tokens[0]) >= kModalities;
+        if (begin == 0) {
+            for (int32_t k = 0; k < streams; ++k) invalid += modality_of(p, tokens[k]) >= kModalities;
+        }
 
         if (begin < tile.end) {
             int64_t labels[kPerThread] = {}, position_ids[kPerThread] = {};
@@ -300,13 +320,14 @@ struct PositionKernel {
             int32_t group_ids[kPerThread] = {};
             int32_t segment = s.first_segment, segment_start = 0, segment_end = -1;  // columns; none entered yet
             int32_t prompt_end = kNoPromptEnd, group = 0;
-            bool in_document = false;
+            bool in_document = false, learnable = false;
 #if defined(__CUDA_ARCH__)
 #pragma unroll  // keeps the four values of each output in registers
 #endif
             for (int k = 0; k < kPerThread; ++k) {
-                const int32_t column = begin + k;
-                if (column >= tile.end) break;
+                const int32_t element = begin + k;
+                if (element >= tile.end) break;
+                const int32_t column = element / streams, stream = element - column * streams;
                 if (column >= segment_end) {
                     segment = segment_of(tile.ends, segment, s.last_segment, base + column);
                     segment_start = tile.ends[segment - 1] - base;
@@ -314,31 +335,33 @@ struct PositionKernel {
                     in_document = segment != tile.padding;
                     if (in_document) {
                         group = p.document_groups[tile.first_document + segment];
+                        learnable = !(flags_of(p, tile.first_document + segment) & kUnlearned);
                         if (has_prompts) prompt_end = p.prompt_ends[tile.first_document + segment];
                     }
                 }
-                const int64_t next = tokens[column + 1];
+                const int64_t next = tokens[element + streams];
                 const int modality = modality_of(p, next);
                 const bool valid = modality < kModalities;
                 const bool next_in_document =
                     in_document && (column + 1 < segment_end || (column + 1 == p.seq_length && p.row_is_cut[tile.row]));
                 const bool in_prompt = has_prompts && column + 1 <= prompt_end;
-                const float weight =
-                    next_in_document && valid ? p.weights[(in_prompt ? kModalities : 0) + modality] : 0.0f;
+                const float weight = next_in_document && learnable && valid
+                                         ? p.weights[(in_prompt ? kModalities : 0) + modality]
+                                         : 0.0f;
                 const bool learned = weight != 0.0f;
                 invalid += !valid;
-                prompt_tokens += in_document && has_prompts && column <= prompt_end;
+                prompt_tokens += stream == 0 && in_document && has_prompts && column <= prompt_end;
                 loss_tokens += learned;
                 labels[k] = learned ? next : kIgnoreLabel;
                 loss_weights[k] = weight;
                 position_ids[k] = column - segment_start;
                 group_ids[k] = learned ? group * kModalities + modality : kNoGroup;
             }
-            const int64_t out = tile.row * p.seq_length + begin;
+            const int64_t out = tile.row * p.seq_length * streams + begin;
             if (vector) {
                 store4(p.labels + out, labels);
                 store4(p.loss_weights + out, loss_weights);
-                store4(p.position_ids + out, position_ids);
+                if (single) store4(p.position_ids + out, position_ids);
                 store4(p.group_ids + out, group_ids);
             } else {
 #if defined(__CUDA_ARCH__)
@@ -348,8 +371,14 @@ struct PositionKernel {
                     if (begin + k >= tile.end) break;
                     p.labels[out + k] = labels[k];
                     p.loss_weights[out + k] = loss_weights[k];
-                    p.position_ids[out + k] = position_ids[k];
+                    if (single) p.position_ids[out + k] = position_ids[k];
                     p.group_ids[out + k] = group_ids[k];
+                }
+            }
+            if (!single) {  // one position a step, written with the step's first stream
+                for (int k = 0; k < kPerThread; ++k) {
+                    if (begin + k >= tile.end || (begin + k) % streams) continue;
+                    p.position_ids[tile.row * p.seq_length + (begin + k) / streams] = position_ids[k];
                 }
             }
         }

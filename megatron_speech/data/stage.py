@@ -76,6 +76,7 @@ def _refuse_mixture(datasets: Mapping[str, TokenDataset]) -> None:
         "codec.hash": lambda manifest: manifest.codec.hash,
         "token_space_hash": lambda manifest: manifest.token_space_hash,
         "template_hash": lambda manifest: manifest.template_hash,
+        "streams": lambda manifest: manifest.streams,
     }
     first, *others = datasets.values()
     for field, of in hashes.items():

@@ -239,6 +239,7 @@ class SpeechGenerator:
     def __init__(
         self, open_session: SessionFactory, space: TokenSpace, *, max_sequence_length: int, device: torch.device
     ) -> None:
+        space.require_one_stream("generation")
         self.space = space
         self.max_sequence_length = max_sequence_length
         self.device = device

@@ -163,7 +163,7 @@ def copy_part(part: TokenDataset, writer: DatasetWriter, progress: tqdm[NoReturn
             writer.add_raw(chunk)
             progress.update(len(chunk))
     _check_hash(part, BIN, digest.hexdigest())
-    writer.add_lengths(part.lengths)
+    writer.add_lengths(part.id_counts)
     with pq.ParquetFile(file_of(part.prefix, DOCUMENTS)) as table:
         if table.schema_arrow != SCHEMA:
             raise InputError(

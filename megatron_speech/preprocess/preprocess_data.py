@@ -388,6 +388,7 @@ def convert_input(arguments: argparse.Namespace) -> int:
     """Convert the input that the command line names, and report."""
     arguments = _checked(arguments)
     space = TokenSpace.load(arguments.token_space)
+    space.require_one_stream("preprocess_data")
     if arguments.cloning != "none" and "cloning" not in templates(space, "tts"):
         raise InputError(
             f"--cloning {arguments.cloning}: token space {arguments.token_space} has the layout of {space.layout}, "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 from pydantic import Field
 
+from megatron_speech.errors import InputError
 from megatron_speech.modalities import MODALITIES
 from megatron_speech.recipe.base import StrictConfig
 
@@ -24,8 +25,13 @@ class LossConfig(StrictConfig):
     )
     normalize: Literal["global", "modality"] = Field(
         default="global",
-        description="global: Σ weight·ce / Σ weight over the global batch; modality: the mean ce of text, audio and "
+        description="global: Σ weight·ce / divisor over the global batch; modality: the mean ce of text, audio and "
         "special labels, each over the global batch, times their weights and added up",
+    )
+    divisor: Literal["weights", "tokens"] = Field(
+        default="weights",
+        description="what Σ weight·ce is divided by: weights: Σ weight; tokens: the number of labels with a weight, "
+        "for weights that may be negative or add up to nothing",
     )
     label_smoothing: float = Field(
         default=0.0, ge=0.0, lt=1.0, description="share of the target that is spread over all ids; training only"
@@ -36,19 +42,39 @@ class LossConfig(StrictConfig):
 
     @property
     def normalizers(self) -> int:
-        """Sums of weights that a global batch is divided by: one, or one per modality."""
+        """Divisors of a global batch: one, or one per modality."""
         return 1 if self.normalize == "global" else len(MODALITIES)
 
-    def scales(self, weight_sums: Sequence[float]) -> list[float]:
+    def divisors(self, totals: np.ndarray) -> np.ndarray:
+        """What the stage divides by, [`normalizers`]: the row of `totals` (see :meth:`scales`) that `divisor` names."""
+        chosen: np.ndarray = totals[("weights", "tokens").index(self.divisor)]
+        return chosen
+
+    def scales(self, totals: np.ndarray) -> list[float]:
         """What weight 1 counts for in the loss, so that the loss is Σ scale · weight · ce.
 
         Args:
-            weight_sums: Σ weight over the whole global batch, [`normalizers`]: of all labels, or by modality.
+            totals: float64 [2, `normalizers`], of the whole global batch: Σ weight, and the number of labels with a
+                weight, of all labels or by modality.
 
         Returns:
-            One factor per normaliser, 0 where there is no weight: a group that is absent adds nothing. By modality m
-            the factor is weight_m / Σ_m weight, so that Σ_m weight·ce becomes weight_m times a mean whose own
-            weights are those of prompts alone.
+            One factor per normaliser, 0 where there is no label: a group that is absent adds nothing. By modality m
+            and divided by weights the factor is weight_m / Σ_m weight, so that Σ_m weight·ce becomes weight_m times a
+            mean whose own weights are those of prompts alone. Divided by tokens it is 1 / labels, so that Σ_m
+            weight·ce, in which weight_m is a factor already, becomes the mean of weight·ce over the labels.
+
+        Raises:
+            InputError: there are labels, but their weights sum to 0 or less and are what is divided by.
         """
-        numerators = [1.0] if self.normalize == "global" else [getattr(self, name) for name in MODALITIES]
-        return [top / total if total > 0.0 else 0.0 for top, total in zip(numerators, weight_sums, strict=True)]
+        names = ("all labels",) if self.normalize == "global" else MODALITIES
+        by_weights = self.normalize == "modality" and self.divisor == "weights"
+        scales = []
+        for name, divisor, labels in zip(names, self.divisors(totals).tolist(), totals[1].tolist(), strict=True):
+            if labels and divisor <= 0.0:
+                raise InputError(
+                    f"loss.divisor is weights, but the loss weights of {name} of a global batch sum to {divisor:g} "
+                    f"over {labels:.0f} labels, and a loss cannot be divided by that; set loss.divisor: tokens where "
+                    "weights may be negative"
+                )
+            scales.append((getattr(self, name) if by_weights else 1.0) / divisor if labels else 0.0)
+        return scales

@@ -3,8 +3,8 @@
     0 ............ text_size ........... +specials ........ +codebook 0 ... +codebook K-1 ... size ... padded_size
     text pieces    named specials        audio codes, one id range per codebook            inert padding
 
-A codec with several codebooks is flattened frame by frame, so that one document stays one run of ids (S = 1) and
-the id alone tells which codebook a code belongs to. The layouts of other projects (`token_layouts`) have the same
+A codec with several codebooks is flattened frame by frame, so that one document stays one run of ids (K = 1 stream)
+and the id alone tells which codebook a code belongs to. The layouts of other projects (`token_layouts`) have the same
 parts in another order. The saved JSON holds the tokenizer itself: a checkpoint with
 its `token_space.json` needs nothing else to turn text into ids.
 """
@@ -126,6 +126,7 @@ class TokenSpace:
         special_ids: name → id. Usually right after the text; `<bos>` and `<eos>` of a base model keep its ids.
         layout: "own", or whose order of ids and prompt it is (`token_layouts.LAYOUTS`).
         sequences: special → ids that stand in its place in a document, where that is not its id alone.
+        streams: K, ids per step of a document; 1 for documents that are one run of ids.
         codec: the frozen codec whose codes the audio ids stand for.
         codebooks: the audio id ranges, in the order in which a frame is flattened.
         size: number of ids in use; ids from `size` to `padded_size` never occur.
@@ -142,6 +143,7 @@ class TokenSpace:
     padded_size: int
     layout: str = OWN
     sequences: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    streams: int = 1
 
     # ---- making, saving, opening
 
@@ -258,6 +260,8 @@ class TokenSpace:
             "codebooks": [codebook.described(whole=whole) for codebook in self.codebooks],
             "size": self.size,
             "padded_size": self.padded_size,
+            # Left out for one stream: files and hashes of those spaces stay what they were before there were others.
+            **({"streams": self.streams} if self.streams != 1 else {}),
         }
 
     @functools.cached_property
@@ -307,6 +311,7 @@ class TokenSpace:
                 padded_size=value["padded_size"],
                 layout=value["layout"],
                 sequences={name: tuple(ids) for name, ids in value["sequences"].items()},
+                streams=value.get("streams", 1),
             )
             needed = value["hash"]
         except (KeyError, TypeError, ValueError, zlib.error) as error:
@@ -322,6 +327,18 @@ class TokenSpace:
                 "the file was edited or damaged; make it anew with `megatron-speech token-space`"
             )
         return space
+
+    def require_one_stream(self, what: str) -> None:
+        """Do nothing in a space of one stream; `what` is the part that cannot read or make others yet, as a noun.
+
+        Raises:
+            InputError: the space has several streams.
+        """
+        if self.streams != 1:
+            raise InputError(
+                f"the token space has {self.streams} streams, and {what} is made for documents of 1 stream; use a "
+                "token space whose codebooks are flattened into one"
+            )
 
     # ---- text
 

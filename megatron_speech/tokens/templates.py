@@ -74,8 +74,9 @@ def templates(space: TokenSpace, task: str) -> dict[str, tuple[str, ...]]:
     """The forms of a task's documents in this id space: name → template.
 
     Raises:
-        InputError: unknown task.
+        InputError: unknown task, or a space of several streams.
     """
+    space.require_one_stream("a task template")
     if task not in TEMPLATES:
         raise InputError(f"task {task!r} is unknown; needed: one of {', '.join(TASKS)}")
     return _KNOWN_LAYOUTS_TTS if task == "tts" and space.layout != OWN else TEMPLATES[task]
@@ -213,7 +214,12 @@ def count_target_tokens(space: TokenSpace, document: Ids) -> int:
 
 
 def render(space: TokenSpace, ids: Ids, *, max_frames: int = 4) -> str:
-    """A document as a person reads it: specials by name, text as text, codes as `[n frames: …]`."""
+    """A document as a person reads it: specials by name, text as text, codes as `[n frames: …]`.
+
+    Raises:
+        InputError: a space of several streams.
+    """
+    space.require_one_stream("rendering")
     ids = np.asarray(ids).astype(np.int64)
     names = {value: name for name, value in space.special_ids.items()}
     special = np.isin(ids, list(names))

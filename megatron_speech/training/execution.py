@@ -49,6 +49,7 @@ class Execution:
 
     def build(self, space: TokenSpace) -> list[SpeechGPTModel]:
         """This rank's model chunks."""
+        space.require_one_stream("the model")
         recipe = self.recipe
         return build_model(
             recipe.model,

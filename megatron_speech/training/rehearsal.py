@@ -95,7 +95,7 @@ def overfit(recipe: Recipe, sequences: int, steps: int, stop: StopRequest | None
             batch = next(batches)
         with data.loader(0, stage.micro_batch_size, sequences) as batches:
             whole: GlobalBatch = next(batches)
-        unavoidable = unavoidable_loss(whole.micro_batches, loss, whole.loss_weight_sums)
+        unavoidable = unavoidable_loss(whole.micro_batches, loss, whole.loss_totals)
         rate = stage.lr.model_copy(update={"schedule": "constant", "end": None, "warmup": float(_WARMUP_STEPS)})
         size = sequences * stage.seq_length
         update = {"lr": rate, "tokens": steps * size, "global_batch_tokens": size, "batch_ramp": None}
@@ -128,7 +128,7 @@ def overfit(recipe: Recipe, sequences: int, steps: int, stop: StopRequest | None
         return False
 
 
-def unavoidable_loss(micro_batches: Iterable[MicroBatch], loss: LossConfig, weight_sums: np.ndarray) -> float:
+def unavoidable_loss(micro_batches: Iterable[MicroBatch], loss: LossConfig, loss_totals: np.ndarray) -> float:
     """The loss of a model that predicts these sequences as well as any can, in nats.
 
     Documents that begin alike and go on differently cannot be told apart before they differ: after a common prefix
@@ -137,9 +137,9 @@ def unavoidable_loss(micro_batches: Iterable[MicroBatch], loss: LossConfig, weig
     Args:
         micro_batches: all sequences.
         loss: what positions weigh.
-        weight_sums: their Σ weight, as `loss.scales` takes them.
+        loss_totals: theirs, as `loss.scales` takes them.
     """
-    scales = loss.scales(weight_sums.tolist())
+    scales = loss.scales(loss_totals)
     nodes: dict[tuple[int, int], int] = {}
     shares: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for batch in micro_batches:

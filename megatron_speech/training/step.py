@@ -74,9 +74,9 @@ class TrainStep:
         """
         engine = self._engine
         engine.zero_gradients()
-        sums = batch.loss_weight_sums
-        self.run_batch(batch, meter, loss, self._sum_over_ranks(sums), forward_only=False)
-        meter.add_counts(weight_sums=sums, tokens=batch.tokens, pad_tokens=batch.pad_tokens)
+        totals = batch.loss_totals
+        self.run_batch(batch, meter, loss, self._sum_over_ranks(totals), forward_only=False)
+        meter.add_counts(loss_totals=totals, tokens=batch.tokens, pad_tokens=batch.pad_tokens)
         scheduler.step(1)
         self._before_update()
         guard = self._spikes
@@ -86,13 +86,13 @@ class TrainStep:
 
         def skip(norm: torch.Tensor) -> torch.Tensor:
             skipped = guard.decide(step_loss, norm)
-            meter.settle(skipped, sums)
+            meter.settle(skipped, totals)
             return skipped
 
         return engine.optimizer.step(skip)
 
     def run_batch(
-        self, batch: GlobalBatch, meter: LossMeter, loss: LossConfig, weight_sums: np.ndarray, *, forward_only: bool
+        self, batch: GlobalBatch, meter: LossMeter, loss: LossConfig, loss_totals: np.ndarray, *, forward_only: bool
     ) -> None:
         """Forward (and backward) over this rank's micro-batches with megatron-core's schedule.
 
@@ -100,11 +100,12 @@ class TrainStep:
             batch: this rank's share of the global batch.
             meter: takes the losses.
             loss: the stage's `loss` section.
-            weight_sums: Σ loss weight over the whole global batch, all ranks: what Σ weight·ce is divided by.
+            loss_totals: of the whole global batch, all ranks: what Σ weight·ce is divided by (`LossConfig.scales`).
             forward_only: no gradients, and the plain cross-entropy.
         """
         engine = self._engine
-        scales = loss.scales(weight_sums.tolist())
+        # The meter weighs what is validated by itself: any scale will do that is not 0.
+        scales = [1.0] * loss.normalizers if forward_only else loss.scales(loss_totals)
         plain = loss.model_copy(update={"label_smoothing": 0.0, "z_loss": 0.0}) if forward_only else loss
         fused = engine.chunks[0].fused_attention
         inputs = [

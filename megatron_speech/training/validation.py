@@ -56,9 +56,9 @@ class Validator:
             self.data.loader(0, stage.micro_batch_size, self._rows, self._dp_rank, self._dp_size) as batches,
         ):
             for batch in batches:
-                sums = batch.loss_weight_sums
+                sums = batch.loss_totals
                 self._run_batch(batch, self.meter, stage.loss, sums, forward_only=True)
-                self.meter.add_counts(weight_sums=sums, tokens=batch.tokens, pad_tokens=batch.pad_tokens)
+                self.meter.add_counts(loss_totals=sums, tokens=batch.tokens, pad_tokens=batch.pad_tokens)
         means = self.meter.read()
         if math.isnan(means["loss"]):
             return {}

@@ -216,8 +216,8 @@ def test_threads_change_nothing(open_stage: Callable[..., StageData], fields: di
     one, four = load(open_stage(**fields), 1), load(open_stage(workers=4, **fields), 1)
     assert len(one) == len(four) == 6
     for a, b in zip(one, four, strict=True):
-        assert (*a.loss_weight_sums, a.tokens, a.pad_tokens, a.consumed_sequences) == (
-            *b.loss_weight_sums, b.tokens, b.pad_tokens, b.consumed_sequences,
+        assert (*a.loss_totals.flat, a.tokens, a.pad_tokens, a.consumed_sequences) == (
+            *b.loss_totals.flat, b.tokens, b.pad_tokens, b.consumed_sequences,
         )  # fmt: skip
         for x, y in zip(a.micro_batches, b.micro_batches, strict=True):
             assert x.sequences.tolist() == y.sequences.tolist()
@@ -252,7 +252,7 @@ def test_an_error_in_a_thread_reaches_the_consumer_with_its_sentence(
 def test_what_is_made_ahead_is_bounded_and_asked_for_in_time(
     open_stage: Callable[..., StageData], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader_module, "_CHUNK_POSITIONS", 4 * S)  # one micro-batch
+    monkeypatch.setattr(loader_module, "_CHUNK_IDS", 4 * S)  # one micro-batch
     source = open_stage().rows()
     asked: list[int] = []
     made: list[int] = []

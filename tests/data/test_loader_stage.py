@@ -155,7 +155,8 @@ def test_every_row_equals_a_token_by_token_reference(
     for batch in batches:
         counts = sum(micro.counts for micro in batch.micro_batches)
         weights = torch.cat([micro.loss_weights for micro in batch.micro_batches]).double()
-        assert batch.loss_weight_sums == pytest.approx([float(weights.sum())])
+        assert batch.loss_totals[0] == pytest.approx([float(weights.sum())])
+        assert batch.loss_totals[1] == [int((weights != 0).sum())]
         assert batch.tokens == int(counts[0])
         assert batch.tokens + batch.pad_tokens == stage.stage.global_batch_tokens
         assert int(counts[2]) == int((weights != 0).sum())
@@ -202,7 +203,7 @@ def test_the_global_batch_is_the_same_for_any_layout(open_stage: Callable[..., S
         found = rows_of(ranks)
         assert sorted(found) == sorted(expected)
         assert all(same(found[sequence], expected[sequence]) for sequence in expected)
-        assert sum(rank.loss_weight_sums for rank in ranks) == pytest.approx(batch.loss_weight_sums)
+        assert sum(rank.loss_totals for rank in ranks) == pytest.approx(batch.loss_totals)
         assert sum(rank.tokens for rank in ranks) == batch.tokens
         # Micro-batch j over all ranks is one run of sequences.
         for j in range(24 // (mbs * size)):

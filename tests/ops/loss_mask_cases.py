@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_speech.ops.loss_mask import LossPolicy, MaskedBatch
+from megatron_speech.ops.loss_mask import PROMPTLESS, UNLEARNED, LossPolicy, MaskedBatch
 
 
 @dataclass
@@ -18,6 +18,7 @@ class Case:
     document_groups: torch.Tensor
     modality_table: torch.Tensor
     policy: LossPolicy
+    document_flags: torch.Tensor | None = None
 
     @property
     def inputs(self) -> tuple:
@@ -28,6 +29,7 @@ class Case:
             self.document_groups,
             self.modality_table,
             self.policy,
+            self.document_flags,
         )
 
 
@@ -39,14 +41,17 @@ def make_case(
     tokens: np.ndarray | None = None,
     modality_table: np.ndarray | None = None,
     groups: np.ndarray | None = None,
+    flags: np.ndarray | None = None,
+    streams: int | None = None,
 ) -> Case:
-    """A case from the document lengths of each row."""
+    """A case from the document lengths of each row; without `streams` the tokens have no axis of them."""
+    shape = (len(rows), seq_length + 1) if streams is None else (len(rows), seq_length + 1, streams)
     lengths = [length for row in rows for length in row]
     table = np.arange(30) % 3 if modality_table is None else modality_table
     if tokens is None:
-        tokens = np.random.default_rng(0).integers(0, len(table), (len(rows), seq_length + 1))
+        tokens = np.random.default_rng(0).integers(0, len(table), shape)
     return Case(
-        tokens=torch.from_numpy(np.asarray(tokens, np.int64).reshape(len(rows), seq_length + 1)),
+        tokens=torch.from_numpy(np.asarray(tokens, np.int64).reshape(shape)),
         document_lengths=torch.tensor(lengths, dtype=torch.int32),
         row_pointers=torch.tensor(np.cumsum([0, *map(len, rows)]), dtype=torch.int32),
         document_groups=torch.tensor(
@@ -54,6 +59,7 @@ def make_case(
         ),
         modality_table=torch.from_numpy(np.asarray(table, np.uint8)),
         policy=policy,
+        document_flags=None if flags is None else torch.from_numpy(np.asarray(flags, np.uint8)),
     )
 
 
@@ -71,30 +77,37 @@ def random_case(rng: np.random.Generator, *, max_rows: int = 4, max_seq_length: 
         if lengths.size and rng.random() < 0.05:
             lengths[int(rng.integers(lengths.size))] = 2**31 - 1
         rows.append(lengths.tolist())
-    # Many weights are 0 or 1, as in real policies; prompt ends are frequent, rare, outside the table, or not used.
-    weights = np.where(rng.random(4) < 0.5, rng.integers(0, 2, 4), rng.random(4)).tolist()
+    # Many weights are 0 or 1, as in real policies, and some are below 0; prompt ends are frequent, rare, outside the
+    # table, or not used.
+    weights = np.where(rng.random(4) < 0.5, rng.integers(0, 2, 4), rng.uniform(-0.5, 1, 4)).tolist()
     policy = LossPolicy(*weights, prompt_end_id=int(rng.integers(-1, vocabulary + 2)))
+    documents = sum(map(len, rows))
+    streams = [None, None, 1, 2, 3, 8][int(rng.integers(6))]
     return make_case(
         rows,
         seq_length,
         policy,
-        tokens=rng.integers(0, vocabulary, (len(rows), seq_length + 1)),
+        tokens=rng.integers(0, vocabulary, (len(rows), seq_length + 1, streams or 1)),
         modality_table=rng.integers(0, 3, vocabulary),
-        groups=rng.integers(0, 50, sum(map(len, rows))),
+        groups=rng.integers(0, 50, documents),
+        flags=rng.integers(0, 4, documents) if rng.random() < 0.5 else None,
+        streams=streams,
     )
 
 
 def oracle(case: Case) -> dict[str, list]:
-    """The definition, token by token."""
+    """The definition, token by token; the lists of labels, weights and groups run over rows, columns and streams."""
     rows, seq_length = case.tokens.shape[0], case.tokens.shape[1] - 1
     table, policy = case.modality_table.tolist(), case.policy
     by_modality = [policy.text, policy.audio, policy.special]
     pointers, lengths = case.row_pointers.tolist(), case.document_lengths.tolist()
     groups = case.document_groups.tolist()
+    flags = [0] * len(lengths) if case.document_flags is None else case.document_flags.tolist()
+    grid = case.tokens if case.tokens.dim() == 3 else case.tokens.unsqueeze(-1)
     labels, weights, position_ids, group_ids, cu_seqlens = [], [], [], [], [0]
     counts = [0, 0, 0, 0]
     for row in range(rows):
-        tokens = case.tokens[row].tolist()
+        tokens = grid[row].tolist()
         owner: list[int | None] = []  # of each column, up to and including the look-ahead
         begins = {}
         for document in range(pointers[row], pointers[row + 1]):
@@ -108,23 +121,26 @@ def oracle(case: Case) -> dict[str, list]:
         if policy.prompt_end_id >= 0:
             closed = set()
             for column in range(seq_length + 1):
-                in_prompt[column] = owner[column] is not None and owner[column] not in closed
-                if tokens[column] == policy.prompt_end_id and column < seq_length:
-                    closed.add(owner[column])
+                document = owner[column]
+                has_prompt = document is not None and not flags[document] & PROMPTLESS
+                in_prompt[column] = has_prompt and document not in closed
+                if tokens[column][0] == policy.prompt_end_id and column < seq_length:
+                    closed.add(document)
         for column in range(seq_length):
             document = owner[column]
-            weight = np.float32(0)
-            if document is not None and owner[column + 1] == document:
-                weight = np.float32(by_modality[table[tokens[column + 1]]])
-                if in_prompt[column + 1]:
-                    weight = weight * np.float32(policy.prompt)
-            labels.append(tokens[column + 1] if weight else -100)
-            weights.append(float(weight))
-            group_ids.append(groups[document] * 3 + table[tokens[column + 1]] if weight else -1)
+            for label in tokens[column + 1]:
+                weight = np.float32(0)
+                if document is not None and owner[column + 1] == document and not flags[document] & UNLEARNED:
+                    weight = np.float32(by_modality[table[label]])
+                    if in_prompt[column + 1]:
+                        weight = weight * np.float32(policy.prompt)
+                labels.append(label if weight else -100)
+                weights.append(float(weight))
+                group_ids.append(groups[document] * 3 + table[label] if weight else -1)
+                counts[2] += bool(weight)
             position_ids.append(column - (padding_begins if document is None else begins[document]))
             counts[0] += document is not None
             counts[1] += document is None
-            counts[2] += bool(weight)
             counts[3] += in_prompt[column]
     return {
         "labels": labels,

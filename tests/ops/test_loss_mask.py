@@ -9,7 +9,7 @@ from loss_mask_cases import Case, differences, make_case, oracle, random_case
 
 from megatron_speech.errors import InputError
 from megatron_speech.ops.extension import extension, extension_status
-from megatron_speech.ops.loss_mask import LossPolicy, MaskedBatch, _emulate_cuda, loss_mask
+from megatron_speech.ops.loss_mask import PROMPTLESS, UNLEARNED, LossPolicy, MaskedBatch, _emulate_cuda, loss_mask
 
 needs_extension = pytest.mark.skipif(extension() is None, reason=f"compiled extension {extension_status()}")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -216,6 +216,48 @@ def test_inputs_that_are_views_give_the_same_result():
     assert not differences(loss_mask(*viewed.inputs), loss_mask(*case.inputs, implementation="reference"))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_promptless_document_learns_everything_and_its_neighbours_keep_their_prompts(implementation):
+    case = case_of([[TEXT, TEXT, TEXT, PROMPT_END, AUDIO, TEXT, TEXT, PAD]], [[2, 3, 2]], SFT)
+    case.document_flags = torch.tensor([PROMPTLESS, 0, 0], dtype=torch.uint8)
+    out = run(case, implementation)
+    assert out.labels.tolist() == [[TEXT, -100, -100, AUDIO, -100, -100, -100]]
+    assert out.counts.tolist() == [7, 0, 2, 4]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_nothing_is_learned_of_an_unlearned_document_which_is_a_document_all_the_same(implementation):
+    case = case_of([[TEXT, AUDIO, PAD, PAD, PAD, TEXT, AUDIO]], [[2, 3, 9]], LossPolicy())
+    case.document_flags = torch.tensor([0, UNLEARNED, 0], dtype=torch.uint8)
+    out = run(case, implementation)
+    assert out.labels.tolist() == [[AUDIO, -100, -100, -100, -100, AUDIO]]
+    assert out.group_ids.tolist() == [[1, -1, -1, -1, -1, 7]]
+    assert out.position_ids.tolist() == [[0, 1, 0, 1, 2, 0]]
+    assert out.cu_seqlens.tolist() == [0, 2, 5, 6, 6]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_stream_learns_its_own_next_id_and_stream_0_ends_the_prompt(implementation):
+    # Three steps of two streams, then padding; the prompt end of stream 1 is no prompt end.
+    grid = np.array(
+        [[[TEXT, PROMPT_END], [PROMPT_END, AUDIO], [AUDIO, AUDIO + 1], [AUDIO + 2, SPEECH_END], [PAD, PAD]]]
+    )
+    out = run(make_case([[4]], 4, SFT, tokens=grid, modality_table=TABLE, streams=2), implementation)
+    nothing = [-100, -100]
+    assert out.labels.tolist() == [[nothing, [AUDIO, AUDIO + 1], [AUDIO + 2, SPEECH_END], nothing]]
+    assert out.group_ids.tolist() == [[[-1, -1], [1, 1], [1, 2], [-1, -1]]]
+    assert out.position_ids.tolist() == [[0, 1, 2, 3]]
+    assert out.cu_seqlens.tolist() == [0, 4, 4]
+    assert out.counts.tolist() == [4, 0, 4, 2]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_weights_may_be_negative_and_one_of_0_is_no_label(implementation):
+    out = run(case_of([[TEXT, TEXT, AUDIO, SPECIAL, PAD]], [[4]], LossPolicy(text=-1.0, special=0.0)), implementation)
+    assert out.loss_weights.tolist() == [[-1.0, 1.0, 0.0, 0.0]]
+    assert out.labels.tolist() == [[TEXT, AUDIO, -100, -100]]
+
+
 # ---- Bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +310,9 @@ def test_the_cuda_code_counts_what_it_cannot_refuse_and_stays_inside_its_memory(
         ({"document_groups": torch.tensor([-2, 0], dtype=torch.int32)}, "document 0 has group -2"),
         ({"document_groups": torch.tensor([0], dtype=torch.int32)}, "2 document_lengths but 1 document_groups"),
         ({"modality_table": torch.zeros(0, dtype=torch.uint8)}, "modality_table is empty"),
+        ({"document_flags": torch.zeros(3, dtype=torch.uint8)}, "2 document_lengths but 3 document_flags"),
+        ({"document_flags": torch.zeros(2, dtype=torch.bool)}, "document_flags is torch.bool"),
+        ({"tokens": torch.zeros(2, 7, 0, dtype=torch.int64)}, "tokens have 0 streams"),
     ],
 )
 def test_malformed_inputs_are_refused_in_a_sentence(change, message):
@@ -286,7 +331,7 @@ def test_wrong_outputs_and_implementations_are_refused():
         loss_mask(*case.inputs, implementation="fast")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("weights", [{"text": -1.0}, {"audio": float("nan")}, {"prompt": float("inf")}])
+@pytest.mark.parametrize("weights", [{"text": -2e6}, {"audio": float("nan")}, {"prompt": float("inf")}])
 def test_a_policy_with_an_impossible_weight_is_refused(weights):
-    with pytest.raises(InputError, match="must lie between 0 and 1e"):
+    with pytest.raises(InputError, match=r"must lie between -1e\+06 and 1e\+06"):
         LossPolicy(**weights)

@@ -6,10 +6,12 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from toy_runs import copy_until, launch_two, read_metrics, toy_recipe, train, without_timing, write_recipe
 
+from megatron_speech.errors import InputError
 from megatron_speech.modalities import MODALITIES
 from megatron_speech.model.packed import PackedSequences
 from megatron_speech.parallel import groups
@@ -34,11 +36,28 @@ def recipe_with(toy: Path, loss: dict[str, Any], **stage: Any) -> dict[str, Any]
 # ---- the formula
 
 
-def test_a_group_without_weight_counts_for_nothing() -> None:
-    assert LossConfig().scales([8.0]) == [0.125]
-    assert LossConfig().scales([0.0]) == [0.0]
-    by_modality = LossConfig(**WEIGHTS, normalize="modality")
-    assert by_modality.scales([0.0, 40.0, 2.0]) == [0.0, 0.8 / 40, 0.25]
+def test_a_group_without_labels_counts_for_nothing() -> None:
+    assert LossConfig().scales(np.array([[8.0], [16.0]])) == [0.125]
+    assert LossConfig().scales(np.zeros((2, 1))) == [0.0]
+    totals = np.array([[0.0, 40.0, 2.0], [0.0, 50.0, 4.0]])
+    assert LossConfig(**WEIGHTS, normalize="modality").scales(totals) == [0.0, 0.8 / 40, 0.25]
+
+
+def test_divided_by_tokens_the_weights_may_sum_to_anything() -> None:
+    for total in (8.0, 0.0, -8.0):
+        assert LossConfig(divisor="tokens").scales(np.array([[total], [16.0]])) == [1 / 16]
+    assert LossConfig(divisor="tokens").scales(np.zeros((2, 1))) == [0.0]
+    # The weight of the modality is in the weights already.
+    by_modality = LossConfig(**WEIGHTS, normalize="modality", divisor="tokens")
+    assert by_modality.scales(np.array([[0.0, -40.0, 2.0], [0.0, 50.0, 4.0]])) == [0.0, 1 / 50, 1 / 4]
+
+
+@pytest.mark.parametrize("total", [0.0, -3.0])
+def test_weights_that_sum_to_nothing_are_no_divisor(total: float) -> None:
+    with pytest.raises(InputError, match=rf"all labels of a global batch sum to {total:g} over 5 labels.*: tokens"):
+        LossConfig().scales(np.array([[total], [5.0]]))
+    with pytest.raises(InputError, match="weights of audio of a global batch"):
+        LossConfig(normalize="modality").scales(np.array([[1.0, total, 2.0], [1.0, 5.0, 2.0]]))
 
 
 def naive_loss(run: Run, batch: Any, loss: LossConfig) -> torch.Tensor:
@@ -67,15 +86,19 @@ def naive_loss(run: Run, batch: Any, loss: LossConfig) -> torch.Tensor:
                 share, ids = loss.label_smoothing, run.space.size
                 row = -(1 - share) * log_p[begin + at, label] - share / ids * log_p[begin + at].sum()
                 terms.append((int(modality_of[label]), weight, row + loss.z_loss * log_z[begin + at] ** 2))
+    by_tokens = loss.divisor == "tokens"
     if loss.normalize == "global":
-        total = sum(weight for _, weight, _ in terms)
+        total = sum(1.0 if by_tokens else weight for _, weight, _ in terms if weight)
         return torch.stack([weight * row for _, weight, row in terms]).sum() / total
     result = torch.zeros(())
     for modality, outer in enumerate(weights_of):
         own = [(weight, row) for m, weight, row in terms if m == modality and weight > 0]
         if own:
-            mean = torch.stack([weight * row for weight, row in own]).sum() / sum(weight for weight, _ in own)
-            result = result + outer * mean
+            total = torch.stack([weight * row for weight, row in own]).sum()
+            if by_tokens:
+                result = result + total / len(own)
+            else:
+                result = result + outer * total / sum(weight for weight, _ in own)
     return result
 
 
@@ -85,6 +108,8 @@ def naive_loss(run: Run, batch: Any, loss: LossConfig) -> torch.Tensor:
         WEIGHTS,
         WEIGHTS | {"prompt": 0.5},
         WEIGHTS | {"normalize": "modality"},
+        WEIGHTS | {"prompt": 0.5, "divisor": "tokens"},
+        WEIGHTS | {"normalize": "modality", "divisor": "tokens"},
         {"text": 0.0, "audio": 2.0, "prompt": 0.5, "normalize": "modality", "label_smoothing": 0.1, "z_loss": 1e-2},
     ],
     ids=str,
@@ -104,8 +129,8 @@ def test_loss_and_gradients_are_those_of_the_formula_for_any_micro_batch(
             wanted = torch.autograd.grad(expected, parameters)
             meter = LossMeter(run.stages[0].groups, "cpu", stage.loss)
             run.engine.zero_gradients()
-            run.step.run_batch(batch, meter, stage.loss, batch.loss_weight_sums, forward_only=False)
-            meter.add_counts(weight_sums=batch.loss_weight_sums, tokens=batch.tokens, pad_tokens=batch.pad_tokens)
+            run.step.run_batch(batch, meter, stage.loss, batch.loss_totals, forward_only=False)
+            meter.add_counts(loss_totals=batch.loss_totals, tokens=batch.tokens, pad_tokens=batch.pad_tokens)
             assert meter.read()["loss"] == pytest.approx(expected.item(), rel=1e-5)
             for parameter, gradient in zip(parameters, wanted, strict=True):
                 difference = (parameter.main_grad - gradient).abs().max()

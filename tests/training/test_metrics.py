@@ -20,10 +20,10 @@ GROUPS = [("tts", "en", "studio"), ("tts", "hi", "street"), ("speech_lm", "en", 
 def feed(meter: LossMeter, losses: np.ndarray, plain: np.ndarray, weights: np.ndarray, ids: np.ndarray) -> None:
     """One global batch of these learned positions, and one position of padding."""
     modality = ids % 3 if meter.loss.normalizers == 3 else np.zeros_like(ids)
-    sums = np.bincount(modality, weights=weights, minlength=meter.loss.normalizers)
+    totals = [np.bincount(modality, weights=by, minlength=meter.loss.normalizers) for by in (weights, None)]
     tensors = (torch.from_numpy(array.astype(np.float32)) for array in (losses, plain, weights))
     meter.add_losses(*tensors, torch.from_numpy(ids.astype(np.int32)))
-    meter.add_counts(weight_sums=sums, tokens=len(ids), pad_tokens=1)
+    meter.add_counts(loss_totals=np.array(totals), tokens=len(ids), pad_tokens=1)
 
 
 @given(

@@ -214,6 +214,8 @@ class DatasetWriter:
     def add(self, flat: np.ndarray, lengths: np.ndarray, table: pa.RecordBatch) -> None:
         """Append documents: ids end to end, ids per document, and one row each of the documents table.
 
+        A grid of several streams lies row by row: the ids of a step side by side, steps × streams ids in all.
+
         Raises:
             OutputError: the disk is full, or fails.
         """
@@ -309,6 +311,7 @@ class DatasetWriter:
             if manifest is None:
                 raise ValueError("the first finish needs a manifest")
             self._manifest = manifest.model_copy(update={"documents": self.documents, "tokens": self.tokens})
+            self._check_steps(manifest.streams)
             if self.documents != self.rows:
                 raise ValueError(f"{self.documents} documents, but {self.rows} rows of the documents table")
             self.phase = "converted"
@@ -322,6 +325,15 @@ class DatasetWriter:
             raise output_error(self.prefix, error) from error
         self._done = True
         return self._manifest
+
+    def _check_steps(self, streams: int) -> None:
+        if streams == 1 or not self.documents:
+            return
+        self._files["lengths"].sync()
+        left = np.memmap(self.folder / "lengths", dtype="<i4", mode="r") % streams
+        if left.any():
+            document = int(np.argmax(left != 0))
+            raise ValueError(f"document {document} has {left[document]} ids beyond whole steps of {streams} streams")
 
     def _complete_files(self) -> None:
         assert self._manifest is not None

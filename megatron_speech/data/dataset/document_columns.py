@@ -26,7 +26,7 @@ _ROWS = 1 << 20  # documents handled at a time: bounds the temporary arrays
 class DocumentTable:
     """One dataset's documents as the blend sees them: arrays of D elements.
 
-    lengths, targets: int32 tokens, and tokens after the prompt (empty where the stage does not count them); seconds:
+    lengths, targets: int32 steps, and steps after the prompt (empty where the stage does not count them); seconds:
     float32 of audio; language, source: uint16 codes into `languages`, `sources`; held_out: bool, True for validation
     documents; quotes_held_out: bool, True where the reference is held out (never trained on; validated on if itself
     held out).
@@ -46,7 +46,7 @@ class DocumentTable:
     marks: np.ndarray | None = dataclasses.field(default=None, kw_only=True)
 
     def counted(self, stage: StageDataConfig) -> np.ndarray:
-        """Tokens that a document counts for in the proportions of `stage`, int32 [D]."""
+        """Steps that a document counts for in the proportions of `stage`, int32 [D]."""
         return self.targets if stage.is_sft and self.task != "text_lm" else self.lengths
 
 
@@ -114,6 +114,8 @@ def read_documents(
         at += batch.num_rows
     language_codes, languages = language.finish()
     source_codes, sources = source.finish()
+    if dataset.streams > 1:  # the table counts ids
+        target_tokens //= dataset.streams
     return DocumentTable(
         name=name,
         task=task,

@@ -18,6 +18,11 @@
     int8  [S] modes (optional; other projects' multimodal data)
 
 This project writes one sequence per document, since upstream's splits are made by sequence.
+
+A document is a grid of T steps x K streams. Its ids lie step by step, the K ids of a step side by side, and K stands in
+the manifest (`streams`). The files count ids, as upstream's reader does: lengths in `.idx` and `tokens` and
+`target_tokens` of the documents table are T·K. From :attr:`TokenDataset.lengths` on, everything counts steps: strata,
+budgets, packing, segments, batches. With K = 1 the two are the same.
 """
 
 from __future__ import annotations
@@ -131,7 +136,10 @@ class TokenDataset:
             one there is no documents table either, and nothing tells which token space the ids belong to.
 
     Attributes:
-        lengths: int32 [documents], ids per document; with a manifest a read-only view of the mapped file.
+        streams: K, ids per step; 1 without a manifest.
+        lengths: int32 [documents], steps per document; of one stream, with a manifest, a read-only view of the mapped
+            file.
+        id_counts: int32 [documents], ids per document: `lengths` times `streams`, as `.idx` has them.
         pointers: int64 [documents], byte offset of each document in `.bin`; likewise.
         dtype: dtype of the ids on disk.
         manifest: the manifest, or None.
@@ -150,10 +158,12 @@ class TokenDataset:
         self._index = index
         self.dtype = index.dtype
         if self.manifest is not None:  # one sequence per document: nothing to compute, nothing to read
-            self.lengths, self.pointers = index.lengths, index.pointers
+            self.id_counts, self.pointers = index.lengths, index.pointers
         else:
-            self.lengths, self.pointers = _document_index(index, file_of(prefix, ".idx"))
+            self.id_counts, self.pointers = _document_index(index, file_of(prefix, ".idx"))
         self._check_bin()
+        self.streams = 1 if self.manifest is None else self.manifest.streams
+        self.lengths = self.id_counts if self.streams == 1 else self._count_steps()
         if self.manifest is not None:
             self._check_manifest(self.manifest, index)
 
@@ -164,8 +174,8 @@ class TokenDataset:
         except FileNotFoundError as error:
             raise InputError(f"{path} does not exist, though its .idx does; restore it, or {REMAKE}") from error
         needed = 0
-        if len(self.lengths):
-            needed = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
+        if len(self.id_counts):
+            needed = int(self.pointers[-1]) + int(self.id_counts[-1]) * self.dtype.itemsize
         if size != needed:
             state = "truncated" if size < needed else "longer than its index says"
             raise InputError(
@@ -173,6 +183,17 @@ class TokenDataset:
                 f"{REMAKE}"
             )
         self.total_tokens = size // self.dtype.itemsize
+
+    def _count_steps(self) -> np.ndarray:
+        steps, left = np.divmod(self.id_counts, np.int32(self.streams))
+        if left.any():
+            first = int(np.argmax(left != 0))
+            raise InputError(
+                f"{file_of(self.prefix, '.idx')}: document {first} has {int(self.id_counts[first])} ids, which are no "
+                f"whole steps of the {self.streams} streams that its manifest states: the files do not belong "
+                f"together; {REMAKE}"
+            )
+        return steps
 
     def _check_manifest(self, manifest: Manifest, index: TokenIndex) -> None:
         path = file_of(self.prefix, ".manifest.json")
@@ -218,11 +239,14 @@ class TokenDataset:
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
-        """int64 [documents]: where each document starts in :attr:`tokens`. Computed once, 8 bytes a document."""
+        """int64 [documents]: index of each document's first id in :attr:`tokens`. Computed once, 8 bytes a document."""
         return self.pointers // self.dtype.itemsize
 
     def document(self, i: int, start: int = 0, length: int | None = None) -> np.ndarray:
-        """A copy of ids `start` to `start + length` (by default to the end) of document `i`, in the on-disk dtype.
+        """A copy of steps `start` to `start + length` (by default to the end) of document `i`, in the on-disk dtype.
+
+        Returns:
+            [length] for one stream, else [length, streams].
 
         Raises:
             IndexError: no such document, or a range outside it.
@@ -232,9 +256,10 @@ class TokenDataset:
         whole = int(self.lengths[i])
         length = whole - start if length is None else length
         if start < 0 or length < 0 or start + length > whole:
-            raise IndexError(f"ids {start} to {start + length} of document {i}, which has {whole}, in {self.prefix}")
-        first = int(self.pointers[i]) // self.dtype.itemsize + start
-        return np.array(self.tokens[first : first + length])
+            raise IndexError(f"steps {start} to {start + length} of document {i}, which has {whole}, in {self.prefix}")
+        first = int(self.pointers[i]) // self.dtype.itemsize + start * self.streams
+        ids = np.array(self.tokens[first : first + length * self.streams])
+        return ids if self.streams == 1 else ids.reshape(length, self.streams)
 
     def columns(self, *names: str) -> pa.Table:
         """These columns of the documents table, one row per document; all of them if none is named.
@@ -248,12 +273,17 @@ class TokenDataset:
         """Refuse a dataset that was not made with `space`.
 
         Raises:
-            InputError: another token-space hash or codec hash, or no manifest to tell by.
+            InputError: another number of streams, token-space hash or codec hash, or no manifest to tell by.
         """
         if self.manifest is None:
             raise InputError(f"dataset {self.prefix} has no manifest: nothing tells its token space; {REMAKE}")
         path = file_of(self.prefix, ".manifest.json")
-        # The codec first: it is the more telling of the two, and is part of the other.
+        if self.streams != space.streams:
+            raise InputError(
+                f"{path}: streams is {self.streams}, but the token space has {space.streams}; ids of {self.streams} "
+                f"stream(s) cannot be read as {space.streams}: use the token space that the dataset was made with"
+            )
+        # The codec before the hash: it is the more telling of the two, and is part of the other.
         if self.manifest.codec.hash != space.codec.hash:
             raise InputError(
                 f"{path}: codec hash is {self.manifest.codec.hash} ({self.manifest.codec.name}), needed "

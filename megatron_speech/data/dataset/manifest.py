@@ -20,7 +20,7 @@ class _Part(BaseModel):
 
 
 class Totals(_Part):
-    """Sums over a group of documents."""
+    """Sums over a group of documents; tokens are ids, whatever the number of streams."""
 
     documents: int = 0
     frames: int = Field(default=0, description="codec frames of target speech; references are not counted twice")
@@ -86,7 +86,7 @@ class Manifest(_Part):
     format_version: int = FORMAT_VERSION
     task: str
     dtype: str = Field(pattern="^(uint16|int32)$", description="numpy name of the ids on disk")
-    streams: int = Field(default=1, description="ids per step of a document's grid")
+    streams: int = Field(default=1, ge=1, description="K: ids per step of a document's grid [steps, streams]")
     documents: int = Field(ge=0)
     tokens: int = Field(ge=0)
     token_space_hash: str

@@ -78,7 +78,7 @@ def share_micro_batches(batches: list[MicroBatch], ranks: int, rank: int, multip
 
 
 def _share_micro_batch(batch: MicroBatch, ranks: int, rank: int, total: int) -> MicroBatch:
-    """The tensors of `batch` as one row [1, total / ranks]; `cu_seqlens` spans all ranks.
+    """The tensors of `batch` as one row [1, total / ranks] (and K); `cu_seqlens` spans all ranks.
 
     Padding has token 0, no label, weight and group.
     """
@@ -87,8 +87,8 @@ def _share_micro_batch(batch: MicroBatch, ranks: int, rank: int, total: int) -> 
     real, index = index >= 0, index.clamp(min=0)
 
     def pick(values: torch.Tensor, padding: float) -> torch.Tensor:
-        picked = values.reshape(-1)[index]
-        return picked.masked_fill_(~real, padding)[None]
+        picked = values.flatten(0, 1)[index]  # of several streams [T, K]
+        return picked.masked_fill_(~real.view(-1, *[1] * (picked.dim() - 1)), padding)[None]
 
     return dataclasses.replace(
         batch,

@@ -23,6 +23,7 @@ _DROP_AFTER_BYTES = 1 << 28
 class Segments(NamedTuple):
     """The segments of some rows: int32 [n] each, and int32 [rows + 1]: row r holds row_pointers[r]:row_pointers[r+1].
 
+    start, length and columns of a row count steps: what is read are whole steps, with all of their streams.
     strides: int32 [rows] where segment k of a row begins at column k · stride of the row; None where they lie end
     to end.
     """
@@ -36,10 +37,22 @@ class Segments(NamedTuple):
 
 
 class Gatherer:
-    """Reads segments of `datasets` (numbered in this order). One may serve several threads."""
+    """Reads segments of `datasets` (numbered in this order). One may serve several threads.
+
+    Attributes:
+        streams: K of the datasets.
+
+    Raises:
+        InputError: datasets of different K.
+    """
 
     def __init__(self, datasets: Sequence[TokenDataset]) -> None:
         self._datasets = list(datasets)
+        by_streams = {dataset.streams: dataset.prefix for dataset in self._datasets}
+        if len(by_streams) > 1:
+            found = ", ".join(f"{streams} in {prefix}" for streams, prefix in sorted(by_streams.items()))
+            raise InputError(f"datasets of different numbers of streams cannot be read together: {found}; use one")
+        self.streams = next(iter(by_streams), 1)
         self._lock = threading.Lock()
         self._bytes = 0
         compiled = extension()
@@ -55,20 +68,23 @@ class Gatherer:
                         isinstance(d.tokens, np.memmap),
                     )
                     for d in self._datasets
-                ]
+                ],
+                self.streams,
             )
 
     def gather(self, segments: Segments, seq_length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
         """The ids of some rows.
 
         Returns:
-            tokens int64 [rows, seq_length + 1], padded with `pad_id`: a segment that ends at column seq_length inside
-            its document is followed by the document's next id, the look-ahead; and uint8 [n], 1 for those segments.
+            tokens int64 [rows, seq_length + 1, streams], [rows, seq_length + 1] for one stream, padded with `pad_id`: a
+            segment that ends at column seq_length inside its document is followed by the document's next step, the
+            look-ahead; and uint8 [n], 1 for those segments.
 
         Raises:
             InputError: a segment that is not there: the index and the datasets do not belong together.
         """
-        tokens = np.empty((len(segments.row_pointers) - 1, seq_length + 1), dtype=np.int64)
+        shape = (len(segments.row_pointers) - 1, seq_length + 1)
+        tokens = np.empty(shape if self.streams == 1 else (*shape, self.streams), dtype=np.int64)
         goes_on = np.empty(len(segments.dataset), dtype=np.uint8)
         if self._sources is not None:
             wrong = self._sources.gather(*segments, pad_id, tokens, goes_on)
@@ -103,7 +119,7 @@ class Gatherer:
             else f"dataset {dataset}"
         )
         return InputError(
-            f"{where}: tokens {start} to {start + length} of document {document} are asked for by the sequence index, "
+            f"{where}: steps {start} to {start + length} of document {document} are asked for by the sequence index, "
             "but they are not there; the index and the dataset do not belong together: remove the folder of built "
             "indices and start again"
         )
@@ -125,8 +141,7 @@ class Gatherer:
             fits = used <= column and column + length <= width
             if source is None or whole < 0 or start < 0 or length < 0 or start + length > whole or not fits:
                 raise self._no_segment(segments, k)
-            first = int(source.pointers[document]) // source.dtype.itemsize + start
             goes_on[k] = column + length == width and start + length < whole
             take = length + int(goes_on[k])
-            tokens[row, column : column + take] = np.asarray(source.tokens)[first : first + take]
+            tokens[row, column : column + take] = source.document(document, start, take)
             used = column + take

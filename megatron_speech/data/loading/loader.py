@@ -1,10 +1,12 @@
 """Loader: sequences of a segment table as batches, prepared in the background.
 
-    sequence numbers ─ gather ─► tokens [B, S+1] + document lengths ─ ops.loss_mask ─► MicroBatch ─► GlobalBatch
+    sequence numbers ─ gather ─► tokens [B, S+1, K] + document lengths ─ ops.loss_mask ─► MicroBatch ─► GlobalBatch
 
 Sequence i is a pure function of the segment table and i. The global batch g of a stage is sequences
 g·G … (g+1)·G - 1 whatever the layout; data-parallel rank r takes, as its micro-batch j, the
-`micro_batch_size` sequences from (j·dp_size + r)·micro_batch_size on. B rows, S = seq_length columns.
+`micro_batch_size` sequences from (j·dp_size + r)·micro_batch_size on. B rows, S = seq_length columns, K streams: a
+column is a step of a document, with one id of each stream. Arrays of one stream have no axis for it: [B, S], not
+[B, S, 1]. What counts tokens counts steps, but for the learned ones, which are labels.
 
 A few micro-batches at a time are made in one go, a chunk: the steps of one are then long enough for their overhead
 not to count, and short enough to stay in the cache. Several threads may each make a chunk; they are handed out in
@@ -30,10 +32,10 @@ from megatron_speech.data.loading.gathering import Gatherer, Segments
 from megatron_speech.data.sequences.packing import SegmentTable
 from megatron_speech.errors import InputError
 from megatron_speech.modalities import MODALITIES
-from megatron_speech.ops.loss_mask import LossPolicy, MaskedBatch, loss_mask
+from megatron_speech.ops.loss_mask import PROMPTLESS, UNLEARNED, LossPolicy, MaskedBatch, loss_mask
 
-# Positions of a chunk, at most (one micro-batch may be more): its arrays, 40 bytes a position, fit a core's cache.
-_CHUNK_POSITIONS = 1 << 16
+# Ids of a chunk, at most (one micro-batch may be more): its arrays, 40 bytes an id, fit a core's cache.
+_CHUNK_IDS = 1 << 16
 _MODALITIES = len(MODALITIES)
 
 
@@ -41,12 +43,14 @@ _MODALITIES = len(MODALITIES)
 class MicroBatch:
     """One micro-batch of one data-parallel rank.
 
-    tokens, labels (-100 where nothing is learned), position_ids: int64 [B, S]; loss_weights: float32 [B, S];
-    group_ids: int32 [B, S], document group * 3 + modality of the label, -1 where nothing is learned;
-    cu_seqlens: int32, ends of the documents in the flattened [B * S]; max_seqlen: the longest of them, in tokens;
+    tokens, labels (-100 where nothing is learned): int64 [B, S], [B, S, K] for K > 1 streams; loss_weights: float32 and
+    group_ids: int32 of the same shape, the latter document group * 3 + modality of the label, -1 where nothing is
+    learned; position_ids: int64 [B, S];
+    cu_seqlens: int32, ends of the documents in the flattened [B * S]; max_seqlen: the longest of them, in steps;
     row_pointers: int32 [B + 1], row b holds documents row_pointers[b] to row_pointers[b + 1];
-    counts: int64 [3], document, pad and learned tokens; sequences: int64 [B], numbers in the stage, those at or
-    above the stage's `n_sequences` are padding; documents: int32 [segments, 2], (dataset, document) of each segment.
+    counts: int64 [3], steps of documents, steps of padding and learned labels; sequences: int64 [B], numbers in the
+    stage, those at or above the stage's `n_sequences` are padding; documents: int32 [segments, 2], (dataset, document)
+    of each segment.
 
     A stitched chain is one document here; in `documents` each of its parts is a segment. In a rectangle the gaps
     between documents are documents of padding, of which nothing is learned.
@@ -69,13 +73,14 @@ class MicroBatch:
 class GlobalBatch:
     """What one data-parallel rank trains on in one optimizer step.
 
-    loss_weight_sums: float64 [1 or 3], Σ loss weight over this rank's micro-batches, of all labels or by modality
-    (see `RowSource.normalizers`); tokens, pad_tokens: this rank's document tokens and padding; consumed_sequences:
-    the stage's position after this batch, over all ranks.
+    loss_totals: float64 [2, 1 or 3], Σ loss weight and number of learned labels of this rank's micro-batches, of all
+    labels or by modality (see `RowSource.normalizers`): what `LossConfig.scales` takes, once summed over the ranks;
+    tokens, pad_tokens: this rank's steps of documents and of padding; consumed_sequences: the stage's position after
+    this batch, over all ranks.
     """
 
     micro_batches: list[MicroBatch]
-    loss_weight_sums: np.ndarray
+    loss_totals: np.ndarray
     tokens: int
     pad_tokens: int
     consumed_sequences: int
@@ -85,7 +90,7 @@ class Chunk(NamedTuple):
     """Micro-batches that were made together, with the sums that a global batch is made of."""
 
     micro_batches: list[MicroBatch]
-    loss_weight_sums: np.ndarray
+    loss_totals: np.ndarray
     tokens: int
     pad_tokens: int
 
@@ -119,7 +124,7 @@ class RowSource:
 
     stratum_label: int32 [strata], the document group of each stratum; promptless: bool [strata], strata whose
     documents have no prompt (text): all of their tokens are learned whatever `policy.prompt` says; normalizers: 1 for
-    the sum of all loss weights of a batch, 3 for the sums by modality; rectangular: the documents of a row lie at
+    the totals of all labels of a batch, 3 for those by modality; rectangular: the documents of a row lie at
     multiples of the longest of them (packing mode bucket); pin_memory: make tensors that the GPU can fetch by itself.
     """
 
@@ -164,6 +169,16 @@ class RowSource:
         joined = None if table.joined is None else np.asarray(table.joined[chosen]).astype(bool)
         return _Rows(segments, np.asarray(table.stratum[chosen]), joined)
 
+    def _document_flags(self, documents: _Documents) -> torch.Tensor | None:
+        """What the loss mask has to know of each document, uint8 [documents]; None where there is nothing."""
+        flags = None
+        if self.policy.prompt_end_id >= 0:
+            flags = self.promptless[documents.stratum] * np.uint8(PROMPTLESS)
+        if documents.gap is not None:
+            gap = documents.gap * np.uint8(UNLEARNED)
+            flags = gap if flags is None else flags | gap
+        return None if flags is None else torch.from_numpy(flags)
+
     def _documents(self, rows: _Rows, goes_on: np.ndarray) -> _Documents:
         """Documents as the loss mask sees them; one that goes on beyond its row is longer than lies in it."""
         segments, stratum = rows.segments, rows.stratum
@@ -202,20 +217,11 @@ class RowSource:
             torch.from_numpy(self.stratum_label[documents.stratum]),
             self.modality_table,
         )
-        shape = rows.size, self.seq_length
-        out = MaskedBatch.allocate(*shape, len(documents.length), pin_memory=self.pin_memory)
-        masked = loss_mask(*arguments, self.policy, out=out)
-        if self.policy.prompt_end_id >= 0:
-            promptless = self.promptless[documents.stratum]
-            if promptless.any():
-                policy = LossPolicy(self.policy.text, self.policy.audio, self.policy.special)
-                where = _positions_of(masked, documents.row_pointers, promptless)
-                _replace(masked, loss_mask(*arguments, policy), where)
-        pad = _positions_of(masked, documents.row_pointers, documents.gap) if documents.gap is not None else None
-        if pad is not None:
-            for tensor, nothing in ((masked.labels, -100), (masked.loss_weights, 0.0), (masked.group_ids, -1)):
-                tensor.numpy()[pad] = nothing
-        tokens = torch.empty(shape, dtype=torch.int64, pin_memory=self.pin_memory)
+        rows_and_steps = rows.size, self.seq_length
+        streams = None if self.gatherer.streams == 1 else self.gatherer.streams
+        out = MaskedBatch.allocate(*rows_and_steps, len(documents.length), streams=streams, pin_memory=self.pin_memory)
+        masked = loss_mask(*arguments, self.policy, self._document_flags(documents), out=out)
+        tokens = torch.empty(masked.labels.shape, dtype=torch.int64, pin_memory=self.pin_memory)
         tokens.numpy()[:] = ids[:, :-1]
         return _split(masked, tokens, rows, found, documents, self.normalizers)
 
@@ -233,27 +239,20 @@ def _longest(length: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return longest
 
 
-def _positions_of(masked: MaskedBatch, row_pointers: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """The positions of the documents chosen (bool [documents]): bool [rows, S]."""
-    # cu_seqlens has one segment more per row than there are documents: the padding.
-    per_segment = np.insert(documents, row_pointers[1:], False)
-    return np.repeat(per_segment, np.diff(masked.cu_seqlens.numpy())).reshape(masked.labels.shape)
-
-
-def _replace(prompted: MaskedBatch, whole: MaskedBatch, where: np.ndarray) -> None:
-    """Take what is learned at these positions from `whole`."""
-    for name in ("labels", "loss_weights", "group_ids"):
-        np.copyto(getattr(prompted, name).numpy(), getattr(whole, name).numpy(), where=where)
-
-
-def _weight_sums(masked: MaskedBatch, normalizers: int) -> np.ndarray:
-    """Σ loss weight, float64 [normalizers]: of all positions, or by the modality of their labels."""
+def _loss_totals(masked: MaskedBatch, normalizers: int, learned: int) -> np.ndarray:
+    """Σ loss weight and number of labels, float64 [2, normalizers]: of all labels, or by their modality."""
     weights = masked.loss_weights.numpy()
     if normalizers == 1:
         # NumPy, not torch: its threads would be started anew by each of ours.
-        return weights.sum(dtype=np.float64, keepdims=True).reshape(1)
+        return np.array([[weights.sum(dtype=np.float64)], [learned]], dtype=np.float64)
     # Slot 0 takes the positions that are not learned: their group is -1.
-    by_group = np.bincount(masked.group_ids.numpy().ravel() + 1, weights=weights.ravel())[1:]
+    slots = masked.group_ids.numpy().ravel() + 1
+    return np.stack([_by_modality(np.bincount(slots, weights=weights.ravel())), _by_modality(np.bincount(slots))])
+
+
+def _by_modality(by_slot: np.ndarray) -> np.ndarray:
+    """Sums over the groups of each modality, float64 [3], without slot 0."""
+    by_group = by_slot[1:]
     whole = np.zeros(-(-len(by_group) // _MODALITIES) * _MODALITIES)
     whole[: len(by_group)] = by_group
     return whole.reshape(-1, _MODALITIES).sum(axis=0)
@@ -297,7 +296,8 @@ def _split(
                 documents=names[segment_pointers[first] : segment_pointers[last]],
             )
         )
-    return Chunk(made, _weight_sums(masked, normalizers), int(counts[:, 0].sum()), int(counts[:, 1].sum()))
+    document_steps, pad_steps, learned = counts.sum(axis=0).tolist()
+    return Chunk(made, _loss_totals(masked, normalizers, learned), document_steps, pad_steps)
 
 
 def check_layout(where: str, micro_batch_size: int, global_batch_sequences: int, dp_rank: int, dp_size: int) -> None:
@@ -438,9 +438,9 @@ class StageLoader:
         self.close()
 
 
-def _chunks(rows: np.ndarray, seq_length: int) -> list[np.ndarray]:
-    """A rank's share of a global batch, [micro-batches, B], cut into chunks of a bounded number of positions."""
-    together = max(1, _CHUNK_POSITIONS // (rows.shape[1] * seq_length))
+def _chunks(rows: np.ndarray, row_ids: int) -> list[np.ndarray]:
+    """A rank's share of a global batch, [micro-batches, B], cut into chunks of a bounded number of ids."""
+    together = max(1, _CHUNK_IDS // (rows.shape[1] * row_ids))
     return [rows[first : first + together] for first in range(0, len(rows), together)]
 
 
@@ -464,7 +464,7 @@ def global_batches(
     def share(index: int) -> tuple[int, list[np.ndarray]]:
         first = first_sequence + index * global_batch_sequences
         rows = rank_sequences(first, micro_batch_size, global_batch_sequences, dp_rank, dp_size)
-        return first, _chunks(rows, source.seq_length)
+        return first, _chunks(rows, source.seq_length * source.gatherer.streams)
 
     waiting: deque[Future[Chunk]] = deque()
     ahead = (chunk for index in range(n_batches) for chunk in share(index)[1])
@@ -486,7 +486,7 @@ def global_batches(
                     parts.append(waiting.popleft().result())
                 yield GlobalBatch(
                     micro_batches=[batch for part in parts for batch in part.micro_batches],
-                    loss_weight_sums=np.sum([part.loss_weight_sums for part in parts], axis=0),
+                    loss_totals=np.sum([part.loss_totals for part in parts], axis=0),
                     tokens=sum(part.tokens for part in parts),
                     pad_tokens=sum(part.pad_tokens for part in parts),
                     consumed_sequences=first + global_batch_sequences,

@@ -134,7 +134,7 @@ def _refuse_replaced(name: str, old: Entry, dataset: TokenDataset) -> None:
     if len(dataset) < documents:
         raise replaced
     index = hashlib.sha256(HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[dataset.dtype], documents, documents + 1))
-    index.update(np.ascontiguousarray(dataset.lengths[:documents], dtype="<i4").data)
+    index.update(np.ascontiguousarray(dataset.id_counts[:documents], dtype="<i4").data)
     index.update(np.ascontiguousarray(dataset.pointers[:documents], dtype="<i8").data)
     index.update(np.arange(documents + 1, dtype="<i8").data)
     if index.hexdigest() != old["files"][".idx"]["sha256"]:

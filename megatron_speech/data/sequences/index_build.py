@@ -58,9 +58,11 @@ def index_key(
         files = {suffix: entry.sha256 for suffix, entry in dataset.manifest.files.items()}
         entries.append([name, dataset.manifest.task, files])
     fields = set(StageDataConfig.model_fields) - _WITHOUT_EFFECT
+    streams = {dataset.streams for dataset in datasets.values()} - {1}
     return sha256_hex(
         canonical_json(
             {
+                **({"streams": sorted(streams)} if streams else {}),  # so that keys of one stream stay what they were
                 "version": INDEX_VERSION,
                 "datasets": entries,
                 "stage": stage.model_dump(mode="json", include=fields),

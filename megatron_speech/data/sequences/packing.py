@@ -4,6 +4,8 @@ A segment is a run of tokens of one document inside one sequence. Sequence i hol
 seq_ptr[i]:seq_ptr[i+1], end to end from its first token on; what is left of it is padding. Neither the order nor
 the table is ever held whole: documents are taken from the order a million at a time, and what they are packed to
 goes to the table's files (`data.index_cache`).
+
+Of documents with several streams a token is a step here: its ids count as one, and no segment begins or ends within it.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class SegmentTable:
     """Where every token of every sequence comes from.
 
     seq_ptr: int64 [sequences + 1]; per segment, [segments]: stratum uint16; document int32, in its dataset; start
-    int32, first token of the segment in its document; length int32, tokens. joined: uint8, 1 where a segment
+    int32, first step of the segment in its document; length int32, steps. joined: uint8, 1 where a segment
     continues the attention document of the segment before it, or None where nothing is stitched. stratum_dataset:
     int32 [strata], the dataset of each stratum.
     """

@@ -66,13 +66,13 @@ class LossMeter:
         self._sums.zero_()
         self._weighted.zero_()
         self._settled: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._lost_weights = torch.zeros_like(self._weighted)
-        self._weights = np.zeros(self._normalizers)
+        self._lost = torch.zeros_like(self._weighted)
+        self._divisors = np.zeros(self._normalizers)
         self._host = dict.fromkeys(_COUNTS, 0.0)
 
     @property
     def state_size(self) -> int:
-        """Length of `totals`: the sums by slot, then by normaliser Σ weight · loss and Σ weight, then the counts."""
+        """Length of `totals`: the sums by slot, then by normaliser Σ weight · loss and its divisor, then the counts."""
         return 2 * self._slots + 2 * self._normalizers + len(_COUNTS)
 
     def add_losses(
@@ -94,18 +94,18 @@ class LossMeter:
         own = slots % self._normalizers == self._normalizer
         self._weighted += torch.where(own, weighted, 0.0).sum(1)
 
-    def add_counts(self, *, weight_sums: np.ndarray, tokens: int, pad_tokens: int) -> None:
-        """Add a global batch's host-side counts of this data-parallel rank; `weight_sums` as the loader gives them."""
-        self._weights += weight_sums
+    def add_counts(self, *, loss_totals: np.ndarray, tokens: int, pad_tokens: int) -> None:
+        """Add a global batch's host-side counts of this data-parallel rank; `loss_totals` as the loader gives them."""
+        self._divisors += self.loss.divisors(loss_totals)
         self._host["tokens"] += tokens
         self._host["pad_tokens"] += pad_tokens
 
-    def settle(self, skipped: torch.Tensor, weight_sums: np.ndarray) -> None:
+    def settle(self, skipped: torch.Tensor, loss_totals: np.ndarray) -> None:
         """Forget the losses of the global batch just added if its step was skipped. No device sync.
 
         Args:
             skipped: float32 scalar on the device: 1 or 0.
-            weight_sums: that went to :meth:`add_counts`. Its tokens still count: they were worked on.
+            loss_totals: that went to :meth:`add_counts`. Its tokens still count: they were worked on.
         """
         taken = skipped == 0.0
         if self._settled is None:
@@ -113,7 +113,7 @@ class LossMeter:
         for sums, before in zip((self._sums, self._weighted), self._settled, strict=True):
             sums.copy_(torch.where(taken, sums, before))  # not a product: what was added may be NaN
             before.copy_(sums)
-        self._lost_weights += torch.stack([skipped.double() * weight for weight in weight_sums.tolist()])
+        self._lost += torch.stack([skipped.double() * part for part in self.loss.divisors(loss_totals).tolist()])
 
     def restore(self, totals: torch.Tensor, groups: Sequence[Sequence[str]]) -> None:
         """Take over the `totals` of a meter of `groups`; those of a group that is there no more are dropped."""
@@ -127,12 +127,12 @@ class LossMeter:
     def reduce(self) -> None:
         """Move this interval's sums of all ranks into `totals`. The only device sync, and a collective."""
         local = torch.zeros(self.state_size, dtype=torch.float64, device=self._sums.device)
-        scalars = [*self._weights.tolist(), *self._host.values()]
+        scalars = [*self._divisors.tolist(), *self._host.values()]
         if self.contributes:
             local[: -len(scalars)] = torch.cat((self._sums.flatten(), self._weighted))
         if self.contributes and self.counts:
             local[-len(scalars) :] = torch.tensor(scalars, dtype=torch.float64, device=local.device)
-            local[-len(scalars) : -len(_COUNTS)] -= self._lost_weights
+            local[-len(scalars) : -len(_COUNTS)] -= self._lost
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(local)
         self.totals += local.cpu()
@@ -141,16 +141,18 @@ class LossMeter:
     def read(self) -> dict[str, float]:
         """Means over the interval, by name; then start a new interval.
 
-        `loss` is what the optimizer saw: Σ weight·loss / Σ weight or, normalised by modality, the sum of the means of
+        `loss` is what the optimizer saw: Σ weight·loss / divisor or, normalised by modality, the sum of the means of
         the modalities times their weights; smoothing and z-loss are part of it. The others are plain means of the
         cross-entropy over the positions that carry loss, so they do not move when weights are changed.
         """
         self.reduce()
         scalars = self.totals[2 * self._slots :].tolist()
-        weighted, weights = scalars[: self._normalizers], scalars[self._normalizers : 2 * self._normalizers]
+        weighted, divisors = scalars[: self._normalizers], scalars[self._normalizers : 2 * self._normalizers]
         counts = dict(zip(_COUNTS, scalars[2 * self._normalizers :], strict=True))
-        scales = self.loss.scales(weights)
-        sums = self.totals[: 2 * self._slots].view(len(self.groups), len(MODALITIES), 2).tolist()
+        by_slot = self.totals[: 2 * self._slots].view(len(self.groups), len(MODALITIES), 2)
+        labels = by_slot[..., 1].sum(0).view(self._normalizers, -1).sum(1)
+        scales = self.loss.scales(np.array([divisors, labels.tolist()]))
+        sums = by_slot.tolist()
         self.totals.zero_()
         named: dict[str, list[float]] = {}
         for (task, language, source), row in zip(self.groups, sums, strict=True):
@@ -161,7 +163,7 @@ class LossMeter:
                     entry[1] += count
         positions = counts["tokens"] + counts["pad_tokens"]
         return {
-            "loss": sum(a * b for a, b in zip(scales, weighted, strict=True)) if any(weights) else math.nan,
+            "loss": sum(a * b for a, b in zip(scales, weighted, strict=True)) if any(labels) else math.nan,
             **{f"loss/{name}": loss / count for name, (loss, count) in sorted(named.items()) if count},
             "pad_fraction": counts["pad_tokens"] / positions if positions else 0.0,
             "tokens": counts["tokens"],
