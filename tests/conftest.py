@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 # Two test workers share two cores: one thread each. Set before torch is imported anywhere.
@@ -13,10 +15,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hypothesis import settings
 
+sys.path.append(str(Path(__file__).parent))  # tests are imported without their folders
+
+import processes
+
 # A gate repeats: the same examples in every run. HYPOTHESIS_PROFILE=random looks for others.
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("random", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+# Set before anything is started: all of it ends with this process, whichever way that ends.
+processes.end_commands_with_this_process()
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -44,3 +53,15 @@ def fsdd() -> Path:
     if not path.is_file():
         pytest.skip(f"the spoken-digit recordings are not at {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def launch_two() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`launch_two(*commands)` runs `megatron-speech train` with each list of arguments on the same two processes."""
+
+    def launch(*commands: list[str]) -> subprocess.CompletedProcess[str]:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        script = REPOSITORY / "tests" / "training" / "train_many.py"
+        return processes.run([*torchrun, str(script), json.dumps(commands)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    return launch

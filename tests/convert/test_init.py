@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from backbones import CODEC, make_backbone, make_tokenizer
-from toy_runs import launch_two, make_toy_datasets, read_metrics, toy_recipe, train, write_recipe
+from toy_runs import LaunchTwo, make_toy_datasets, read_metrics, toy_recipe, train, write_recipe
 
 from megatron_speech import cli
 from megatron_speech.tokens.space import TokenSpace
@@ -42,7 +42,7 @@ def losses(run: Path) -> np.ndarray:
 
 
 def test_training_starts_from_a_backbone_under_every_layout(
-    toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    toy: Path, launch_two: LaunchTwo, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe_of(toy))
     one = tmp_path / "one"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy_runs import copy_until, launch_two, read_metrics, toy_recipe, train, without_timing, write_recipe
+from toy_runs import LaunchTwo, copy_until, read_metrics, toy_recipe, train, without_timing, write_recipe
 
 from megatron_speech.modalities import MODALITIES
 from megatron_speech.model.attention import PackedSequences
@@ -127,7 +127,7 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run) if "split" not in line]
 
 
-def test_normalised_by_modality_on_one_process_and_on_two(toy: Path, tmp_path: Path) -> None:
+def test_normalised_by_modality_on_one_process_and_on_two(toy: Path, launch_two: LaunchTwo, tmp_path: Path) -> None:
     """Unequal counts on the ranks, and sequences in which a modality does not occur."""
     loss = WEIGHTS | {"normalize": "modality"}
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe_with(toy, loss))

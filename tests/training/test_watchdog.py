@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch.distributed as dist
 from toy_runs import toy_recipe, write_recipe
@@ -214,11 +214,8 @@ def faults(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
         for name, words in gates.items()
     ]
     request = json.dumps({"recipe": str(recipe), "scenarios": scenarios})
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, str(Path(__file__).with_name("fault_rig.py")), request],
-        capture_output=True,
-        text=True,
-        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
