@@ -106,7 +106,8 @@ def test_two_nodes_build_the_same_bytes(
 BUILD = """
 import sys, json
 from pathlib import Path
-from megatron_speech.recipe.data import DataConfig, StageDataConfig
+from megatron_speech.recipe.data import DataConfig
+from megatron_speech.recipe.stage import StageDataConfig
 from megatron_speech.data.dataset.indexed import TokenDataset
 from megatron_speech.data.sequences.index_build import index_builder
 from megatron_speech.data.sequences.index_cache import cached_table
