@@ -30,6 +30,29 @@ processes.end_commands_with_this_process()
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+# Who uses one of these, itself or through another fixture, is marked `distributed` by that.
+STARTS_RANKS = {"run_ranks", "launch_two"}
+COLLECTED = pytest.StashKey[list[pytest.Item]]()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if STARTS_RANKS.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("distributed")
+    config.stash[COLLECTED] = list(items)
+
+
+@pytest.fixture(scope="session")
+def collected(pytestconfig: pytest.Config) -> list[pytest.Item]:
+    """Every test of the whole suite, also those that -m leaves out."""
+    if [(pytestconfig.invocation_params.dir / argument).resolve() for argument in pytestconfig.args] != [
+        REPOSITORY / "tests"
+    ]:
+        pytest.skip("only a part of the tests was collected: run pytest on tests/")
+    return pytestconfig.stash[COLLECTED]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, None, None]:
     """Parallel groups end with the file of tests that brought them up: commands leave theirs to the process's end."""

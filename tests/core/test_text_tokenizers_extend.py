@@ -283,6 +283,7 @@ def test_a_folder_holds_what_loads_and_nothing_outdated(case: Case) -> None:
         assert names == {"tokenizer.json", "tokenizer_config.json", "extension.json"}
 
 
+@pytest.mark.slow
 def test_transformers_loads_the_extended_folder(case: Case, tmp_path: Path) -> None:
     if not case.base.is_dir():
         return  # sentencepiece models are read by sentencepiece
@@ -362,6 +363,7 @@ def test_a_base_with_holes_that_loads_as_written_is_extended(texts: str, tmp_pat
     assert loaded.token_to_id("<|begin|>") == 600
 
 
+@pytest.mark.slow
 def test_what_the_input_does_not_yield_is_named(texts: str, tmp_path: Path) -> None:
     for name in ("unigram", "bpe", "gpt-2"):
         base = BASES[name](tmp_path / name)
