@@ -146,6 +146,7 @@ def test_each_file_of_a_part_is_checked(corpus: Any, suffix: str, capsys: pytest
     assert corpus.left() == before
 
 
+@pytest.mark.slow
 def test_a_merge_killed_at_every_change_of_the_disk_goes_on_to_the_same_bytes(corpus: Any, killer: Any) -> None:
     corpus.write(["{", *corpus.rows])
     for i in range(2):

@@ -208,6 +208,7 @@ def test_input_of_unknown_length_is_converted_in_one_pass(
     assert not [name for name in corpus.left() if "refused" in name]
 
 
+@pytest.mark.slow
 def test_a_killed_stream_goes_on_and_still_knows_its_rows(corpus: Any, killer: Any) -> None:
     stream = corpus.folder / "samples.jsonl.gz"
     stream.write_bytes(gzip.compress(corpus.samples.read_bytes()))
@@ -225,6 +226,7 @@ def test_a_killed_stream_goes_on_and_still_knows_its_rows(corpus: Any, killer: A
 # ---- shards and workers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [(1,), (2, 1), (1, 3, 1)], ids=str)
 def test_neither_shards_nor_workers_show_in_the_bytes(
     make_corpus: Any, workers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
