@@ -74,6 +74,7 @@ def test_training_starts_from_a_backbone_under_every_layout(
     np.testing.assert_array_equal(losses(killed), losses(one))
 
 
+@pytest.mark.slow
 def test_weights_of_another_type_and_of_a_run_are_taken(toy: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe_of(toy))
     assert train(recipe, tmp_path / "fp32") == 0
@@ -115,6 +116,7 @@ def test_other_ids_are_refused(toy: Path, tmp_path: Path, capfd: pytest.CaptureF
     assert other.hash in error and space.hash in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["llasa", "inworld"])
 def test_a_public_checkpoint_is_fine_tuned(
     tmp_path: Path, imported: Callable[..., Path], layout: str, capfd: pytest.CaptureFixture[str]

@@ -18,7 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from toy_runs import make_toy_datasets, read_metrics, toy_recipe, without_timing, write_recipe
 
-pytestmark = pytest.mark.skipif("SLURM_CHAIN" not in os.environ, reason="two minutes; on request by SLURM_CHAIN=1")
+pytestmark = [
+    pytest.mark.skipif("SLURM_CHAIN" not in os.environ, reason="two minutes; on request by SLURM_CHAIN=1"),
+    pytest.mark.slow,
+]
 
 STAGES = ("s1", "s2", "sft")
 

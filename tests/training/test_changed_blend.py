@@ -25,6 +25,8 @@ from megatron_speech.data.sequences.index_cache import open_table
 from megatron_speech.recipe.data import dataset_prefixes
 from megatron_speech.recipe.load import load_recipe
 
+pytestmark = pytest.mark.slow
+
 STEPS, BATCH = 24, 8
 
 

@@ -79,6 +79,7 @@ def naive_loss(trainer: Trainer, batch: Any, loss: LossConfig) -> torch.Tensor:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss",
     [
@@ -177,6 +178,7 @@ def test_smoothing_and_z_loss_are_in_the_loss_alone_and_only_in_training(toy: Pa
     assert validation["loss"] == pytest.approx(weighted_means(validation), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_continued_run_has_the_same_sums_by_modality_to_the_digit(toy: Path, tmp_path: Path) -> None:
     """Killed between two lines of metrics.jsonl: the sums of the interval come back with the checkpoint."""
     recipe = recipe_with(toy, WEIGHTS | {"normalize": "modality", "z_loss": 1e-3})

@@ -31,6 +31,8 @@ from megatron_speech.errors import InputError
 from megatron_speech.recipe.load import load_recipe
 from megatron_speech.tokens.space import CodecDescription
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def recipe_file(toy: Path) -> Path:
