@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 # Two test workers share two cores: one thread each. Set before torch is imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -46,6 +47,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if STARTS_RANKS.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("distributed")
     config.stash[COLLECTED] = list(items)
+    if hasattr(config, "workerinput"):  # of several workers: none shall begin with something long when little is left
+        weight: dict[Path, int] = {}
+        for item in items:
+            own = 2 if item.get_closest_marker("distributed") else 1 if item.get_closest_marker("slow") else 0
+            weight[item.path] = max(own, weight.get(item.path, 0))
+        items.sort(key=lambda item: -weight[item.path])
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of a file go to one worker, which then makes their fixtures, whole runs among them, only once."""
+    from xdist.scheduler import LoadGroupScheduling
+
+    class FileScheduling(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            scope = super()._split_scope(nodeid)
+            return scope.split("::")[0] if scope == nodeid else scope
+
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    config.option.loadscopereorder = False  # in the order above, not by the number of tests
+    return FileScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
