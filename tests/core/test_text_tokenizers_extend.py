@@ -133,6 +133,7 @@ OLD_CHARACTERS = st.one_of(
 NEW_CHARACTERS = st.sampled_from("".join(a + b for a, b in (text_corpora.LETTERS[name] for name in NEW)))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(OLD_CHARACTERS, max_size=60))
 def test_text_without_new_characters_keeps_its_ids(case: Case, text: str) -> None:
@@ -155,6 +156,7 @@ def test_mixed_text_comes_back(case: Case, text: str) -> None:
     assert case.new.decode(_ids(case.new, text)) == text
 
 
+@pytest.mark.slow
 def test_new_scripts_come_back_and_get_shorter(case: Case) -> None:
     for language in NEW:
         seen = text_corpora.sentences(language, 300)
@@ -202,6 +204,7 @@ def test_ids_pieces_and_scores_of_the_base_stay(case: Case) -> None:
         assert new.normalizer_spec == old.normalizer_spec
 
 
+@pytest.mark.slow
 def test_extending_again_makes_the_same_bytes(case: Case, texts: str, tmp_path: Path) -> None:
     result = extend(case.base, Corpus([texts]), ExtendOptions(PIECES))
     path = case.extended / "tokenizer.json" if case.extended.is_dir() else case.extended

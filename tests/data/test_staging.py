@@ -149,6 +149,7 @@ def test_what_a_killed_copy_left_is_not_trusted(make: Make, tmp_path: Path) -> N
     assert_same(stage(cache, source)[0], source)
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_make_one_copy(make: Make, tmp_path: Path) -> None:
     source, cache = make("d"), tmp_path / "cache"
     both = [child(source, cache) for _ in range(2)]

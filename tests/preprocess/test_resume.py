@@ -82,6 +82,7 @@ def test_a_dataset_that_is_replaced_stays_whole_until_the_new_one_is(corpus: Any
     assert seen == {"old", "new", "none"}
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_still_ends(corpus: Any, killer: Any) -> None:
     bad_rows(corpus)
     argv = corpus.arguments(*CONVERSIONS["cloning"])

@@ -67,6 +67,7 @@ def test_what_is_written_beside_the_training_is_what_a_run_that_waits_writes(
     assert without_timing(read_metrics(waiting)) == without_timing(read_metrics(reference))
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_a_checkpoint_is_written(
     recipe_file: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +199,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", place], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full_keeps_training_and_the_last_checkpoint(
     recipe_file: Path, reference: Path, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -32,6 +32,7 @@ def parallel() -> Iterator[None]:
     groups.destroy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("distributed", [False, True])
 @pytest.mark.parametrize("decay", [0.9999, 0.7])
@@ -121,6 +122,7 @@ def test_every_checkpoint_holds_the_average_of_the_weights_so_far(averaged_run: 
             torch.testing.assert_close(found[name].double(), expected, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_a_stage_that_resets_the_optimizer_begins_a_new_average(averaged_run: tuple[Path, Path]) -> None:
     _, run = averaged_run
     paths = {step: run / "checkpoints" / f"step_{step:08d}" for step in range(8, 13)}

@@ -62,6 +62,7 @@ def test_looking_at_a_blend_copies_nothing(toy: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "cache" / "datasets").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [1.0, 0.0])
 def test_a_run_trains_on_rectangles(toy: Path, tmp_path: Path, prompt: float) -> None:
     recipe = short_recipe(toy)

@@ -151,6 +151,7 @@ def test_normalised_by_modality_on_one_process_and_on_two(toy: Path, launch_two:
         assert validation["loss"] == pytest.approx(lines[-1]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task_mass", [{"speech_lm": 1.0}, {"text_lm": 0.5, "speech_lm": 0.5}], ids=str)
 def test_a_modality_that_a_batch_has_not_contributes_nothing(
     toy: Path, tmp_path: Path, task_mass: dict[str, float]
