@@ -181,6 +181,7 @@ def edits(a: list[Any], b: list[Any]) -> int:
     return row[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rows", "message"),
     [

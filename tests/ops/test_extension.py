@@ -80,6 +80,7 @@ def test_every_cuda_source_compiles_for_hopper_without_a_warning_or_a_spill():
         assert kernels and all(line.endswith(" 0 bytes spilled") for line in kernels), kernels
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_a_source_that_does_not_compile_is_told(tmp_path):
     broken = tmp_path / "broken.cu"

@@ -226,6 +226,7 @@ def test_two_runs_cannot_write_the_same_shard(
     assert encode("out", recordings[:2]) == 0
 
 
+@pytest.mark.slow
 def test_shards_in_any_order_join_to_what_one_run_gives(
     tmp_path: Path, encode: Callable[..., int], recordings: Rows
 ) -> None:

@@ -22,6 +22,7 @@ def merge(folder: Path, output: str, *inputs: str) -> int:
     return merge_datasets.main(["--input", *parts, "--output-prefix", str(folder / output), *flags])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--cloning", "same-speaker", "--references", 2), ()], ids=["cloning", "plain"])
 def test_merged_shards_are_the_bytes_of_one_run(make_corpus: Any, flags: tuple[object, ...]) -> None:
     corpus = make_corpus(1300)

@@ -374,6 +374,7 @@ def test_two_writers_of_one_output_are_told_apart(corpus: Any, capsys: pytest.Ca
 # ---- real recordings
 
 
+@pytest.mark.slow
 def test_real_recordings_from_wav_to_documents(fsdd: Path, tmp_path: Path, repository: Path) -> None:
     pytest.importorskip("pycodec2", reason="the Codec2 codec is an extra")
     from megatron_speech.codecs import describe_codec

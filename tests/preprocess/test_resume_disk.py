@@ -36,6 +36,7 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jsonl, "BATCH_ROWS", 16)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("often")
 def test_wherever_the_disk_is_full_the_same_command_goes_on(
     corpus: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -122,6 +123,7 @@ def test_a_full_file_system_is_one_sentence_and_the_journal_stays(
     assert corpus.files("disk/data") == corpus.files("whole/data")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("often")
 def test_a_merge_on_a_full_disk_leaves_no_dataset_and_goes_on(corpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for i in range(3):
