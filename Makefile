@@ -1,4 +1,5 @@
-# Two commands for a fresh machine: `make quickstart` (data → training → speech) and `make test`.
+# Two commands for a fresh machine: `make quickstart` (data → training → speech) and `make test`; `make quick` is the
+# part of the tests that says within 90 seconds whether a change has broken something.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -10,13 +11,16 @@ DATA ?=
 ARGS ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test venv lint clean
+.PHONY: quickstart test quick venv lint clean
 
 quickstart: venv
 	$(BIN)/python examples/quickstart/run.py --output-dir $(OUT) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadgroup tests
+
+quick: venv
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not distributed" tests
 
 venv: $(STAMP)
 

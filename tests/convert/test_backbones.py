@@ -49,6 +49,7 @@ def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "tied"), CASES, ids=NAMES)
 def test_logits_are_those_of_transformers_both_ways(tmp_path: Path, imported: Import, kind: str, tied: bool) -> None:
     theirs = make_backbone(tmp_path / "hf", kind, tied=tied, max_shard_size="100KB" if tied else "5GB")
@@ -68,6 +69,7 @@ def test_logits_are_those_of_transformers_both_ways(tmp_path: Path, imported: Im
         assert (our_logits(checkpoint, new)[..., : again.config.vocab_size] - again(new).logits).abs().max() <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_round_trip_keeps_every_bit(tmp_path: Path, imported: Import, kind: str, dtype: torch.dtype) -> None:

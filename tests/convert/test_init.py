@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from backbones import CODEC, make_backbone, make_tokenizer
-from toy_runs import launch_two, make_toy_datasets, read_metrics, toy_recipe, train, write_recipe
+from toy_runs import LaunchTwo, make_toy_datasets, read_metrics, toy_recipe, train, write_recipe
 
 from megatron_speech import cli
 from megatron_speech.tokens.space import TokenSpace
@@ -42,7 +42,7 @@ def losses(run: Path) -> np.ndarray:
 
 
 def test_training_starts_from_a_backbone_under_every_layout(
-    toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    toy: Path, launch_two: LaunchTwo, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe_of(toy))
     one = tmp_path / "one"
@@ -74,6 +74,7 @@ def test_training_starts_from_a_backbone_under_every_layout(
     np.testing.assert_array_equal(losses(killed), losses(one))
 
 
+@pytest.mark.slow
 def test_weights_of_another_type_and_of_a_run_are_taken(toy: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe_of(toy))
     assert train(recipe, tmp_path / "fp32") == 0
@@ -115,6 +116,7 @@ def test_other_ids_are_refused(toy: Path, tmp_path: Path, capfd: pytest.CaptureF
     assert other.hash in error and space.hash in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["llasa", "inworld"])
 def test_a_public_checkpoint_is_fine_tuned(
     tmp_path: Path, imported: Callable[..., Path], layout: str, capfd: pytest.CaptureFixture[str]

@@ -59,6 +59,7 @@ def ids(request):
     return both(tokenizer_json(pattern, ignore_merges=whole))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(texts=st.lists(st.text(alphabet=TRICKY) | st.text(), max_size=8))
 def test_any_text_has_the_librarys_ids(ids, texts):
@@ -71,6 +72,7 @@ def test_long_words_and_special_names_have_the_librarys_ids(ids):
     assert found == expected
 
 
+@pytest.mark.slow
 def test_every_character_has_the_librarys_ids(ids):
     codes = [code for code in range(0x20000) if not 0xD800 <= code < 0xE000]
     texts = ["x".join(f"{chr(code)} {chr(code)}1" for code in codes[i : i + 512]) for i in range(0, len(codes), 512)]

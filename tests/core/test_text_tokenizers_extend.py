@@ -133,6 +133,7 @@ OLD_CHARACTERS = st.one_of(
 NEW_CHARACTERS = st.sampled_from("".join(a + b for a, b in (text_corpora.LETTERS[name] for name in NEW)))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(OLD_CHARACTERS, max_size=60))
 def test_text_without_new_characters_keeps_its_ids(case: Case, text: str) -> None:
@@ -155,6 +156,7 @@ def test_mixed_text_comes_back(case: Case, text: str) -> None:
     assert case.new.decode(_ids(case.new, text)) == text
 
 
+@pytest.mark.slow
 def test_new_scripts_come_back_and_get_shorter(case: Case) -> None:
     for language in NEW:
         seen = text_corpora.sentences(language, 300)
@@ -202,6 +204,7 @@ def test_ids_pieces_and_scores_of_the_base_stay(case: Case) -> None:
         assert new.normalizer_spec == old.normalizer_spec
 
 
+@pytest.mark.slow
 def test_extending_again_makes_the_same_bytes(case: Case, texts: str, tmp_path: Path) -> None:
     result = extend(case.base, Corpus([texts]), ExtendOptions(PIECES))
     path = case.extended / "tokenizer.json" if case.extended.is_dir() else case.extended
@@ -283,6 +286,7 @@ def test_a_folder_holds_what_loads_and_nothing_outdated(case: Case) -> None:
         assert names == {"tokenizer.json", "tokenizer_config.json", "extension.json"}
 
 
+@pytest.mark.slow
 def test_transformers_loads_the_extended_folder(case: Case, tmp_path: Path) -> None:
     if not case.base.is_dir():
         return  # sentencepiece models are read by sentencepiece
@@ -362,6 +366,7 @@ def test_a_base_with_holes_that_loads_as_written_is_extended(texts: str, tmp_pat
     assert loaded.token_to_id("<|begin|>") == 600
 
 
+@pytest.mark.slow
 def test_what_the_input_does_not_yield_is_named(texts: str, tmp_path: Path) -> None:
     for name in ("unigram", "bpe", "gpt-2"):
         base = BASES[name](tmp_path / name)

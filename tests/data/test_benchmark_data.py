@@ -22,12 +22,14 @@ def corpus():
     return BenchmarkCorpus("transcripts", seed=4)
 
 
+@pytest.mark.slow
 def test_a_document_depends_on_its_number_alone(corpus):
     whole = list(corpus.documents(40))
     assert list(corpus.documents(15, start=10)) == whole[10:25]
     assert list(BenchmarkCorpus("transcripts", seed=5).documents(40)) != whole
 
 
+@pytest.mark.slow
 def test_the_text_is_normalised_and_of_several_scripts(corpus):
     texts = list(corpus.documents(200))
     assert all(text == unicodedata.normalize("NFC", text) == normalize_document(text) for _, text in texts)
@@ -44,6 +46,7 @@ def write(prefix, documents):
     builder.finalize(f"{prefix}.idx")
 
 
+@pytest.mark.slow
 def test_ids_are_compared_document_by_document(tmp_path):
     write(tmp_path / "ours", [[1, 7, 8, 2], [1, 9, 2], [1, 5, 5, 2]])
     write(tmp_path / "same", [[7, 8, 0], [9, 0], [5, 5, 0]])
@@ -95,6 +98,7 @@ def test_wrong_flags_are_one_sentence(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_codes_are_measured_end_to_end(tmp_path, monkeypatch):
     from megatron_speech.benchmark import data_codes
 

@@ -110,6 +110,7 @@ def test_a_limit_of_epochs_is_kept_by_the_index_and_named(recipe: Path, capsys: 
     assert max(s["epochs"] for s in stage["strata"] if s["task"] == "speech_lm") <= 1.0
 
 
+@pytest.mark.slow
 def test_the_picture_is_written_whole_and_a_bad_name_is_refused(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -223,6 +223,7 @@ def nowhere_to_go(
     return float(mass[groups].sum() - smallest)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(mixtures, st.dictionaries(st.sampled_from(["s0", "s1", "s2", "s3"]), st.floats(0.02, 1.0)), st.booleans())
 def test_bounds_hold_masses_are_kept_and_only_the_impossible_is_refused(

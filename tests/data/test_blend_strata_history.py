@@ -94,6 +94,7 @@ def drawn(found: StageData, first: int, last: int) -> list[tuple[str, str, int]]
     ]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.tuples(st.integers(1, BUDGET - 1), st.floats(0.1, 0.9), st.floats(0.0, 1.0)), max_size=3),

@@ -67,6 +67,7 @@ def flip(path: Path, position: int, mask: int = 1) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @settings(max_examples=60, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
@@ -81,6 +82,7 @@ def test_any_flipped_bit_of_any_file_is_found(
     shutil.rmtree(prefix.parent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @settings(max_examples=40, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True))

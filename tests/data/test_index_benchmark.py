@@ -10,6 +10,7 @@ import pytest
 from megatron_speech import cli
 
 
+@pytest.mark.slow
 def test_the_index_benchmark_measures_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "figures.json"
     arguments = ["--documents", "6000", "--strata", "12", "--tokens", "1200000", "--seq-length", "1024"]

@@ -124,6 +124,7 @@ print(extension_status())
 """
 
 
+@pytest.mark.slow
 def test_an_index_built_without_a_compiler_is_the_same(
     datasets: dict[str, TokenDataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

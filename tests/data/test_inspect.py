@@ -38,6 +38,7 @@ def inspect(*arguments: object) -> int:
     return inspect_command.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_lengths_are_drawn(
     tmp_path: Path, make_dataset: Any, document: Any, toy_space: TokenSpace, ending: str, capsys: Any

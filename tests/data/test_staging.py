@@ -121,6 +121,7 @@ def child(source: TokenDataset, cache: Path, kill_after: int = -1) -> subprocess
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_copy_is_continued_and_ends_in_the_same_bytes(make: Make, tmp_path: Path) -> None:
     source, cache = make("d"), tmp_path / "cache"
     killed = child(source, cache, kill_after=20)
@@ -149,6 +150,7 @@ def test_what_a_killed_copy_left_is_not_trusted(make: Make, tmp_path: Path) -> N
     assert_same(stage(cache, source)[0], source)
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_make_one_copy(make: Make, tmp_path: Path) -> None:
     source, cache = make("d"), tmp_path / "cache"
     both = [child(source, cache) for _ in range(2)]
@@ -181,6 +183,7 @@ def test_the_longest_unused_goes_first_and_nothing_that_is_used(make: Make, tmp_
     assert_same(c, datasets[2])
 
 
+@pytest.mark.slow
 def test_another_process_keeps_what_it_uses(make: Make, tmp_path: Path) -> None:
     cache, one, two = tmp_path / "cache", make("one"), make("two", seed=1)
     holder = subprocess.Popen(
@@ -256,6 +259,7 @@ def test_after_a_boot_the_hashes_are_read_again(make: Make, tmp_path: Path, monk
     assert copied
 
 
+@pytest.mark.slow
 def test_a_copy_in_use_is_not_taken_from_under_a_run(make: Make, tmp_path: Path) -> None:
     source, cache = make("d"), tmp_path / "cache"
     holder = subprocess.Popen(

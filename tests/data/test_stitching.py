@@ -126,6 +126,7 @@ def recordings(draw: st.DrawFn) -> list[Row]:
     return draw(st.permutations(rows)) if draw(st.booleans()) else rows
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=250)
 @given(recordings(), st.integers(1, 80), st.sampled_from(["keep", "drop"]))
 def test_chains_are_those_of_a_walk_through_each_recording(rows: list[Row], max_tokens: int, singles: str) -> None:
@@ -140,6 +141,7 @@ def test_chains_are_those_of_a_walk_through_each_recording(rows: list[Row], max_
     assert len(set(kept.tolist())) == len(kept) == len(rows) - table.dropped
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(recordings(), st.integers(5, 40), st.sampled_from(["cut", "fit"]), st.integers(0, 3))
 def test_expanded_segments_hold_every_token_of_the_units_in_order(

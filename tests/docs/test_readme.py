@@ -28,6 +28,7 @@ def test_the_readme_shows_no_other_command(repository: Path) -> None:
     assert shown == set(RUN_BY)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("quickstart")
 def test_quickstart_leaves_speech_a_report_and_a_picture(repository: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -51,6 +52,7 @@ def test_quickstart_leaves_speech_a_report_and_a_picture(repository: Path, tmp_p
     assert str(out / "report/report.html") in done.stdout
 
 
+@pytest.mark.slow
 def test_the_package_installs_and_runs_without_a_compiler(repository: Path, tmp_path: Path) -> None:
     source, site = tmp_path / "source", tmp_path / "site"
     files = subprocess.run(

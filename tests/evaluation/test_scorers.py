@@ -41,6 +41,7 @@ def recordings(fsdd: Path) -> list[tuple[str, np.ndarray]]:
     return [(row["transcript"], read_audio(fsdd.parent / row["wav_path"], 8000)) for row in rows]
 
 
+@pytest.mark.slow
 def test_pocketsphinx_hears_real_digits(recogniser: PocketSphinx, recordings: list[tuple[str, np.ndarray]]) -> None:
     heard = [recogniser.transcribe(audio, 8000) for _, audio in recordings]
     rates = error_rates([word for word, _ in recordings], heard)

@@ -88,6 +88,7 @@ def run(folder: Path, *words: str) -> int:
         sys.argv = before
 
 
+@pytest.mark.slow
 def test_the_judge_learns_words_and_voices_from_recordings_alone(scored: dict[str, Any]) -> None:
     for listener in ("word", "speaker"):
         assert scored[listener]["original"] >= 0.75  # of some 27 held-out recordings, after a few epochs
@@ -97,6 +98,7 @@ def test_the_judge_learns_words_and_voices_from_recordings_alone(scored: dict[st
     assert scored["judge"]["held_out"] >= 20
 
 
+@pytest.mark.slow
 def test_generated_speech_is_scored_beside_its_ceilings(scored: dict[str, Any]) -> None:
     assert scored["utterances"] == 27
     assert scored["word"]["generated"] >= 0.6  # the codec's rendering of real words; one label is wrong
@@ -119,6 +121,7 @@ def test_generated_speech_is_scored_beside_its_ceilings(scored: dict[str, Any]) 
             )
 
 
+@pytest.mark.slow
 def test_pocketsphinx_listens_with_the_words_of_the_file(scored: dict[str, Any]) -> None:
     pytest.importorskip("pocketsphinx", reason="pocketsphinx is not installed")
     assert scored["pocketsphinx"]["applicable"]
@@ -126,6 +129,7 @@ def test_pocketsphinx_listens_with_the_words_of_the_file(scored: dict[str, Any])
     assert scored["pocketsphinx"]["generated"] >= 0.5
 
 
+@pytest.mark.slow
 def test_copies_of_training_sequences_are_counted(scored: dict[str, Any]) -> None:
     found = scored["copies"]
     assert found["training_sequences"] == 27
@@ -177,6 +181,7 @@ def edits(a: list[Any], b: list[Any]) -> int:
     return row[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rows", "message"),
     [

@@ -21,6 +21,7 @@ def session(*arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_is_refused_in_one_line(tmp_path):
     done = session(str(tmp_path / "out"), PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
@@ -32,6 +33,7 @@ def test_called_wrongly_it_says_how_to_call_it():
     assert done.returncode == 2 and "gpu_session.sh OUT_DIR" in done.stderr and "BUDGET" in done.stderr
 
 
+@pytest.mark.slow
 def test_it_ends_in_time_whatever_its_steps_do(tmp_path):
     """An interpreter that claims a GPU: the build succeeds, loss masks fail, everything else would take a minute."""
     python = tmp_path / "python"
@@ -59,6 +61,7 @@ def test_it_ends_in_time_whatever_its_steps_do(tmp_path):
     assert done.stdout.endswith("table\n") and (tmp_path / "out" / "table.md").read_text() == "table\n"
 
 
+@pytest.mark.slow
 def test_waits_are_counted_by_place_in_the_watched_steps(toy_recipe_file, tmp_path):
     from benchmarks.gpu_check import waits_in_steps
 

@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from toy_runs import make_toy_datasets, toy_recipe, write_recipe
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_signal_to_the_launcher_saves_and_ends_the_run(repository, tmp_path):

@@ -38,6 +38,7 @@ def corpus(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "one"
 
 
+@pytest.mark.slow
 def test_six_languages_and_their_speakers_are_there(corpus: Path) -> None:
     rows = read_rows(corpus / "samples.jsonl")
     assert len(rows) == 60
@@ -53,6 +54,7 @@ def test_six_languages_and_their_speakers_are_there(corpus: Path) -> None:
             assert not row["transcript"].isascii() and row["transcript_romanized"].isascii()
 
 
+@pytest.mark.slow
 def test_every_recording_is_audible_and_as_long_as_it_says(corpus: Path) -> None:
     for row in read_rows(corpus / "samples.jsonl"):
         audio, rate = soundfile.read(corpus / row["wav_path"], dtype="int16")
@@ -63,6 +65,7 @@ def test_every_recording_is_audible_and_as_long_as_it_says(corpus: Path) -> None
         assert np.sqrt(np.mean(audio.astype(float) ** 2)) > 300
 
 
+@pytest.mark.slow
 def test_speakers_of_a_language_have_pitches_of_their_own(corpus: Path) -> None:
     pitches: dict[str, list[float]] = {}
     for row in read_rows(corpus / "samples.jsonl"):
@@ -84,6 +87,7 @@ def _fundamental_hz(audio: np.ndarray, rate: int) -> float:
     return rate / (shortest + int(np.fft.irfft(power)[shortest : rate // 60].argmax()))
 
 
+@pytest.mark.slow
 def test_text_and_vocabulary_are_of_the_same_words(corpus: Path) -> None:
     vocabulary = json.loads((corpus / "vocabulary.json").read_text(encoding="utf-8"))
     text = read_rows(corpus / "text.jsonl")
@@ -97,6 +101,7 @@ def test_text_and_vocabulary_are_of_the_same_words(corpus: Path) -> None:
         assert row["transcript"] in known or set(row["transcript"].split()) <= known
 
 
+@pytest.mark.slow
 def test_the_same_arguments_give_the_same_bytes_whatever_the_workers_and_was_there_before(
     corpus: Path, repository: Path
 ) -> None:
@@ -110,6 +115,7 @@ def test_the_same_arguments_give_the_same_bytes_whatever_the_workers_and_was_the
     assert contents(corpus.parent / "two") == expected
 
 
+@pytest.mark.slow
 def test_every_voice_is_the_same_from_run_to_run(repository: Path, tmp_path: Path) -> None:
     """Some of espeak-ng's variants breathe differently each time; none of those is among the speakers."""
     for output in ("one", "two"):
@@ -118,6 +124,7 @@ def test_every_voice_is_the_same_from_run_to_run(repository: Path, tmp_path: Pat
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_hours_are_filled_and_barely_exceeded(repository: Path, tmp_path: Path) -> None:
     flags = ["--output-dir", "out", "--hours", "0.005", "--languages", "en,hi", "--speakers", "1"]
     assert run(repository, tmp_path, *flags).returncode == 0
@@ -142,6 +149,7 @@ def test_bad_flags_exit_2_with_one_sentence(repository: Path, tmp_path: Path, fl
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_very_long_path_to_the_voices_is_no_obstacle(repository: Path, tmp_path: Path) -> None:
     """libespeak-ng has room for 160 characters; a virtual environment may lie deeper than that."""
     import espeakng_loader

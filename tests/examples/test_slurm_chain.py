@@ -16,9 +16,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
-from toy_runs import launch_two, make_toy_datasets, read_metrics, toy_recipe, without_timing, write_recipe
+from toy_runs import make_toy_datasets, read_metrics, toy_recipe, without_timing, write_recipe
 
-pytestmark = pytest.mark.skipif("SLURM_CHAIN" not in os.environ, reason="two minutes; on request by SLURM_CHAIN=1")
+pytestmark = [
+    pytest.mark.skipif("SLURM_CHAIN" not in os.environ, reason="two minutes; on request by SLURM_CHAIN=1"),
+    pytest.mark.slow,
+]
 
 STAGES = ("s1", "s2", "sft")
 
@@ -47,7 +50,9 @@ def read_until(log, pattern):
     raise AssertionError(f"{log} ended without a line like {pattern}")
 
 
-def test_a_chain_of_jobs_preempted_twice_ends_with_the_losses_of_an_undisturbed_run(slurm, repository, tmp_path):
+def test_a_chain_of_jobs_preempted_twice_ends_with_the_losses_of_an_undisturbed_run(
+    slurm, launch_two, repository, tmp_path
+):
     file = write_recipe(tmp_path / "recipe.yaml", recipe(make_toy_datasets(tmp_path)))
     environment = {**slurm, "PYTHON": sys.executable, "LOGS": str(tmp_path / "logs"), "OMP_NUM_THREADS": "1"}
     submit = ["bash", repository / "examples/slurm/submit_train.sh", file, ",".join(STAGES), "--nodes=2",

@@ -5,7 +5,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from megatron_speech.tokens.space import CodecDescription, TokenSpace
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 ROWS = 4000
 

@@ -52,6 +52,7 @@ def text(tmp_path):
     return ("--task", "text_lm", "--input", "text.jsonl", "--token-space", "ts.json")
 
 
+@pytest.mark.slow
 def test_the_tasks_of_an_array_and_the_merge_give_the_bytes_of_one_run(run, repository, text, tmp_path):
     for index in (2, 0, 1):
         run("preprocess.sbatch", "out/t", *text, **array(index, 3))
@@ -95,6 +96,7 @@ def test_merge_wants_the_number_of_shards(run):
     assert "number of shards" in run("merge.sbatch", "out/t", expect=2).stderr
 
 
+@pytest.mark.slow
 def test_recordings_are_encoded_as_an_array_and_the_last_task_joins_the_lists(run, tmp_path):
     pytest.importorskip("pycodec2")
     rows = []

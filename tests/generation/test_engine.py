@@ -31,6 +31,7 @@ def same(a: GenerationResult, b: GenerationResult) -> bool:
     return np.array_equal(a.codes, b.codes) and a.ended == b.ended and a.stop_reason == b.stop_reason
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     order=st.permutations(range(12)),

@@ -38,6 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_trained_model_says_what_it_is_asked_and_stops(run: Path) -> None:
     generator = SpeechGenerator.from_checkpoint(run)
     words = ["ab", "bad", "face", "cafe", "hag", "egg", "bead", "dab"]
@@ -51,6 +52,7 @@ def test_a_trained_model_says_what_it_is_asked_and_stops(run: Path) -> None:
     assert generator.checkpoint["step"] == 200
 
 
+@pytest.mark.slow
 def test_a_codec_that_is_not_here_is_named(run: Path) -> None:
     generator = SpeechGenerator.from_checkpoint(run)
     with pytest.raises(InputError, match="no codec 'toy'"):

@@ -10,6 +10,7 @@ import pytest
 from megatron_speech import cli
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_it_reports_time_and_memory_beside_full_logits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str

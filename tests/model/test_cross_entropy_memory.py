@@ -22,6 +22,7 @@ def head_of(rows, dtype=torch.float32):
     return hidden, table, labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_peak_memory_at_194_k_ids_does_not_depend_on_the_sequence_length(dtype):
     """Forward and backward, every allocation counted: only hidden states, losses and labels are longer."""

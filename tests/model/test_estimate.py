@@ -84,6 +84,7 @@ def kept_for_backward(config, precision, recompute, learned=1.0):
     return sum(size for _, size in found.values())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not cpu_layers.built(), reason="without the compiled layers a CPU keeps other tensors")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("fields", [{}, {"num_query_groups": 4}, {"qk_norm": True, "qkv_bias": True}])

@@ -165,6 +165,7 @@ def test_a_batch_without_any_loss_has_a_zero_loss_and_zero_gradients():
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 300), min_size=1, max_size=40),

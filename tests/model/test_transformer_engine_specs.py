@@ -59,6 +59,7 @@ def test_both_back_ends_start_from_the_same_weights_and_have_the_same_losses(eng
     torch.testing.assert_close(losses(fused), losses(plain), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("saved", "loaded"), [("torch", "te"), ("te", "torch"), ("te", "te")])
 def test_a_checkpoint_of_one_back_end_loads_into_the_other(engine, tmp_path, saved, loaded):
     source, target = build(saved), build(loaded, seed=4)

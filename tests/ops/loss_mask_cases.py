@@ -95,6 +95,44 @@ def random_case(rng: np.random.Generator, *, max_rows: int = 4, max_seq_length: 
     )
 
 
+PATHS = (
+    "no row", "an empty row", "padding", "an empty document", "a cut document", "a document that ends at the edge",
+    "a document behind the edge", "a document of several blocks of 4", "a border of documents inside a block of 4",
+    "no prompt end", "a prompt end", "two prompt ends in a document", "a prompt end in the look-ahead",
+    "a document without a prompt end",
+)  # fmt: skip
+
+
+def paths(case: Case) -> set[str]:
+    """Which of PATHS the case takes."""
+    seq_length, end = case.tokens.shape[1] - 1, case.policy.prompt_end_id
+    first = case.tokens if case.tokens.dim() == 2 else case.tokens[..., 0]  # of several streams, this one ends prompts
+    pointers, lengths = case.row_pointers.tolist(), case.document_lengths.tolist()
+    taken = {"no prompt end" if end < 0 else "a prompt end"}
+    if not len(first):
+        taken.add("no row")
+    for row, tokens in enumerate(first.tolist()):
+        begins = 0
+        for length in lengths[pointers[row] : pointers[row + 1]]:
+            ends = begins + length
+            inside = tokens[begins : min(ends, seq_length)].count(end)
+            found = {
+                "an empty document": length == 0,
+                "a cut document": begins < seq_length < ends,
+                "a document that ends at the edge": begins < seq_length == ends,
+                "a document behind the edge": begins >= seq_length and length > 0,
+                "a document of several blocks of 4": min(ends, seq_length) // 4 - begins // 4 > 1,
+                "a border of documents inside a block of 4": 0 < ends < seq_length and ends % 4 > 0,
+                "two prompt ends in a document": end >= 0 and inside > 1,
+                "a document without a prompt end": end >= 0 and begins < seq_length and length > 0 and not inside,
+                "a prompt end in the look-ahead": end >= 0 and tokens[-1] == end and begins < seq_length < ends,
+            }
+            taken |= {path for path, is_taken in found.items() if is_taken}
+            begins = ends
+        taken |= {"an empty row"} if begins == 0 else {"padding"} if begins < seq_length else set()
+    return taken
+
+
 def oracle(case: Case) -> dict[str, list]:
     """The definition, token by token; the lists of labels, weights and groups run over rows, columns and streams."""
     rows, seq_length = case.tokens.shape[0], case.tokens.shape[1] - 1

@@ -40,6 +40,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.slow
 def test_without_the_extension_everything_works_and_it_is_said_once():
     done = run_python(USE_EVERYTHING, MEGATRON_SPEECH_NO_EXTENSION="1")
     assert done.returncode == 0, done.stderr
@@ -47,6 +48,7 @@ def test_without_the_extension_everything_works_and_it_is_said_once():
     assert done.stderr.count(NOTE) == 1, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(extension() is None, reason="the extension is not built")
 def test_with_the_extension_the_results_are_the_same_and_nothing_is_said():
     done = run_python(USE_EVERYTHING)
@@ -54,11 +56,13 @@ def test_with_the_extension_the_results_are_the_same_and_nothing_is_said():
     assert NOTE not in done.stderr
 
 
+@pytest.mark.slow
 def test_of_a_group_of_processes_only_the_first_says_it():
     done = run_python(USE_EVERYTHING, MEGATRON_SPEECH_NO_EXTENSION="1", RANK="1")
     assert done.returncode == 0 and NOTE not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(extension() is None, reason="the extension is not built")
 def test_an_extension_built_from_other_sources_is_not_called():
     stale = "from megatron_speech import _C; _C.interface = -1\n"
@@ -66,6 +70,7 @@ def test_an_extension_built_from_other_sources_is_not_called():
     assert done.returncode == 0 and "built from other sources" in done.stderr
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_every_cuda_source_compiles_for_hopper_without_a_warning_or_a_spill():
     sources = sorted(cuda_library.source_directory().glob("*.cu"))
@@ -75,6 +80,7 @@ def test_every_cuda_source_compiles_for_hopper_without_a_warning_or_a_spill():
         assert kernels and all(line.endswith(" 0 bytes spilled") for line in kernels), kernels
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_a_source_that_does_not_compile_is_told(tmp_path):
     broken = tmp_path / "broken.cu"
@@ -83,6 +89,7 @@ def test_a_source_that_does_not_compile_is_told(tmp_path):
         compile_check.check(broken, "90a", nvcc.find_nvcc())
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_the_library_is_built_on_first_use_and_then_found(tmp_path, monkeypatch):
     monkeypatch.setenv("MEGATRON_SPEECH_CACHE", str(tmp_path))

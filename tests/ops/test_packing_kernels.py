@@ -82,6 +82,7 @@ def test_fitting_holds_every_document_once_and_whole_or_reports_it(kernel, lengt
         assert (np.diff(packed.position[begin:end]) > 0).all(), "segments of a sequence stand in document order"
 
 
+@pytest.mark.slow
 @needs_extension
 @given(lengths=lengths_arrays, seq_length=seq_lengths, open_bins=st.integers(1, 12))
 @settings(max_examples=300, deadline=None)

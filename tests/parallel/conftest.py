@@ -28,13 +28,15 @@ def run_ranks() -> Callable[..., None]:
 
     def run(function: Callable[..., None], world_size: int, *arguments: object) -> None:
         ranks = [context.Process(target=function, args=(rank, world_size, *arguments)) for rank in range(world_size)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(120)
-        stuck = [process for process in ranks if process.is_alive()]
-        for process in stuck:
-            process.kill()
+        try:
+            for process in ranks:
+                process.start()
+            for process in ranks:
+                process.join(120)
+        finally:  # also of an interrupt: Python would wait for the ranks, which wait for each other
+            stuck = [process for process in ranks if process.is_alive()]
+            for process in stuck:
+                process.kill()
         assert not stuck, "a rank did not finish in 120 seconds"
         assert [process.exitcode for process in ranks] == [0] * world_size
 

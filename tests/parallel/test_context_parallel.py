@@ -28,6 +28,7 @@ def by_hand(lengths, ranks, rank, total):
     return tokens + [-1] * ((total - padded_total) // ranks)
 
 
+@pytest.mark.slow
 @given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8), ranks=st.integers(1, 4), more=st.integers(0, 3))
 def test_a_rank_holds_its_two_pieces_of_every_document(lengths, ranks, more):
     cu_seqlens = np.concatenate(([0], np.cumsum(lengths)))

@@ -88,6 +88,7 @@ ROW = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(task=st.sampled_from(["speech_lm", "tts", "text_lm"]), fields=st.lists(ROW, max_size=6))
 def test_columns_hold_what_each_row_gives_alone(task: str, fields: list[dict[str, Any]]) -> None:
@@ -105,6 +106,7 @@ def test_columns_hold_what_each_row_gives_alone(task: str, fields: list[dict[str
             assert repr(getattr(samples, name)[i]) == repr(getattr(expected, name)), name
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     space=st.sampled_from([ONE, TWO]),

@@ -95,6 +95,7 @@ def test_codes_in_the_file_are_those_of_the_codec(
     assert printed.err == ""  # no progress bar where there is no terminal
 
 
+@pytest.mark.slow
 def test_bytes_are_the_same_whatever_the_workers_and_from_any_directory(
     tmp_path: Path, recordings: Rows, repository: Path
 ) -> None:
@@ -123,6 +124,7 @@ def test_repeating_gives_the_same_bytes_and_resuming_a_finished_run_does_nothing
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_give_the_same_bytes(
     tmp_path: Path, encode: Callable[..., int], recordings: Rows, repository: Path
 ) -> None:
@@ -224,6 +226,7 @@ def test_two_runs_cannot_write_the_same_shard(
     assert encode("out", recordings[:2]) == 0
 
 
+@pytest.mark.slow
 def test_shards_in_any_order_join_to_what_one_run_gives(
     tmp_path: Path, encode: Callable[..., int], recordings: Rows
 ) -> None:

@@ -130,6 +130,7 @@ def test_nan_durations_are_refused_rows(corpus: Any) -> None:
 # ---- duplicates
 
 
+@pytest.mark.slow
 def test_duplicates_are_the_same_for_all_workers_and_shards(make_corpus: Any) -> None:
     corpus = make_corpus(1300)
     random = np.random.default_rng(1)

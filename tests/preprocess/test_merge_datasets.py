@@ -22,6 +22,7 @@ def merge(folder: Path, output: str, *inputs: str) -> int:
     return merge_datasets.main(["--input", *parts, "--output-prefix", str(folder / output), *flags])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--cloning", "same-speaker", "--references", 2), ()], ids=["cloning", "plain"])
 def test_merged_shards_are_the_bytes_of_one_run(make_corpus: Any, flags: tuple[object, ...]) -> None:
     corpus = make_corpus(1300)
@@ -146,6 +147,7 @@ def test_each_file_of_a_part_is_checked(corpus: Any, suffix: str, capsys: pytest
     assert corpus.left() == before
 
 
+@pytest.mark.slow
 def test_a_merge_killed_at_every_change_of_the_disk_goes_on_to_the_same_bytes(corpus: Any, killer: Any) -> None:
     corpus.write(["{", *corpus.rows])
     for i in range(2):

@@ -270,6 +270,7 @@ def test_one_codebook_takes_flat_codes(tmp_path: Path) -> None:
 # ---- invariance
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_workers(make_corpus: Any, repository: Path) -> None:
     flags = ("tts", "--cloning", "same-speaker", "--references", "2")
     corpus = make_corpus(2600)  # several batches for each worker
@@ -333,6 +334,7 @@ def test_dry_run_shows_documents_and_writes_nothing(corpus: Any, capsys: pytest.
     assert corpus.left() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 def test_a_stopped_conversion_leaves_no_dataset(make_corpus: Any, repository: Path, stop: signal.Signals) -> None:
     corpus = make_corpus(1100)
@@ -372,6 +374,7 @@ def test_two_writers_of_one_output_are_told_apart(corpus: Any, capsys: pytest.Ca
 # ---- real recordings
 
 
+@pytest.mark.slow
 def test_real_recordings_from_wav_to_documents(fsdd: Path, tmp_path: Path, repository: Path) -> None:
     pytest.importorskip("pycodec2", reason="the Codec2 codec is an extra")
     from megatron_speech.codecs import describe_codec

@@ -199,6 +199,7 @@ def test_a_read_only_folder_is_refused_before_the_work(corpus: Any, capsys: pyte
     assert "cannot write to" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_the_script_exits_2_with_one_sentence_from_anywhere(make_corpus: Any, repository: Path, workers: str) -> None:
     corpus = make_corpus(1100)
@@ -213,6 +214,7 @@ def test_the_script_exits_2_with_one_sentence_from_anywhere(make_corpus: Any, re
     assert corpus.left() == []
 
 
+@pytest.mark.slow
 def test_help_names_units_and_defaults(repository: Path) -> None:
     for script in ("preprocess_data.py", "merge_datasets.py"):
         done = subprocess.run(

@@ -75,6 +75,7 @@ def test_every_format_becomes_the_same_dataset(corpus: Any, task: str) -> None:
         assert tokens(corpus, "out/remote") == expected, name
 
 
+@pytest.mark.slow
 def test_references_workers_and_shards_work_on_streams_too(make_corpus: Any) -> None:
     corpus = make_corpus(700)
     corpus.convert("tts", "--cloning", "same-speaker", prefix="out/expected")

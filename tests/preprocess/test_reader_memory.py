@@ -119,6 +119,7 @@ def parquet(folder: Path) -> tuple[str, int]:
     return "a.parquet", 1000 * groups
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("write", "remote"),
     [

@@ -70,6 +70,7 @@ def members(count: int, prefix: str = "train/") -> list[tuple[str, bytes]]:
 FORMS = {"gnu": tarfile.GNU_FORMAT, "ustar": tarfile.USTAR_FORMAT, "pax": tarfile.PAX_FORMAT}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_every_way_to_the_same_archive_gives_the_same_samples(tmp_path: Path, read_rows: ReadRows, form: str) -> None:
     data = tar(members(1200), FORMS[form])

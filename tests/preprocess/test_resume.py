@@ -28,6 +28,7 @@ CONVERSIONS = {
 
 
 # Cloning has a pre-pass; what follows it is the same, so a quarter of the changes will do.
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "step"), [("pairs", 1), ("cloning", 4)], ids=["pairs", "cloning"])
 def test_killed_at_every_change_of_the_disk_a_conversion_goes_on_to_the_same_bytes(
     corpus: Any, killer: Any, name: str, step: int
@@ -56,6 +57,7 @@ def test_killed_at_every_change_of_the_disk_a_conversion_goes_on_to_the_same_byt
     assert went_on > 2 and placed > 2  # and did not merely begin anew
 
 
+@pytest.mark.slow
 def test_a_dataset_that_is_replaced_stays_whole_until_the_new_one_is(corpus: Any, killer: Any) -> None:
     argv = corpus.arguments("tts")
     assert killer.run("preprocess_data", argv)["status"] == 0
@@ -80,6 +82,7 @@ def test_a_dataset_that_is_replaced_stays_whole_until_the_new_one_is(corpus: Any
     assert seen == {"old", "new", "none"}
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_still_ends(corpus: Any, killer: Any) -> None:
     bad_rows(corpus)
     argv = corpus.arguments(*CONVERSIONS["cloning"])
@@ -92,6 +95,7 @@ def test_killed_again_and_again_it_still_ends(corpus: Any, killer: Any) -> None:
     assert corpus.files() == expected
 
 
+@pytest.mark.slow
 def test_what_decides_the_output_begins_it_anew_and_is_named(corpus: Any, killer: Any) -> None:
     bad_rows(corpus)
     flags = CONVERSIONS["pairs"]
@@ -117,6 +121,7 @@ def test_what_decides_the_output_begins_it_anew_and_is_named(corpus: Any, killer
     assert "begun anew, since inputs." in again() and TokenDataset(corpus.folder / "out" / "data")
 
 
+@pytest.mark.slow
 def test_damaged_unfinished_work_is_not_gone_on_with(corpus: Any, killer: Any) -> None:
     argv = corpus.arguments("tts")
     whole = killer.run("preprocess_data", argv)
@@ -133,6 +138,7 @@ def test_damaged_unfinished_work_is_not_gone_on_with(corpus: Any, killer: Any) -
         assert corpus.files() == expected
 
 
+@pytest.mark.slow
 def test_encoding_killed_at_every_change_of_the_disk_goes_on_to_the_same_bytes(
     tmp_path: Path, fsdd: Path, killer: Any
 ) -> None:

@@ -36,6 +36,7 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jsonl, "BATCH_ROWS", 16)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("often")
 def test_wherever_the_disk_is_full_the_same_command_goes_on(
     corpus: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -122,6 +123,7 @@ def test_a_full_file_system_is_one_sentence_and_the_journal_stays(
     assert corpus.files("disk/data") == corpus.files("whole/data")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("often")
 def test_a_merge_on_a_full_disk_leaves_no_dataset_and_goes_on(corpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for i in range(3):
@@ -208,6 +210,7 @@ def test_input_of_unknown_length_is_converted_in_one_pass(
     assert not [name for name in corpus.left() if "refused" in name]
 
 
+@pytest.mark.slow
 def test_a_killed_stream_goes_on_and_still_knows_its_rows(corpus: Any, killer: Any) -> None:
     stream = corpus.folder / "samples.jsonl.gz"
     stream.write_bytes(gzip.compress(corpus.samples.read_bytes()))
@@ -225,6 +228,7 @@ def test_a_killed_stream_goes_on_and_still_knows_its_rows(corpus: Any, killer: A
 # ---- shards and workers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [(1,), (2, 1), (1, 3, 1)], ids=str)
 def test_neither_shards_nor_workers_show_in_the_bytes(
     make_corpus: Any, workers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch

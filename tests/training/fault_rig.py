@@ -21,11 +21,16 @@ from typing import Any
 
 import torch.distributed as dist
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from processes import end_with_parent
+
 from megatron_speech import cli
 from megatron_speech.environment import prepare_imports
 
 
 def child(rank: int, port: int, scenario: dict[str, Any], recipe: str, out: int, errors: Path) -> None:
+    end_with_parent()
     os.dup2(out, 1)
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)

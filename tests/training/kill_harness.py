@@ -28,9 +28,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import torch.distributed as dist  # noqa: E402
+from processes import end_with_parent  # noqa: E402
 from toy_runs import make_toy_datasets, read_metrics, toy_recipe, without_timing, write_recipe  # noqa: E402
 
 from megatron_speech import cli  # noqa: E402
@@ -120,6 +121,7 @@ def end_at(kill: Kill, run: Path) -> None:
 
 
 def child(rank: int, world: int, port: int, command: list[str], kill: Kill | None, run: Path, log: int) -> None:
+    end_with_parent()
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)

@@ -86,6 +86,7 @@ def test_a_ramp_has_to_divide_among_the_ranks_too() -> None:
         recipe.data_parallel_size(2)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_on_the_ramp_goes_on_as_if_it_had_not_been(toy: Path, tmp_path: Path) -> None:
     values = ramped(64 * 60, 2, 2, 64 * 24, 8, logging={"interval_steps": 1, "tensorboard": False})
     values |= {key: toy_recipe(toy)[key] for key in ("token_space", "data")}

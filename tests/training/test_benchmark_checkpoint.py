@@ -42,6 +42,7 @@ def test_saves_without_a_pause_between_them_are_no_comparison() -> None:
         compare(made((1.0, True, "beside"), (1.0, True, None), (2.0, False, "waited"), (1.0, False, None)))
 
 
+@pytest.mark.slow
 def test_a_run_of_it_reports_and_leaves_nothing_behind(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

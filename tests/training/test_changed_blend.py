@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from toy_runs import (
     copy_until,
@@ -21,7 +20,12 @@ from toy_runs import (
     write_recipe,
 )
 
+from megatron_speech.data.dataset.indexed import TokenDataset
 from megatron_speech.data.sequences.index_cache import open_table
+from megatron_speech.recipe.data import dataset_prefixes
+from megatron_speech.recipe.load import load_recipe
+
+pytestmark = pytest.mark.slow
 
 STEPS, BATCH = 24, 8
 
@@ -66,6 +70,8 @@ def history(run: Path, step: int) -> list[dict[str, Any]]:
 def trained_documents(run: Path, step: int) -> dict[str, list[tuple[str, int]]]:
     """By stratum, the (dataset, document) that the whole of a run finished, in the order of its sequences."""
     drawn: dict[str, list[tuple[str, int]]] = {}
+    prefixes = dataset_prefixes(load_recipe(run / "recipe.yaml").data)
+    lengths = {name: TokenDataset(prefix).lengths for name, prefix in prefixes.items()}
     for entry in history(run, step):
         table, content = open_table(run / "index_cache" / entry["key"], entry["key"])
         first = entry["from_sequence"]
@@ -79,17 +85,9 @@ def trained_documents(run: Path, step: int) -> dict[str, list[tuple[str, int]]]:
         ):  # fmt: skip
             key = (int(k), int(document))
             ended[key] = int(start) + int(length)
-            if ended[key] == lengths(run, strata[k]["dataset"])[document]:
+            if ended[key] == lengths[strata[k]["dataset"]][document]:
                 drawn.setdefault(strata[k]["name"], []).append((strata[k]["dataset"], int(document)))
     return drawn
-
-
-def lengths(run: Path, dataset: str) -> np.ndarray:
-    from megatron_speech.data.dataset.indexed import TokenDataset
-    from megatron_speech.recipe.data import dataset_prefixes
-    from megatron_speech.recipe.load import load_recipe
-
-    return TokenDataset(dataset_prefixes(load_recipe(run / "recipe.yaml").data)[dataset]).lengths
 
 
 WEIGHTS = ["data.on_change=continue", "stages.pt.task_mass.tts=0.1"]

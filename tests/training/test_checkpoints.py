@@ -51,6 +51,7 @@ def hidden(run: Path) -> list[str]:
 # ---- what is written
 
 
+@pytest.mark.slow
 def test_what_is_written_beside_the_training_is_what_a_run_that_waits_writes(
     recipe_file: Path, reference: Path, tmp_path: Path
 ) -> None:
@@ -66,6 +67,7 @@ def test_what_is_written_beside_the_training_is_what_a_run_that_waits_writes(
     assert without_timing(read_metrics(waiting)) == without_timing(read_metrics(reference))
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_a_checkpoint_is_written(
     recipe_file: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +143,7 @@ def unlimited() -> Any:
     limit_files(0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unlimited")
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
@@ -161,6 +164,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
     assert without_timing(read_metrics(run)) == without_timing(read_metrics(reference))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unlimited")
 def test_a_run_whose_last_checkpoint_cannot_be_written_says_so_and_is_repeated(
     recipe_file: Path,
@@ -195,6 +199,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", place], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full_keeps_training_and_the_last_checkpoint(
     recipe_file: Path, reference: Path, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -233,6 +238,7 @@ def test_an_error_of_the_writing_thread_ends_the_run(
 # ---- when one is due
 
 
+@pytest.mark.slow
 def test_a_stage_saves_densely_at_first(toy: Path, tmp_path: Path) -> None:
     recipe = toy_recipe(toy, validation={"interval_steps": 0}, checkpoint={"interval_steps": 4, "keep_last": 20})
     recipe["stages"][0] |= {"tokens": 10 * 512, "checkpoint": [{"until": 4, "every": 2}, {"every": "0.003k"}]}
@@ -280,6 +286,7 @@ def make_checkpoint(folder: Path, step: int, **fields: Any) -> None:
     (path / "checkpoint.json").write_text(json.dumps(description))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_whatever_is_damaged_the_last_good_one_and_all_that_is_asked_for_stay(
@@ -312,6 +319,7 @@ def test_whatever_is_damaged_the_last_good_one_and_all_that_is_asked_for_stay(
     assert [name for name in os.listdir(folder) if name.startswith(".")] == []
 
 
+@pytest.mark.slow
 def test_a_newest_one_that_is_damaged_does_not_cost_the_only_good_one(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -74,6 +74,7 @@ def test_the_stage_ends_with_a_checkpoint_and_the_next_one_begins(stopped: tuple
 
 
 # The checkpoints of steps 5 and 10 were validated too, out of turn: that does not count.
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [5, 10, 12, 15])
 def test_a_continued_run_ends_the_stage_at_the_same_step(stopped: tuple[Path, Path], tmp_path: Path, at: int) -> None:
     recipe, run = stopped
@@ -83,6 +84,7 @@ def test_a_continued_run_ends_the_stage_at_the_same_step(stopped: tuple[Path, Pa
     assert train(recipe, copy) == 0  # finished: nothing to do
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_written_late_tells_of_its_own_moment(
     stopped: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ def parallel() -> Iterator[None]:
     groups.destroy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("distributed", [False, True])
 @pytest.mark.parametrize("decay", [0.9999, 0.7])
@@ -104,6 +105,7 @@ def averaged_run(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return recipe, folder / "run"
 
 
+@pytest.mark.slow
 def test_every_checkpoint_holds_the_average_of_the_weights_so_far(averaged_run: tuple[Path, Path]) -> None:
     _, run = averaged_run
     paths = {step: run / "checkpoints" / f"step_{step:08d}" for step in range(1, 15)}
@@ -120,6 +122,7 @@ def test_every_checkpoint_holds_the_average_of_the_weights_so_far(averaged_run: 
             torch.testing.assert_close(found[name].double(), expected, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_a_stage_that_resets_the_optimizer_begins_a_new_average(averaged_run: tuple[Path, Path]) -> None:
     _, run = averaged_run
     paths = {step: run / "checkpoints" / f"step_{step:08d}" for step in range(8, 13)}
@@ -130,6 +133,7 @@ def test_a_stage_that_resets_the_optimizer_begins_a_new_average(averaged_run: tu
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_continued_keeps_its_average(averaged_run: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, run = averaged_run
     copy = copy_until(run, tmp_path / "copy", 5)
@@ -139,6 +143,7 @@ def test_a_run_that_is_continued_keeps_its_average(averaged_run: tuple[Path, Pat
     assert without_timing(read_metrics(copy)) == without_timing(read_metrics(run))
 
 
+@pytest.mark.slow
 def test_validating_the_average_leaves_training_alone(averaged_run: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, run = averaged_run
     assert train(recipe, tmp_path / "plain", "ema.use_for_validation=false", "stages.sft.tokens=512") == 0
@@ -152,6 +157,7 @@ def test_validating_the_average_leaves_training_alone(averaged_run: tuple[Path, 
     assert scores[0].keys() == scores[1].keys() and all(scores[0][k] != scores[1][k] for k in scores[0])
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_to_average_starts_from_its_weights(
     averaged_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

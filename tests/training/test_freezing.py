@@ -59,6 +59,7 @@ def random_gradients(model: Any, generator: torch.Generator) -> None:
             parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tied", "distributed", "precision"),
     [(True, False, "fp32"), (False, False, "fp32"), (True, True, "fp32"), (True, False, "bf16"), (False, True, "bf16")],
@@ -158,6 +159,7 @@ def test_patterns_that_cannot_be_meant_are_refused(parallel: None, patterns: lis
     assert sentence in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_run_with_frozen_parts_is_saved_and_continues(toy: Path, tmp_path: Path) -> None:
     """The first layer, the text rows of the table: saved, loaded into a run that goes on, and where they were."""
     from megatron_speech.parallel import groups
@@ -183,6 +185,7 @@ def test_a_run_with_frozen_parts_is_saved_and_continues(toy: Path, tmp_path: Pat
             assert torch.equal(before[name], after[name]) == name.startswith("decoder.layers.0."), name
 
 
+@pytest.mark.slow
 def test_what_trains_beside_frozen_parts_takes_the_step_it_would_take_without_them(toy: Path, tmp_path: Path) -> None:
     """In every way the gradients come: through a frozen head, above a frozen bottom, also where it is recomputed."""
     from megatron_speech.parallel import groups

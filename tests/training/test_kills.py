@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
+
+import processes
+import pytest
 
 # Of one process and of two: (signal, place, which time it is come by, rank).
 TRIALS = [
@@ -17,12 +19,12 @@ TRIALS = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     harness = [sys.executable, str(Path(__file__).with_name("kill_harness.py")), "--trials", json.dumps(TRIALS)]
-    done = subprocess.run(
-        [*harness, "--folder", str(tmp_path)], capture_output=True, text=True, timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = processes.run([*harness, "--folder", str(tmp_path)], timeout=600, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     outcomes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(outcomes) == len(TRIALS) and not any(outcome["problems"] for outcome in outcomes)

@@ -32,6 +32,7 @@ def train(folder: Path, name: str, recipe: dict[str, Any]) -> list[dict[str, Any
     return read_metrics(folder / name)
 
 
+@pytest.mark.slow
 def test_threads_and_staging_change_no_number_of_a_run(toy: Path, tmp_path: Path) -> None:
     plain = train(tmp_path, "plain", short_recipe(toy))
     staged = short_recipe(toy, workers=3, cache_dir=str(tmp_path / "cache"), stage_datasets=True, cache_gib=1.0)
@@ -61,6 +62,7 @@ def test_looking_at_a_blend_copies_nothing(toy: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "cache" / "datasets").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [1.0, 0.0])
 def test_a_run_trains_on_rectangles(toy: Path, tmp_path: Path, prompt: float) -> None:
     recipe = short_recipe(toy)
@@ -72,6 +74,7 @@ def test_a_run_trains_on_rectangles(toy: Path, tmp_path: Path, prompt: float) ->
     assert all(0 < line["pad_fraction"] < 0.6 for line in lines if "split" not in line)
 
 
+@pytest.mark.slow
 def test_the_time_that_a_step_waits_for_data_is_what_next_took(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toy_runs import copy_until, launch_two, read_metrics, toy_recipe, train, without_timing, write_recipe
+from toy_runs import LaunchTwo, copy_until, read_metrics, toy_recipe, train, without_timing, write_recipe
 
 from megatron_speech.errors import InputError
 from megatron_speech.modalities import MODALITIES
@@ -102,6 +102,7 @@ def naive_loss(run: Run, batch: Any, loss: LossConfig) -> torch.Tensor:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss",
     [
@@ -151,7 +152,7 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run) if "split" not in line]
 
 
-def test_normalised_by_modality_on_one_process_and_on_two(toy: Path, tmp_path: Path) -> None:
+def test_normalised_by_modality_on_one_process_and_on_two(toy: Path, launch_two: LaunchTwo, tmp_path: Path) -> None:
     """Unequal counts on the ranks, and sequences in which a modality does not occur."""
     loss = WEIGHTS | {"normalize": "modality"}
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe_with(toy, loss))
@@ -174,6 +175,7 @@ def test_normalised_by_modality_on_one_process_and_on_two(toy: Path, tmp_path: P
         assert validation["loss"] == pytest.approx(lines[-1]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task_mass", [{"speech_lm": 1.0}, {"text_lm": 0.5, "speech_lm": 0.5}], ids=str)
 def test_a_modality_that_a_batch_has_not_contributes_nothing(
     toy: Path, tmp_path: Path, task_mass: dict[str, float]
@@ -201,6 +203,7 @@ def test_smoothing_and_z_loss_are_in_the_loss_alone_and_only_in_training(toy: Pa
     assert validation["loss"] == pytest.approx(weighted_means(validation), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_continued_run_has_the_same_sums_by_modality_to_the_digit(toy: Path, tmp_path: Path) -> None:
     """Killed between two lines of metrics.jsonl: the sums of the interval come back with the checkpoint."""
     recipe = recipe_with(toy, WEIGHTS | {"normalize": "modality", "z_loss": 1e-3})

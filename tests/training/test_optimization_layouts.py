@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy_runs import copy_until, launch_two, read_metrics, toy_recipe, train, write_recipe
+from toy_runs import LaunchTwo, copy_until, read_metrics, toy_recipe, train, write_recipe
 
 LAYOUTS = {
     "data": [],
@@ -49,7 +49,7 @@ def recipe_file(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(recipe_file: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def runs(recipe_file: Path, launch_two: LaunchTwo) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A folder with `reference` and `frozen`, of one process, and with runs of two: by layout, `frozen2`, `moved`."""
     folder = recipe_file.parent
     assert train(recipe_file, folder / "reference") == 0

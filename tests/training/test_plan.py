@@ -38,6 +38,7 @@ def test_the_refusal_names_what_is_enough(recipe_path):
         plan.check_fits(recipe, vocab_size, 1, CPU, 2 * GIB)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_takes(recipe_path, tmp_path, capsys):
     assert train(recipe_path, tmp_path / "run", "stages.pt.tokens=1024", "stages.sft.tokens=1024") == 0
     out = capsys.readouterr().out

@@ -92,6 +92,7 @@ def test_a_run_directory_that_a_node_does_not_share_is_refused(toy: Path, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_for_the_checkpoints_is_refused_before_the_first_step(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +114,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_before_the_first_ste
     assert "GiB are free" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_size_of_a_checkpoint_is_that_of_the_files(toy: Path, tmp_path: Path) -> None:
     file = write_recipe(tmp_path / "recipe.yaml", toy_recipe(toy))
     one_step = ["stages.pt.tokens=512", "stages.sft.tokens=512", "model.hidden_size=256", "model.kv_channels=64"]

@@ -81,6 +81,7 @@ def cut(parameter: torch.Tensor, points: list[int]) -> list[tuple[int, torch.Ten
     return [(start, flat[start:stop].clone()) for start, stop in itertools.pairwise(at)]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 6),

@@ -72,6 +72,7 @@ def test_fp8_without_transformer_engine_ends_with_a_sentence(
     assert error.startswith("error: precision fp8 needs Transformer Engine, but ") and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_run_tells_what_it_runs_on_and_what_it_recomputes(
     recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

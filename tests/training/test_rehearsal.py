@@ -43,6 +43,7 @@ def test_a_dry_run_leaves_the_index_cache_and_nothing_else(
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_run_loads_its_checkpoint_and_changes_nothing(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,6 +65,7 @@ def test_a_dry_run_of_a_run_loads_its_checkpoint_and_changes_nothing(
     assert "there is no next step" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_can_end_after_a_stage_and_go_on(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,6 +89,7 @@ def test_a_run_can_end_after_a_stage_and_go_on(
 # ---- overfitting
 
 
+@pytest.mark.slow
 def test_sequences_are_learned_by_heart(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert train(recipe, run, "--overfit", "8") == 0
@@ -99,6 +102,7 @@ def test_sequences_are_learned_by_heart(recipe: Path, tmp_path: Path, capsys: py
     assert "unavoidable 0.0000" in last and float(last.split()[3]) < 0.05
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_learn_fails_the_gate(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

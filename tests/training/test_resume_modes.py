@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from toy_runs import copy_until, read_metrics, toy_recipe, train, without_timing, write_recipe
 
+pytestmark = pytest.mark.slow
+
 
 def recipe_of(toy: Path, *stages: str, **changes: Any) -> dict[str, Any]:
     """Stages `pt` (6 steps) and `sft` (4 steps), without validation; every step has its line."""

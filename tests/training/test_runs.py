@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from toy_runs import (
+    LaunchTwo,
     at_record,
     copy_until,
-    launch_two,
     make_dataset,
     make_token_space,
     read_metrics,
@@ -30,6 +30,8 @@ from megatron_speech import cli
 from megatron_speech.errors import InputError
 from megatron_speech.recipe.load import load_recipe
 from megatron_speech.tokens.space import CodecDescription
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="session")
@@ -328,7 +330,7 @@ ONE_HEAD = ["model.num_attention_heads=1", "model.num_query_groups=1", "model.kv
 
 @pytest.fixture(scope="session")
 def two_processes(
-    recipe_file: Path, reference: Path, tmp_path_factory: pytest.TempPathFactory
+    recipe_file: Path, reference: Path, launch_two: LaunchTwo, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """Runs of the toy recipe on two processes: every layout, a change of layout, a refusal, a resumption."""
     folder = tmp_path_factory.mktemp("two")

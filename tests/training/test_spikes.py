@@ -176,6 +176,7 @@ def checkpoint_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
 
 
+@pytest.mark.slow
 def test_steps_that_spike_are_skipped_and_named(
     recipe_file: Path, tmp_path: Path, spoil: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,6 +202,7 @@ def test_steps_that_spike_are_skipped_and_named(
     assert torch.equal(weights_of(tmp_path / "run"), weights_of(continued))
 
 
+@pytest.mark.slow
 def test_the_loss_of_an_interval_is_that_of_the_steps_taken(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +224,7 @@ def test_the_loss_of_an_interval_is_that_of_the_steps_taken(
     assert line["loss/modality/audio"] == pytest.approx(first["loss/modality/audio"], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_go_back_to_a_checkpoint_and_over_the_data(
     recipe_file: Path, tmp_path: Path, spoil: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,6 +246,7 @@ def test_too_many_in_a_row_go_back_to_a_checkpoint_and_over_the_data(
         assert torch.equal(weights_of(checkpoint_of(run, step)), weights_of(checkpoint_of(tmp_path / "patient", step)))
 
 
+@pytest.mark.slow
 def test_going_back_takes_the_state_of_the_checkpoint_and_a_continued_run_goes_back_too(
     recipe_file: Path, tmp_path: Path, spoil: Callable[..., None]
 ) -> None:
@@ -269,6 +273,7 @@ def test_going_back_takes_the_state_of_the_checkpoint_and_a_continued_run_goes_b
         assert torch.equal(weights_of(checkpoint_of(never, step)), weights_of(checkpoint_of(run, step)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("last", "stage_steps"), [(18, "512"), (23, "2560"), (21, "1536")])
 def test_a_stage_whose_last_step_is_stepped_over_ends_with_a_checkpoint(
     recipe_file: Path, tmp_path: Path, spoil: Callable[..., None], last: int, stage_steps: str
@@ -291,6 +296,7 @@ def test_a_stage_whose_last_step_is_stepped_over_ends_with_a_checkpoint(
     assert without_timing(read_metrics(continued)) == without_timing(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [

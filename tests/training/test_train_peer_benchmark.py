@@ -67,6 +67,7 @@ def talk(side, race):
     return conversation
 
 
+@pytest.mark.slow
 def test_sft_the_peer_pads_and_learns_the_same(race, exact):
     one = race("sft")
     ours, theirs = talk(train_ours, one), talk(train_padded, one)
@@ -125,6 +126,7 @@ def test_the_peer_has_our_learning_rates(schedule):
     assert all(a >= b for a, b in itertools.pairwise(rates[2:]))
 
 
+@pytest.mark.slow
 def test_the_command_lets_three_processes_take_turns(toy, tmp_path, capsys):
     recipe = write_recipe(tmp_path / "toy.yaml", toy_recipe(toy))
     words = ["benchmark", "train-peer", str(recipe), "--steps", "1", "--repetitions", "2", "--threads", "1"]

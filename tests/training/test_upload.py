@@ -84,6 +84,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---- with a server
 
 
+@pytest.mark.slow
 def test_a_run_copies_its_checkpoints_to_s3_and_they_are_read_from_there(
     recipe_file: Path, tmp_path: Path, s3: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,6 +109,7 @@ def test_a_run_copies_its_checkpoints_to_s3_and_they_are_read_from_there(
         fetch_checkpoint("s3://speech/run1/step_00000007")
 
 
+@pytest.mark.slow
 def test_what_could_not_be_copied_is_copied_by_the_next_process_of_the_run(
     recipe_file: Path, tmp_path: Path, s3: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,6 +129,7 @@ def test_what_could_not_be_copied_is_copied_by_the_next_process_of_the_run(
     assert s3.ls("later/run2", detail=False) == ["later/run2/step_00000006"]
 
 
+@pytest.mark.slow
 def test_a_copying_process_ends_with_the_training_and_another_goes_on(tmp_path: Path, s3: Any) -> None:
     """Whichever of the two is killed: what is in the queue is copied, once."""
     run = tmp_path / "run"

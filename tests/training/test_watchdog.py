@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch.distributed as dist
 from toy_runs import toy_recipe, write_recipe
@@ -214,11 +214,8 @@ def faults(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
         for name, words in gates.items()
     ]
     request = json.dumps({"recipe": str(recipe), "scenarios": scenarios})
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, str(Path(__file__).with_name("fault_rig.py")), request],
-        capture_output=True,
-        text=True,
-        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
@@ -229,6 +226,8 @@ def status(run: Path) -> dict[str, Any]:
     return json.loads((run / "status.json").read_text())
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_signal_to_one_rank_saves_and_ends_all_of_them_cleanly(faults: tuple[Path, dict[str, Any]]) -> None:
     folder, results = faults
     assert results["USR1"]["codes"] == [0, 0], results["USR1"]["errors"]
@@ -238,6 +237,8 @@ def test_a_signal_to_one_rank_saves_and_ends_all_of_them_cleanly(faults: tuple[P
     assert (folder / "USR1" / "checkpoints" / f"step_{left['step']:08d}" / "checkpoint.json").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_stopped_rank_ends_the_others_in_seconds(faults: tuple[Path, dict[str, Any]]) -> None:
     folder, results = faults
     assert results["STOP"]["codes"] == [1, -signal.SIGKILL]
@@ -247,6 +248,8 @@ def test_a_stopped_rank_ends_the_others_in_seconds(faults: tuple[Path, dict[str,
     assert "_train_step" in (folder / "STOP" / "stacks" / "rank_0.txt").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_killed_rank_ends_the_others_at_once(faults: tuple[Path, dict[str, Any]]) -> None:
     folder, results = faults
     assert results["KILL"]["codes"] == [1, -signal.SIGKILL]
@@ -255,6 +258,8 @@ def test_a_killed_rank_ends_the_others_at_once(faults: tuple[Path, dict[str, Any
     assert status(folder / "KILL")["state"] == "failed"
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_the_error_of_one_rank_is_the_sentence_of_the_others(faults: tuple[Path, dict[str, Any]]) -> None:
     _, results = faults
     assert results["raise"]["codes"] == [1, 1]
@@ -263,6 +268,8 @@ def test_the_error_of_one_rank_is_the_sentence_of_the_others(faults: tuple[Path,
     assert "raised ValueError: a page of this dataset" in second
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_processes_that_were_started_with_different_recipes_are_told_apart(
     faults: tuple[Path, dict[str, Any]],
 ) -> None:
@@ -274,6 +281,8 @@ def test_processes_that_were_started_with_different_recipes_are_told_apart(
     assert not (folder / "seed").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_rehearse_as_one(faults: tuple[Path, dict[str, Any]]) -> None:
     folder, results = faults
     assert [results[name]["codes"] for name in ("dry", "overfit")] == [[0, 0], [0, 0]], results

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +24,9 @@ if TYPE_CHECKING:
     import pytest
 
     from megatron_speech.training.telemetry.run_log import RunLog
+
+# Of the fixture launch_two: the argument lists of `megatron-speech train`.
+LaunchTwo = Callable[..., subprocess.CompletedProcess[str]]
 
 LETTERS = "abcdefgh"
 CODEC = CodecDescription("toy", "toy-1", 8000, 25.0, ("q0",), (64,))
@@ -178,26 +178,3 @@ def copy_until(run: Path, copy: Path, step: int) -> Path:
         if int(path.name.removeprefix("step_")) > step:
             shutil.rmtree(path)
     return copy
-
-
-def launch_two(*commands: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run `megatron-speech train` with each of the argument lists on the same two processes, under torchrun."""
-    arguments = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(Path(__file__).with_name("train_many.py")), json.dumps(commands),
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        arguments,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        if process.poll() is None:  # timed out: torchrun would leave its workers behind
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
