@@ -27,16 +27,12 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedStateDict, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     distribute_main_replicas_with_precomputed_distribution,
 )
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -163,9 +159,9 @@ def plan_save(
     with quiet():
         sharded, common = save_preprocess(contents, validate_access_integrity=False)
         sharing.apply(sharded, common)
-        main_replicas, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        planner.set_up_planner(mcore_to_pyt_state_dict(main_replicas, False), is_coordinator=dist.get_rank() == 0)
+        state = mcore_to_pyt_state_dict(_written_here(sharded), False)
+        planner.set_up_planner(state, is_coordinator=dist.get_rank() == 0)
         plan = planner.create_local_plan()
         data: dict[MetadataIndex, Any] = {item.index: planner.resolve_data(item) for item in plan.items}
         items, values = write_items(ranges)
@@ -178,6 +174,16 @@ def plan_save(
     serialized = io.BytesIO()
     torch.save(common, serialized)
     return PlannedSave(plan, planner, data, serialized.getvalue(), buffers)
+
+
+def _written_here(sharded: ShardedStateDict) -> dict[str, list[ShardedBase]]:
+    """The shards that this rank writes, by key, in the order of the model."""
+    by_key: dict[str, list[ShardedBase]] = {}
+    for base in nested_values(sharded):
+        if is_main_replica(base.replica_id):
+            key = base.unique_key if isinstance(base, ShardedObject) else base.key
+            by_key.setdefault(key, []).append(base)
+    return by_key
 
 
 def write_save(
