@@ -73,6 +73,8 @@ def prepare_imports() -> None:
     """
     hide_foreign_apex()
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    # A checkpoint of a run on one process is saved without collectives, which torch thinks worth a notice.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 
 def host_name() -> str:

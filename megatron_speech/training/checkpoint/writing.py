@@ -5,7 +5,8 @@
                 described, renamed
 
 The second half talks over a process group of its own, or it would mix its messages with those of the training step.
-The format is megatron-core's torch_dist; its own writer starts processes for each save, which this one does not.
+The format is megatron-core's torch_dist. The save itself is `torch.distributed.checkpoint.save`, given a planner and a
+writer of ours: megatron-core's own writer starts processes for each save, which a killed run would leave behind.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import hashlib
 import io
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -27,22 +28,20 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedStateDict, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     distribute_main_replicas_with_precomputed_distribution,
 )
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from megatron_speech.files import fsync_path, write_json
 from megatron_speech.recipe.recipe import Recipe
@@ -132,7 +131,6 @@ class PlannedSave:
     """This rank's part of a checkpoint, apart from the model: training may go on."""
 
     plan: SavePlan
-    planner: MCoreSavePlanner
     data: dict[MetadataIndex, torch.Tensor | io.BytesIO]
     common: bytes
     buffers: HostBuffers | None
@@ -141,10 +139,6 @@ class PlannedSave:
     def bytes(self) -> int:
         """Size of this rank's shards."""
         return sum(value.nbytes for value in self.data.values() if isinstance(value, torch.Tensor))
-
-    def resolve_data(self, item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """What the writer asks a planner for."""
-        return self.data[item.index]
 
 
 def plan_save(
@@ -163,9 +157,9 @@ def plan_save(
     with quiet():
         sharded, common = save_preprocess(contents, validate_access_integrity=False)
         sharing.apply(sharded, common)
-        main_replicas, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        planner.set_up_planner(mcore_to_pyt_state_dict(main_replicas, False), is_coordinator=dist.get_rank() == 0)
+        state = mcore_to_pyt_state_dict(_written_here(sharded), False)
+        planner.set_up_planner(state, is_coordinator=dist.get_rank() == 0)
         plan = planner.create_local_plan()
         data: dict[MetadataIndex, Any] = {item.index: planner.resolve_data(item) for item in plan.items}
         items, values = write_items(ranges)
@@ -174,10 +168,19 @@ def plan_save(
     tensors = {item.index: data[item.index] for item in plan.items if item.type != WriteItemType.BYTE_IO}
     if buffers is not None:
         data.update(buffers.copy(tensors))
-        planner.state_dict = {}  # the model's own tensors are not held on to
     serialized = io.BytesIO()
     torch.save(common, serialized)
-    return PlannedSave(plan, planner, data, serialized.getvalue(), buffers)
+    return PlannedSave(plan, data, serialized.getvalue(), buffers)
+
+
+def _written_here(sharded: ShardedStateDict) -> dict[str, list[ShardedBase]]:
+    """The shards that this rank writes, by key, in the order of the model."""
+    by_key: dict[str, list[ShardedBase]] = {}
+    for base in nested_values(sharded):
+        if is_main_replica(base.replica_id):
+            key = base.unique_key if isinstance(base, ShardedObject) else base.key
+            by_key.setdefault(key, []).append(base)
+    return by_key
 
 
 def write_save(
@@ -200,38 +203,102 @@ def write_save(
     Returns:
         Why it could not be written, the same on all ranks (a full disk; nothing of it is left), or None.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
     building = final.parent / f".{final.name}.tmp"
-    files = _HashingFiles()
-    results: list[WriteResult] = []
-    plan = save.plan
-    problem: str | None = None
-    writer = FileSystemWriter(building, sync_files=False, per_thread_copy_ahead=0)
-    writer.fs, writer.save_id = files, final.name
+
+    def finish(written: dict[str, Any]) -> None:
+        _finish(building, final, save.common, written, described, space, recipe)
+
     try:
-        building.mkdir(parents=True, exist_ok=True)
-        if save.buffers is not None:
-            save.buffers.wait_for_copies()
-        plan = writer.prepare_global_plan([plan] * world)[rank]  # names this rank's file
-        if plan.items:
-            results = writer.write_data(plan, cast(MCoreSavePlanner, save)).value()  # asks for data, no more
-    except OSError as error:
-        problem = _sentence(error)
-    parts = _gather((problem, plan, results, files.written), group)
-    if rank == 0:
-        assert parts is not None
-        problem = next((part[0] for part in parts if part[0]), None)
-        try:
-            if problem is None:
-                _, metadata = save.planner.create_global_plan([part[1] for part in parts])
-                writer.finish(metadata, [part[2] for part in parts])
-                written = {name: entry for part in parts for name, entry in part[3].items()}
-                _finish(building, final, save.common, written, described, space, recipe)
-        except OSError as error:
-            problem = _sentence(error)
-        if problem is not None:
+        planner = _Planner(save)
+        checkpoint.save(
+            {},
+            storage_writer=_Writer(building, final.name, planner, finish),
+            planner=planner,
+            process_group=group,
+            no_dist=dist.get_world_size() == 1,
+        )
+    except CheckpointException as failed:  # of any rank, raised on all of them
+        if dist.get_rank() == 0:
             shutil.rmtree(building, ignore_errors=True)
-    return _broadcast(problem, group)
+        problems = []
+        for error, _ in failed.failures.values():
+            if not isinstance(error, OSError):
+                raise error from failed
+            problems.append(_sentence(error))
+        return problems[0]
+    return None
+
+
+class _Planner(DefaultSavePlanner):
+    """Hands torch's save what :func:`plan_save` has found out, and the copies in place of the model.
+
+    Attributes:
+        save: this rank's part.
+        indices: of the shards of all ranks, as the plans name them; on rank 0.
+    """
+
+    def __init__(self, save: PlannedSave) -> None:
+        super().__init__(flatten_state_dict=False)
+        self.save = save
+        self.indices: dict[MetadataIndex, MetadataIndex] = {}
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        """Nothing: the plan is there."""
+
+    def create_local_plan(self) -> SavePlan:
+        return self.save.plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        _, metadata = super().create_global_plan(all_plans)
+        self.indices = {item.index: item.index for plan in all_plans for item in plan.items}
+        return all_plans, metadata  # who writes what was agreed on in `Sharing`
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        return self.save.data[write_item.index]
+
+
+@dataclass(frozen=True)
+class _FileResult(WriteResult):
+    """Where a shard is, and what rank 0 is to know of its file: name, bytes, sha256."""
+
+    file: dict[str, dict[str, Any]]
+
+
+class _Writer(FileSystemWriter):
+    """torch's files, hashed and synced as they are written; `finish` is called on rank 0 once all of them are there."""
+
+    def __init__(self, building: Path, name: str, planner: _Planner, finish: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__(building, sync_files=False, per_thread_copy_ahead=0)
+        self._building, self._name, self._planner, self._finish = building, name, planner, finish
+        self.fs = self._files = _HashingFiles()
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self._name)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        self._building.mkdir(parents=True, exist_ok=True)
+        return plan
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        buffers = self._planner.save.buffers
+        if buffers is not None:
+            buffers.wait_for_copies()
+        results = super().write_data(plan, planner).value() if plan.items else []
+        done: Future[list[WriteResult]] = Future()
+        written = self._files.written
+        done.set_result([_FileResult(r.index, r.size_in_bytes, r.storage_data, written) for r in results])
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        written: dict[str, Any] = {}
+        for of_rank in results:
+            for result in of_rank[:1]:  # of one rank they all name its one file
+                written |= cast(_FileResult, result).file
+        # The indices of the plans again: names that came to rank 0 a second time would be stored a second time.
+        indices = self._planner.indices
+        named = [[dataclasses.replace(result, index=indices[result.index]) for result in rank] for rank in results]
+        super().finish(metadata, named)
+        self._finish(written)
 
 
 def _finish(
@@ -342,21 +409,3 @@ def _any_rank(value: bool, group: dist.ProcessGroup | None) -> bool:
     answers: list[bool] = [False] * dist.get_world_size()
     dist.all_gather_object(answers, value, group=group)
     return any(answers)
-
-
-def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any] | None:
-    """Everybody's value on rank 0, None elsewhere. A collective over `group`."""
-    if dist.get_world_size() == 1:
-        return [value]
-    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, values, dst=0, group=group)
-    return values
-
-
-def _broadcast(value: Any, group: dist.ProcessGroup | None) -> Any:
-    """Rank 0's value. A collective over `group`."""
-    if dist.get_world_size() == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0, group=group)
-    return values[0]
