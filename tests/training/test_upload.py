@@ -276,4 +276,4 @@ def test_an_unknown_protocol_is_refused_before_training(
     recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(recipe_file, tmp_path / "run", "checkpoint.upload=s33://bucket/x") == 2
-    assert "names the protocol s33, which is unknown (meant s3?)" in capsys.readouterr().err
+    assert "names the protocol s33, which is unknown (did you mean 's3'?)" in capsys.readouterr().err
