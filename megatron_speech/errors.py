@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from megatron_speech.console import install_handler, message
+
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -31,7 +33,7 @@ class PeerError(RuntimeError):
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap a command's `main` so that bad input prints one sentence and exits 2.
+    """Wrap a command's `main`: notices and warnings are printed, and bad input prints one sentence and exits 2.
 
     The wrapped function returns the exit status: 0 (also for None), 2 on :class:`InputError`, 1 with a sentence on
     :class:`OutputError` or when a disk is full, 130 on an interrupt. Any other exception is our own failure: it keeps
@@ -40,13 +42,14 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(*args: object, **kwargs: object) -> int:
+        install_handler()
         try:
             return main(*args, **kwargs) or 0
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            message("error", str(error))
             return 2
         except OutputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            message("error", str(error))
             return 1
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -58,13 +61,13 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         except ConnectionError as error:
             if error.errno is not None:
                 raise
-            print(f"error: {error}", file=sys.stderr)  # a remote input broke off: its reader made a sentence of it
+            message("error", str(error))  # a remote input broke off: its reader made a sentence of it
             return 1
         except OSError as error:
             if error.errno not in _NO_SPACE:
                 raise
             where = f" while writing {error.filename}" if error.filename else ""
-            print(f"error: {error.strerror}{where}; free some space and run the same command again", file=sys.stderr)
+            message("error", f"{error.strerror}{where}; free some space and run the same command again")
             return 1
 
     return run

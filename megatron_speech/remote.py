@@ -14,10 +14,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_speech.console import Progress
 from megatron_speech.errors import InputError
 from megatron_speech.files import sha256_file
 from megatron_speech.wording import nearest
@@ -72,7 +73,7 @@ def open_url(url: str, options: Mapping[str, Any] | None = None) -> tuple[Any, s
 def put_checkpoint(system: Any, root: str, local: Path) -> bool:
     """Copy the checkpoint `local` to `root`; False when its copy was there already.
 
-    Goes on with what an earlier attempt has copied of the same checkpoint.
+    Resumes what an earlier attempt has copied of the same checkpoint.
 
     Raises:
         InputError: a file of it is damaged.
@@ -83,7 +84,7 @@ def put_checkpoint(system: Any, root: str, local: Path) -> bool:
     target, mark = f"{root}/{local.name}", hashlib.sha256(description).hexdigest().encode()
     if _read(system, f"{target}/{_DESCRIPTION}") == description:
         return False
-    if system.exists(f"{target}/{_DESCRIPTION}"):  # another one of the same name, as after going back
+    if system.exists(f"{target}/{_DESCRIPTION}"):  # another one of the same name, as after a rollback
         system.rm_file(f"{target}/{_DESCRIPTION}")
     protocols = {system.protocol} if isinstance(system.protocol, str) else set(system.protocol)
     if not protocols & _OBJECT_STORES:
@@ -95,12 +96,14 @@ def put_checkpoint(system: Any, root: str, local: Path) -> bool:
                 system.rm_file(path)
         system.pipe_file(f"{target}/{_MARK}", mark)
     files: dict[str, dict[str, Any]] = json.loads(description)["files"]
-    for name, entry in files.items():
-        if going_on and _size(system, f"{target}/{name}") == entry["bytes"]:
-            continue
-        if sha256_file(local / name) != entry["sha256"]:
-            raise InputError(f"checkpoint {local}: {name} does not have the SHA-256 that was recorded")
-        system.put_file(str(local / name), f"{target}/{name}")
+    with Progress(f"upload {local.name}", total=sum(entry["bytes"] for entry in files.values()), unit="B") as copied:
+        for name, entry in files.items():
+            if going_on and _size(system, f"{target}/{name}") == entry["bytes"]:
+                copied.skip(entry["bytes"])
+                continue
+            if sha256_file(local / name) != entry["sha256"]:
+                raise InputError(f"checkpoint {local}: {name} does not have the SHA-256 that was recorded")
+            _copy(system.put_file, str(local / name), f"{target}/{name}", entry["bytes"], copied)
     system.invalidate_cache()
     for name, entry in files.items():
         if (size := _size(system, f"{target}/{name}")) != entry["bytes"]:
@@ -165,13 +168,33 @@ def fetch_checkpoint(url: str, options: Mapping[str, Any] | None = None) -> Path
         for old in (building, local):
             shutil.rmtree(old, ignore_errors=True)
         building.mkdir()
-        for file, entry in fields["files"].items():
-            system.get_file(f"{path}/{name}/{file}", str(building / file))
-            if sha256_file(building / file) != entry["sha256"]:
-                raise InputError(f"{url}: {file} does not have the SHA-256 that was recorded; take another checkpoint")
+        with Progress(
+            f"fetch {name}", total=sum(entry["bytes"] for entry in fields["files"].values()), unit="B"
+        ) as got:
+            for file, entry in fields["files"].items():
+                _copy(system.get_file, f"{path}/{name}/{file}", str(building / file), entry["bytes"], got)
+                if sha256_file(building / file) != entry["sha256"]:
+                    raise InputError(
+                        f"{url}: {file} does not have the SHA-256 that was recorded; take another checkpoint"
+                    )
         (building / _DESCRIPTION).write_text(json.dumps(fields), encoding="utf-8")
         os.rename(building, local)
     return local
+
+
+def _copy(copy: Callable[..., Any], source: str, target: str, size: int, progress: Progress) -> None:
+    """Copy one file of `size` bytes by fsspec's `put_file` or `get_file`, counting the parts that it reports."""
+    from fsspec.callbacks import Callback
+
+    counted = 0
+
+    def count(total: int | None, value: int, **_: Any) -> None:
+        nonlocal counted
+        progress.update(value - counted)
+        counted = value
+
+    copy(source, target, callback=Callback(hooks={"count": count}))
+    progress.update(size - counted)
 
 
 def _read(system: Any, path: str) -> bytes | None:

@@ -74,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
     for name in ("steps", "warmup_steps", "interval"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be at least 1")
+    from megatron_speech.console import is_main_process
     from megatron_speech.environment import detect, prepare_imports
     from megatron_speech.recipe.load import load_recipe
-    from megatron_speech.training.telemetry.metrics import is_main_process
 
     prepare_imports()
     total = args.warmup_steps + args.steps

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_speech.console import output, tables
 from megatron_speech.data.blend.plot import check_plot_path, plot_reports
 from megatron_speech.errors import InputError
 from megatron_speech.wording import suggestion
@@ -68,8 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         plot_reports(args.plot, reports)
     if args.json:
-        json.dump({"stages": reports}, sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
-        print()
+        output(json.dumps({"stages": reports}, indent=2, ensure_ascii=False, allow_nan=False))
     else:
         print_reports(reports)
     return 0
@@ -77,12 +76,9 @@ def run(args: argparse.Namespace) -> int:
 
 def print_reports(reports: Iterable[dict[str, Any]]) -> None:
     """Print blend reports as tables."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=120)
+    console = tables(width=120)
 
     def table(title: str, rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
         grid = Table(title=title, title_justify="left", title_style="", header_style="", box=None, pad_edge=False)

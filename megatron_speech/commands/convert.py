@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_speech.console import output
 from megatron_speech.convert.safetensors_folder import parse_size
 from megatron_speech.files import prepare_output_directory
 
@@ -72,11 +73,11 @@ def _convert(args: argparse.Namespace) -> int:
             seed=args.seed,
             precision=args.precision,
         )
-        print(import_hf.describe(done, args.output))
+        output(import_hf.describe(done, args.output))
         return 0
     from megatron_speech.convert import export_hf
 
     size = parse_size(args.max_shard_size)
     written = export_hf.export_hf(args.checkpoint, args.output, max_shard_bytes=size, ema=args.ema)
-    print(export_hf.describe(written, args.output))
+    output(export_hf.describe(written, args.output))
     return 0

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_speech.console import output
 from megatron_speech.errors import InputError
 from megatron_speech.files import write_json
 from megatron_speech.model.memory import GIB, Memory, MemoryLayout, divided, max_rank_memory
@@ -46,12 +47,12 @@ def run(args: argparse.Namespace) -> int:
     rows = [_row(layout, found, args.gpu_memory) for layout, found in layouts(recipe, vocab_size, args.gpus)]
     rows = _best(rows)
     shown = [row for row in rows if row["fits"] or args.all]
-    print(_heading(recipe, vocab_size, args))
+    output(_heading(recipe, vocab_size, args))
     if shown:
-        print(_table(shown))
+        output(_table(shown))
     hidden = len(rows) - len(shown)
     if hidden:
-        print(f"{hidden} of {len(rows)} layouts do not fit{'' if shown else ': none does'} (--all shows them)")
+        output(f"{hidden} of {len(rows)} layouts do not fit{'' if shown else ': none does'} (--all shows them)")
     if args.json is not None:
         write_json(args.json, {"recipe": recipe.model_dump(mode="json"), "vocab_size": vocab_size, "layouts": rows})
     return 0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from megatron_speech.commands.generate import share_cores
+from megatron_speech.console import Progress, output
 from megatron_speech.errors import InputError
 from megatron_speech.files import prepare_output_directory, write_json, write_text
 
@@ -51,8 +51,6 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"checkpoint {args.checkpoint} does not exist; name a run directory or one of its checkpoints")
     prepare_output_directory(args.output_dir)
 
-    from tqdm import tqdm
-
     from megatron_speech.evaluation.report import build_html
     from megatron_speech.evaluation.runner import evaluate
     from megatron_speech.generation.engine import SpeechGenerator
@@ -60,10 +58,10 @@ def run(args: argparse.Namespace) -> int:
     generator = SpeechGenerator.from_checkpoint(args.checkpoint, ema=args.ema)
     count = sum(len(item.seeds or canaries.seeds) for item in canaries.items)
     real = sum(item.original_audio is not None for item in canaries.items)
-    with tqdm(total=2 * count + real, unit="utt", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with Progress("evaluate", total=2 * count + real, unit="utterances") as bar:
 
         def progress(done: int, what: str) -> None:
-            bar.set_description(what)
+            bar.describe(what)
             bar.update(done)
 
         evaluation = evaluate(
@@ -72,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
     page = build_html(evaluation, run_files, players=args.players)
     write_json(args.output_dir / "report.json", evaluation.report)
     write_text(args.output_dir / "report.html", page)
-    print("\n".join(console_lines(evaluation.report)))
-    print(f"report: {args.output_dir / 'report.html'}")
+    output("\n".join(console_lines(evaluation.report)))
+    output(f"report: {args.output_dir / 'report.html'}")
     return 0
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from megatron_speech.console import Progress, output
 from megatron_speech.errors import InputError
 from megatron_speech.files import atomic_write, prepare_output_directory
 from megatron_speech.generation.engine import to_requests
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     generator = SpeechGenerator.from_checkpoint(args.checkpoint, ema=args.ema)
     requests = to_requests(generator, utterances)
     started = time.monotonic()
-    with progress_bar(len(requests), "speaking") as bar:
+    with Progress("generate", total=len(requests), unit="utterances") as bar:
         results = generator.generate(requests, config, batch_size=args.batch_size, progress=bar.update)
     seconds = time.monotonic() - started
     if args.text is not None:
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         where = str(args.output)
     else:
         where = str(write_generated(args.output_dir, generator, utterances, results))
-    print(f"{where}: {summary(generator, results, seconds)}")
+    output(f"{where}: {summary(generator, results, seconds)}")
     return 0
 
 
@@ -139,13 +139,6 @@ def _require(args: argparse.Namespace, mode: str, needed: str, refused: Sequence
         if getattr(args, name) is not None:
             remedy = "write it into the prompts file" if name != "output" and mode == "--input" else "leave it out"
             raise InputError(f"{flag(name)} does not go with {mode}, which writes to {flag(needed)}; {remedy}")
-
-
-def progress_bar(total: int, what: str) -> Any:
-    """A tqdm bar over utterances that stays quiet where stderr is no terminal."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=what, unit="utt", disable=not sys.stderr.isatty(), leave=False)
 
 
 def summary(generator: SpeechGenerator, results: Sequence[GenerationResult], seconds: float) -> str:

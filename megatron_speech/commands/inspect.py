@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 from rich.table import Table
 
+from megatron_speech.console import output, tables
 from megatron_speech.data.dataset.distributions import QUANTILES, Distribution, distributions, length_bins, plot
 from megatron_speech.data.dataset.documents_table import SCHEMA, document_batches
 from megatron_speech.data.dataset.indexed import TokenDataset, file_of
 from megatron_speech.data.dataset.manifest import Manifest
-from megatron_speech.data.dataset.totals_table import drops_table, make_console, totals_table
+from megatron_speech.data.dataset.totals_table import drops_table, totals_table
 from megatron_speech.data.dataset.verify import Verification, verify_dataset
 from megatron_speech.errors import InputError
 from megatron_speech.tokens.space import TokenSpace
@@ -65,11 +66,11 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         plot(args.plot, dataset, found)
     if args.json:
-        print(json.dumps(description, indent=2, ensure_ascii=False))
+        output(json.dumps(description, indent=2, ensure_ascii=False))
     else:
         _print(dataset, description)
         if args.plot is not None:
-            print(f"picture: {args.plot}")
+            output(f"picture: {args.plot}")
     return 0
 
 
@@ -83,10 +84,10 @@ def _verify(args: argparse.Namespace, space: TokenSpace | None) -> None:
     if not found.findings:
         return
     if args.json:
-        print(json.dumps({"prefix": args.prefix, "verified": False, **_findings(found)}, indent=2, ensure_ascii=False))
+        output(json.dumps({"prefix": args.prefix, "verified": False, **_findings(found)}, indent=2, ensure_ascii=False))
     else:
         for finding in found.findings:
-            print(f"{finding.file}: {finding.problem}")
+            output(f"{finding.file}: {finding.problem}")
     count = len(found.findings)
     raise InputError(
         f"{args.prefix} is damaged: {count} finding{'s' if count > 1 else ''}, of which the first is "
@@ -158,7 +159,7 @@ def _samples(dataset: TokenDataset, space: TokenSpace, count: int, seed: int) ->
 
 def _print(dataset: TokenDataset, description: dict[str, Any]) -> None:
     manifest = _manifest(dataset)
-    console = make_console()
+    console = tables()
     shard = f", shard {manifest.shard}" if manifest.shard is not None else ""
     seed = "several" if manifest.seed is None else manifest.seed
     console.print(
@@ -185,7 +186,7 @@ def _print(dataset: TokenDataset, description: dict[str, Any]) -> None:
         about = ", ".join(str(sample[name]) for name in ("sample_id", "language", "speaker_id") if sample[name])
         console.print(f"document {sample['document']} ({about}): {sample['rendered']}", markup=False, soft_wrap=True)
     if description.get("verified"):
-        print("verified: every byte, document and total is as it was written")
+        output("verified: every byte, document and total is as it was written")
 
 
 def _quantile_table(quantiles: dict[str, dict[str, float]]) -> Table:
@@ -202,4 +203,4 @@ def _print_histogram(bins: list[dict[str, int]]) -> None:
     most = max((entry["documents"] for entry in bins), default=0) or 1
     for entry in bins:
         bar = "█" * round(HISTOGRAM_WIDTH * entry["documents"] / most)
-        print(f"{entry['from']:>9,} to {entry['below'] - 1:>9,} tokens {entry['documents']:>12,} {bar}")
+        output(f"{entry['from']:>9,} to {entry['below'] - 1:>9,} tokens {entry['documents']:>12,} {bar}")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
+from megatron_speech.console import output
 from megatron_speech.errors import InputError
 
 
@@ -24,8 +24,7 @@ def run(args: argparse.Namespace) -> int:
     data = load_recipe(args.recipe, args.overrides).data
     if data.cache_dir is None:
         raise InputError(f"{args.recipe}: data.cache_dir is null; name a folder on this node's disk")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     prefixes = dataset_prefixes(data.model_copy(update={"stage_datasets": True}))
     for name, prefix in stage_datasets(prefixes, data.cache_dir, data.cache_gib).items():
-        print(f"{name}: {prefix}")
+        output(f"{name}: {prefix}")
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_speech.console import output
 from megatron_speech.errors import InputError
 from megatron_speech.files import read_json
 from megatron_speech.tokens.layouts import LAYOUTS, OWN
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     codec = read_codec_description(args.codec) if args.codec.endswith(".json") else describe_codec(args.codec)
     space = TokenSpace.build(args.text_tokenizer, codec, args.base, args.pad_multiple, args.layout)
     space.save(args.output)
-    print(f"{args.output}: {space.describe()}")
+    output(f"{args.output}: {space.describe()}")
     return 0
 
 

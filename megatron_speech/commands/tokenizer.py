@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
+from megatron_speech.console import output, tables
 from megatron_speech.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +166,7 @@ def _train(args: argparse.Namespace) -> int:
     write_model(args.output, payload, record)
     _note(corpus)
     read, used = sum(sample.characters_read.values()), sum(sample.characters.values())
-    print(f"{args.output}: {args.model}, {args.vocab_size:,} pieces, of {used:,} characters ({read:,} read)")
+    output(f"{args.output}: {args.model}, {args.vocab_size:,} pieces, of {used:,} characters ({read:,} read)")
     return 0
 
 
@@ -188,7 +191,7 @@ def _extend(args: argparse.Namespace) -> int:
     _note(corpus)
     record = extension.record
     last = record["first_new_id"] + record["new_ids"] - 1
-    print(
+    output(
         f"{args.output}: {record['new_ids']:,} new pieces for {', '.join(record['scripts'])}, "
         f"ids {record['first_new_id']:,} to {last:,} (the base has {record['base']['ids']:,} ids)"
     )
@@ -197,7 +200,7 @@ def _extend(args: argparse.Namespace) -> int:
         unknown = ""
         if one.unknown_before:
             unknown = f", unknown {one.unknown_before / one.before:.1%} → {one.unknown_after / one.after:.1%}"
-        print(f"  {script}: {before:.3f} → {after:.3f} tokens per character{unknown} ({one.characters:,} characters)")
+        output(f"  {script}: {before:.3f} → {after:.3f} tokens per character{unknown} ({one.characters:,} characters)")
     return 0
 
 
@@ -222,7 +225,7 @@ def _report(args: argparse.Namespace) -> int:
                 for (language, script), one in measures.items()
             ],
         }
-        print(json.dumps(value, indent=2, ensure_ascii=False))
+        output(json.dumps(value, indent=2, ensure_ascii=False))
     else:
         _print_report(args.tokenizer, measures, everything)
         _note(corpus)
@@ -234,8 +237,6 @@ def _report(args: argparse.Namespace) -> int:
 def _print_report(tokenizer: str, measures: dict[tuple[str, str], Any], everything: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
-
-    from megatron_speech.data.dataset.totals_table import make_console
 
     table = Table(title=escape(f"{tokenizer}: tokens by language and script"))
     for name in ("language", "script"):
@@ -254,7 +255,7 @@ def _print_report(tokenizer: str, measures: dict[tuple[str, str], Any], everythi
         cells = [f"{count:,}" for count in counts] + [f"{rate:.3f}" for rate in rates]
         cells += [f"{share:.2%}" for share in shares] + [f"{one.round_trip_failures:,}"]
         table.add_row(escape(language), script, *cells)
-    console = make_console()
+    console = tables()
     console.print(table)
     if everything.failure:
         text, decoded = (value if len(value) <= 60 else value[:57] + "..." for value in everything.failure)
@@ -264,4 +265,4 @@ def _print_report(tokenizer: str, measures: dict[tuple[str, str], Any], everythi
 def _note(corpus: Any) -> None:
     """Rows without text, on stderr."""
     if note := corpus.describe_dropped():
-        print(note, file=sys.stderr)
+        logger.info("%s", note)

@@ -6,10 +6,10 @@ import argparse
 import os
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+from megatron_speech.console import is_main_process, message
 from megatron_speech.errors import InputError, PeerError
 from megatron_speech.recipe.load import load_recipe
 from megatron_speech.recipe.recipe import Recipe
@@ -67,19 +67,19 @@ def run(args: argparse.Namespace) -> int:
             return 0 if rehearse(recipe, args.overfit, args.overfit_steps) else 1
         train(recipe, through=args.through)
     except AllRanksError as error:
-        if _is_main():
+        if is_main_process():
             note(recipe, str(error))
         return _report_for_all(error)
     except InputError as error:  # of this process alone: the launcher ends the others
         note(recipe, str(error))
         raise
     except PeerError as error:  # the rank that it is about has the traceback
-        if _is_main():
+        if is_main_process():
             note(recipe, str(error))
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        message("error", str(error))
         return 1
     except Exception as error:
-        if _is_main():
+        if is_main_process():
             note(recipe, str(error) or type(error).__name__)
         raise
     return 0
@@ -89,15 +89,11 @@ def _note_nothing(recipe: Recipe, message: str) -> None:
     """A rehearsal leaves the status of the run as it is."""
 
 
-def _is_main() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def _report_for_all(error: InputError) -> int:
     """Of processes that all have the same error, let the main one report it."""
-    if _is_main():
+    if is_main_process():
         raise error
-    # The main process may be a little behind, and a launcher ends it as soon as this one has ended: let it speak.
+    # The main process may be a little behind, and a launcher ends it as soon as this one has ended: let it print.
     time.sleep(2.0)
     return 2
 

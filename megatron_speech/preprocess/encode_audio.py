@@ -20,10 +20,10 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_speech.codecs import Codec, codec_names, get_codec
 from megatron_speech.codecs.audio import AudioError, read_audio
+from megatron_speech.console import Progress, output, tables
 from megatron_speech.errors import InputError, command
 from megatron_speech.files import (
     atomic_write,
@@ -60,6 +60,8 @@ from megatron_speech.preprocess.audio_input import (
 from megatron_speech.preprocess.pool import available_cores, map_ordered
 from megatron_speech.preprocess.readers import source
 from megatron_speech.remote import is_url
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 CHUNK_ROWS = 32
@@ -519,7 +521,7 @@ def run(arguments: argparse.Namespace) -> int:
                 directory.rmdir()
         raise
     except KeyboardInterrupt:
-        print(f"what is done so far is kept in {outputs.work}; --resume continues from there", file=sys.stderr)
+        logger.info("what is done so far is kept in %s; --resume continues from there", outputs.work)
         raise
     return 0
 
@@ -586,7 +588,7 @@ def _encode(arguments: argparse.Namespace, codec: Codec, outputs: Outputs) -> No
         )
     )
     if arguments.resume and outputs.samples.is_file() and _manifest(outputs).get("common") == common:
-        print(f"{outputs.samples} is complete already; nothing to do")
+        output(f"{outputs.samples} is complete already; nothing to do")
         _report(EncodingTotals(**_manifest(outputs)["totals"]), _manifest(outputs)["rejected"])
         if arguments.shard[1] > 1:
             join_shards(outputs, common)
@@ -602,7 +604,7 @@ def _encode(arguments: argparse.Namespace, codec: Codec, outputs: Outputs) -> No
     try:
         chunks = make_chunks(listing.path, scan, state.offset, state.line)
         results = map_ordered(encode_chunk, chunks, workers=arguments.workers, make_state=Encoder, arguments=(job,))
-        with tqdm(total=scan.shard_rows, initial=state.rows, unit="row", disable=None, desc="encode") as progress:
+        with Progress("encode", total=scan.shard_rows, unit="row", initial=state.rows) as progress:
             for result in results:
                 writer.add(result)
                 progress.update(result.rows)
@@ -629,8 +631,10 @@ def _encode(arguments: argparse.Namespace, codec: Codec, outputs: Outputs) -> No
         writer.close()
     _report(state.totals, state.reasons)
     joined = arguments.shard[1] == 1 or join_shards(outputs, common)
-    print(f"{outputs.directory / 'samples.jsonl' if joined else outputs.samples}: {state.samples} samples", end="")
-    print(f", {state.frames} frames of {codec.name} {codec.hash[:12]}" + ("" if joined else "; other shards to come"))
+    output(
+        f"{outputs.directory / 'samples.jsonl' if joined else outputs.samples}: {state.samples} samples, "
+        f"{state.frames} frames of {codec.name} {codec.hash[:12]}{'' if joined else '; other shards are missing'}"
+    )
 
 
 def _load_state(outputs: Outputs, fingerprint: str) -> State | None:
@@ -665,10 +669,9 @@ def _reasons(state: State) -> str:
 
 
 def _report(totals: EncodingTotals, reasons: dict[str, int]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = tables()
     for title, sums in (("language", totals.by_language), ("source", totals.by_source)):
         table = Table(show_footer=len(sums) > 1)
         whole = [sum(column) for column in zip(*sums.values(), strict=True)] or [0, 0, 0.0, 0]

@@ -10,11 +10,11 @@ import argparse
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
+from megatron_speech.console import Progress, output
 from megatron_speech.data.dataset.dataset_writer import BIN, DOCUMENTS, MANIFEST, REJECTED, DatasetWriter
 from megatron_speech.data.dataset.documents_table import SCHEMA
 from megatron_speech.data.dataset.indexed import TokenDataset, file_of
@@ -147,7 +147,7 @@ def _conversion(manifest: Manifest) -> bytes:
     return canonical_json([count, manifest.seed, manifest.options, inputs])
 
 
-def copy_part(part: TokenDataset, writer: DatasetWriter, progress: tqdm[NoReturn]) -> None:
+def copy_part(part: TokenDataset, writer: DatasetWriter, progress: Progress) -> None:
     """Append a dataset's files, checking their bytes on the way.
 
     Raises:
@@ -246,9 +246,7 @@ def merge(parts: Sequence[TokenDataset], writer: DatasetWriter) -> Manifest:
     """Copy the parts, from the first that was not copied before."""
     done = 0 if writer.state is None else int(writer.state["parts"])
     sizes = [_manifest(part).files[BIN].bytes for part in parts]
-    with tqdm(
-        total=sum(sizes), initial=sum(sizes[:done]), unit="B", unit_scale=True, desc="merge", disable=None
-    ) as progress:
+    with Progress("merge", total=sum(sizes), unit="B", initial=sum(sizes[:done])) as progress:
         for number, part in enumerate(parts[done:], done + 1):
             copy_part(part, writer, progress)
             if writer.due:
@@ -281,5 +279,7 @@ def merge_inputs(arguments: argparse.Namespace) -> int:
         report_resume(writer)
         manifest = writer.finish() if writer.complete else writer.finish(merge(parts, writer))
     print_report(manifest)
-    print(f"{arguments.output_prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, from {len(parts)}")
+    output(
+        f"{arguments.output_prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, from {len(parts)}"
+    )
     return 0

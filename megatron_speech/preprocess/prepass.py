@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from megatron_speech.console import Progress
 from megatron_speech.data.dataset.journal import AppendFile, Commits, JournalError, read_journal, write_journal
 from megatron_speech.data.dataset.manifest import FileEntry
 from megatron_speech.preprocess.documents import IndexedRows, Records
@@ -50,7 +50,7 @@ def index_input(
             # closing: an error here must end the workers now, not when the generator is collected
             with (
                 contextlib.closing(index(work.rows)) as parts,
-                tqdm(total=rows, initial=work.rows, unit="row", desc=description, disable=None) as progress,
+                Progress(description, total=rows, unit="row", initial=work.rows) as progress,
             ):
                 for part in parts:
                     work.add(part)

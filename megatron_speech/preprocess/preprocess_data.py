@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_speech import __version__
+from megatron_speech.console import Progress, output, tables
 from megatron_speech.data.dataset.dataset_writer import BIN, DOCUMENTS, IDX, MANIFEST, REJECTED, DatasetWriter
 from megatron_speech.data.dataset.documents_table import SCHEMA
 from megatron_speech.data.dataset.manifest import (
@@ -31,7 +31,7 @@ from megatron_speech.data.dataset.manifest import (
     sum_counts,
     sum_totals,
 )
-from megatron_speech.data.dataset.totals_table import make_console, print_report
+from megatron_speech.data.dataset.totals_table import print_report
 from megatron_speech.errors import InputError, command
 from megatron_speech.files import sha256_hex
 from megatron_speech.preprocess.documents import (
@@ -335,7 +335,7 @@ def convert(
     # closing: an error here must end the workers now, not when the generator is collected
     with (
         contextlib.closing(stream),
-        tqdm(total=rows, initial=tally.rows, unit="row", desc=arguments.task, disable=None) as progress,
+        Progress(arguments.task, total=rows, unit="row", initial=tally.rows) as progress,
     ):
         for batch in stream:
             tally.add(batch)
@@ -401,10 +401,10 @@ def convert_input(arguments: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory() as folder:
             manifest, tally = convert(arguments, space, inputs, None, Path(folder))
         print_report(manifest)
-        console = make_console()
+        console = tables()
         for i, document in enumerate(tally.shown):
             console.print(f"document {i}: {render(space, document)}", markup=False, soft_wrap=True)
-        print("dry run: nothing was written")
+        output("dry run: nothing was written")
         return 0
     known = fingerprint(arguments, inputs, space)
     with DatasetWriter(arguments.output_prefix, space.dtype, fingerprint=known, restart=arguments.restart) as writer:
@@ -415,7 +415,7 @@ def convert_input(arguments: argparse.Namespace) -> int:
             manifest = writer.finish(convert(arguments, space, inputs, writer, writer.folder)[0])
     print_report(manifest)
     size = manifest.files[BIN].bytes
-    print(f"{arguments.output_prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {size:,} bytes")
+    output(f"{arguments.output_prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {size:,} bytes")
     return 0
 
 

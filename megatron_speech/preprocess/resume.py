@@ -1,17 +1,19 @@
-"""What a command says about unfinished work that it found."""
+"""What a command logs about unfinished work that it found."""
 
 from __future__ import annotations
 
-import sys
+import logging
 
 from megatron_speech.data.dataset.dataset_writer import DatasetWriter
 
+logger = logging.getLogger(__name__)
+
 
 def report_resume(writer: DatasetWriter) -> None:
-    """Say where the work goes on, or why it begins anew; nothing where there was none."""
+    """Log where the work resumes, or why it restarts; nothing where there was none."""
     if writer.complete:
-        print(f"{writer.prefix}: all was converted before; putting the files in place", file=sys.stderr)
+        logger.info("%s: every row was converted before; moving the files into place", writer.prefix)
     elif writer.state is not None:
-        print(f"{writer.prefix}: goes on after {writer.documents:,} documents", file=sys.stderr)
+        logger.info("%s: resumes after %s documents", writer.prefix, f"{writer.documents:,}")
     elif writer.anew is not None:
-        print(f"{writer.prefix}: unfinished work is begun anew, since {writer.anew}", file=sys.stderr)
+        logger.info("%s: unfinished work is restarted, since %s", writer.prefix, writer.anew)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from tqdm import tqdm
 
+from megatron_speech.console import Progress
 from megatron_speech.data.dataset.split import splitmix64
 from megatron_speech.errors import InputError
 from megatron_speech.preprocess.readers.base import Row, RowRejected
@@ -67,7 +67,7 @@ class Corpus:
         reasons: dict[str, str] = {}
         texts_found = False
         inputs = InputFiles(list(self.inputs))
-        with tqdm(desc=what, unit=" rows", disable=None, leave=False) as progress:
+        with Progress(what, total=None, unit="rows") as progress:
             for batch in inputs.batches(0):
                 texts: list[Text] = []
                 rows = batch.read()

@@ -165,5 +165,5 @@ def test_a_merge_killed_at_every_change_of_the_disk_goes_on_to_the_same_bytes(co
         assert again["status"] == 0, (k, again["log"])
         assert corpus.files() == expected, k
         assert not [name for name in corpus.left() if name.startswith(".")], k
-        went_on += "goes on after" in again["log"]
+        went_on += "resumes after" in again["log"]
     assert went_on > 5

@@ -52,8 +52,8 @@ def test_killed_at_every_change_of_the_disk_a_conversion_goes_on_to_the_same_byt
         assert again["status"] == 0, (k, again["log"])
         assert corpus.files() == expected, k
         assert not [name for name in corpus.left() if name.startswith(".")], k
-        went_on += "goes on after" in again["log"]
-        placed += "all was converted before" in again["log"]
+        went_on += "resumes after" in again["log"]
+        placed += "every row was converted before" in again["log"]
     assert went_on > 2 and placed > 2  # and did not merely begin anew
 
 
@@ -111,14 +111,14 @@ def test_what_decides_the_output_begins_it_anew_and_is_named(corpus: Any, killer
         return answer["log"]
 
     stopped()
-    assert "begun anew, since options.seed was 0 and is 1" in again("--seed", "1")
+    assert "restarted, since options.seed was 0 and is 1" in again("--seed", "1")
     stopped()
-    assert "begun anew, since it was asked to" in again("--restart")
+    assert "restarted, since it was asked to" in again("--restart")
     stopped()
-    assert "goes on after" in again("--workers", "2")  # what does not decide it does not
+    assert "resumes after" in again("--workers", "2")  # what does not decide it does not
     stopped()
     corpus.write([*corpus.rows[:-1], {**corpus.rows[-1], "mood": "glad"}])
-    assert "begun anew, since inputs." in again() and TokenDataset(corpus.folder / "out" / "data")
+    assert "restarted, since inputs." in again() and TokenDataset(corpus.folder / "out" / "data")
 
 
 @pytest.mark.slow
@@ -134,7 +134,7 @@ def test_damaged_unfinished_work_is_not_gone_on_with(corpus: Any, killer: Any) -
         data[len(data) // 3] ^= 4
         (partial / name).write_bytes(data)
         log = killer.run("preprocess_data", argv)["log"]
-        assert "begun anew, since" in log and "damaged" in log, name
+        assert "restarted, since" in log and "damaged" in log, name
         assert corpus.files() == expected
 
 

@@ -83,7 +83,7 @@ def test_a_disk_that_is_full_when_the_table_is_encoded_keeps_the_work(
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert "docs.parquet: File too large; what is done so far is kept" in capsys.readouterr().err
     assert corpus.run("tts", prefix="out/data") == 0
-    assert "all was converted before" in capsys.readouterr().err
+    assert "every row was converted before" in capsys.readouterr().err
     assert corpus.files("out/data") == corpus.files("whole/data")
 
 
@@ -119,7 +119,7 @@ def test_a_full_file_system_is_one_sentence_and_the_journal_stays(
     ballast.unlink()
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
     assert corpus.run("tts", prefix="disk/data") == 0
-    assert "goes on after" in capsys.readouterr().err
+    assert "resumes after" in capsys.readouterr().err
     assert corpus.files("disk/data") == corpus.files("whole/data")
 
 

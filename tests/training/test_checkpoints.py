@@ -159,7 +159,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
     assert train(recipe_file, run, f"checkpoint.asynchronous={asynchronous}") == 0
     captured = capsys.readouterr()
     assert "ALARM: step_00000008 could not be written: " in captured.err and "File too large" in captured.err
-    assert "The newest checkpoint is step_00000004; training goes on" in captured.err
+    assert "The newest checkpoint is step_00000004; training continues" in captured.err
     assert steps(run) == [4, 10, 12, 16] and hidden(run) == []
     assert without_timing(read_metrics(run)) == without_timing(read_metrics(reference))
 

@@ -94,7 +94,7 @@ def test_a_full_disk_loses_no_line_and_is_an_alarm(
     for step in range(4):
         log.write({"step": step, "loss": 1.5})
     error = capsys.readouterr().err
-    assert error.count("ALARM") == 1 and "No space left on device" in error and "training goes on" in error
+    assert error.count("ALARM") == 1 and "No space left on device" in error and "training continues" in error
     room = 10**6
     log.write({"step": 4, "loss": 1.5})
     log.close()

@@ -16,9 +16,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -45,6 +45,8 @@ from megatron_speech.data.dataset.journal import (
 from megatron_speech.data.dataset.manifest import FileEntry, Manifest, write_manifest
 from megatron_speech.errors import InputError, OutputError
 from megatron_speech.files import fsync_path, prepare_output_directory
+
+logger = logging.getLogger(__name__)
 
 BIN, IDX, DOCUMENTS, MANIFEST, REJECTED = ".bin", ".idx", ".docs.parquet", ".manifest.json", ".rejected.jsonl"
 
@@ -182,7 +184,7 @@ class DatasetWriter:
         if self._done or not self._worth_keeping(value):
             shutil.rmtree(self.folder, ignore_errors=True)
         elif not isinstance(value, OutputError):
-            print(f"what is done so far is kept in {self.folder}; {_AGAIN}", file=sys.stderr)
+            logger.info("what is done so far is kept in %s; %s", self.folder, _AGAIN)
         os.close(self._lock)
         if isinstance(value, OutputError) and self._fingerprint is not None and not self._done:
             raise OutputError(

@@ -34,8 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from tqdm import tqdm
-
+from megatron_speech.console import Progress
 from megatron_speech.data.dataset.indexed import file_of
 from megatron_speech.data.dataset.manifest import Manifest, read_manifest
 from megatron_speech.errors import InputError
@@ -345,7 +344,7 @@ def _copy(partial: Path, source: _Source) -> None:
     began = time.monotonic()
     logger.info("staging %s (%s) in %s", source.prefix, _gib(source.bytes), partial.parent)
     (partial / f"data{_MANIFEST}").write_bytes(source.manifest)
-    with tqdm(total=source.bytes, unit="B", unit_scale=True, desc="staging", disable=None) as progress:
+    with Progress(f"staging {source.prefix}", total=source.bytes, unit="B") as progress:
         for suffix, (size, sha256) in source.files.items():
             target = partial / f"data{suffix}"
             begun = _size(target) > 0

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_speech.console import tables
 from megatron_speech.data.dataset.manifest import Manifest, Totals
 from megatron_speech.wording import duration
 
@@ -38,12 +39,6 @@ RULES = {
     "llasa_shape": "ids that are not text, speech, padding",
     "no_reference": "no other recording to refer to",
 }
-
-
-def make_console() -> Console:
-    """A console that is wide enough for tables where the output is no terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=140)
 
 
 def totals_table(manifest: Manifest) -> Table:
@@ -89,7 +84,7 @@ def drops_table(manifest: Manifest) -> Table:
 
 def print_report(manifest: Manifest, console: Console | None = None) -> None:
     """Both tables, the forms of the documents, and what else was noticed."""
-    console = console or make_console()
+    console = console or tables()
     console.print(totals_table(manifest))
     console.print(drops_table(manifest))
     forms = ", ".join(f"{count:,} {form}" for form, count in manifest.forms.items())

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from tqdm import tqdm
 
+from megatron_speech.console import Progress
 from megatron_speech.data.dataset.documents_table import document_batches, document_checksums
 from megatron_speech.data.dataset.indexed import TokenIndex, file_of, read_index
 from megatron_speech.data.dataset.manifest import COUNTED, Manifest, Totals, manifest_bytes, read_manifest, sum_totals
@@ -324,12 +324,12 @@ def _documents(
     try:
         with (
             open(path, "rb", buffering=0) as handle,
-            tqdm(total=entry.bytes, unit="B", unit_scale=True, desc="verify", disable=None, leave=False) as progress,
+            Progress("verify", total=entry.bytes, unit="B") as progress,
         ):
             if whole_table:
                 _check_documents(result, manifest, index, reader, handle, progress)
             while reader.feed(handle, _READ_BYTES):
-                progress.update(reader.size_bytes - progress.n)
+                progress.update(reader.size_bytes - progress.done)
     except OSError as error:
         result.add(".bin", f"cannot be read: {error.strerror or error}")
         return
@@ -357,7 +357,7 @@ def _check_documents(
     index: TokenIndex | None,
     reader: _BinReader,
     handle: IO[bytes],
-    progress: tqdm[Any],
+    progress: Progress,
 ) -> None:
     path = file_of(result.prefix, ".docs.parquet")
     first = 0
@@ -416,7 +416,7 @@ class _BinReader:
             self.outside += int(np.count_nonzero((ids < 0) | (ids >= self._space.size)))
         return view
 
-    def checksums(self, handle: IO[bytes], lengths: np.ndarray, progress: tqdm[Any]) -> list[int]:
+    def checksums(self, handle: IO[bytes], lengths: np.ndarray, progress: Progress) -> list[int]:
         """CRC-32 of each of the next documents; -1 for those that the file does not hold whole."""
         edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]) * self._dtype.itemsize
         result: list[int] = []
@@ -435,7 +435,7 @@ class _BinReader:
             else:
                 result.append(self._long(handle, int(edges[i + 1] - edges[i])))
                 i += 1
-            progress.update(self.size_bytes - progress.n)
+            progress.update(self.size_bytes - progress.done)
         return result
 
     def _long(self, handle: IO[bytes], size: int) -> int:

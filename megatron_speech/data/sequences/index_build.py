@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
+from megatron_speech.console import Progress
 from megatron_speech.data.blend import order as ordering
 from megatron_speech.data.blend import strata as blending
 from megatron_speech.data.blend.order import DocumentStream, EpochPosition, OrderedDocuments
@@ -183,10 +183,7 @@ def index_builder(
             n_sequences=None if n_sequences is None else n_sequences - first,
             targets_of=lambda documents: _targets(documents, stratum_dataset, tables),
         )
-        # Quiet where stderr is no terminal; of several processes only one builds.
-        with tqdm(
-            total=n_sequences, initial=first, unit="seq", unit_scale=True, disable=None, desc="index", leave=False
-        ) as progress:
+        with Progress("index", total=n_sequences, unit="sequences", initial=first) as progress:
             for run in runs:
                 _write(writer, run, tables, stratum_dataset, tally)
                 progress.update(len(run.seq_ends))

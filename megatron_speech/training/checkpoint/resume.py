@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_speech.console import is_main_process, output
 from megatron_speech.data.sequences.history import BLEND_FIELDS
 from megatron_speech.errors import InputError
 from megatron_speech.recipe.load import parse_recipe
 from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.training.checkpoint.store import CheckpointInfo
-from megatron_speech.training.telemetry.metrics import is_main_process
 
 _HARMLESS = ("name", "run_dir", "token_space", "data.datasets", "data.cache_dir", "data.cache_gib",
              "data.stage_datasets", "data.on_change", "data.prefetch", "data.workers", "parallel", "checkpoint",
@@ -110,6 +110,6 @@ def _show(value: Any) -> str:
 def log_resume(info: CheckpointInfo, notes: list[str]) -> None:
     """Print, once, what is continued and with which changes."""
     if is_main_process():
-        print(f"continuing from {info.path}", flush=True)
+        output(f"continuing from {info.path}")
         for note in notes:
-            print(f"  changed since it was written: {note}", flush=True)
+            output(f"  changed since it was written: {note}")

@@ -14,6 +14,7 @@ disk or a copy did to it later is found through sizes and hashes, and an older c
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -25,7 +26,8 @@ import torch.distributed as dist
 
 from megatron_speech.errors import InputError
 from megatron_speech.files import fsync_path, read_json, sha256_file
-from megatron_speech.training.telemetry.metrics import warn
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 _NAME = re.compile(r"step_([0-9]{8,})")
@@ -130,7 +132,7 @@ def find_latest(directory: Path, *, before_step: int | None = None) -> Checkpoin
             problem = str(error)
         if problem is None:
             return info
-        warn(f"checkpoint {path} is skipped: {problem}")
+        logger.warning("checkpoint %s is skipped: %s", path, problem)
     return None
 
 

@@ -10,6 +10,7 @@ from it. Light to import: no torch.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import random
 import signal
@@ -20,10 +21,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_speech.console import install_handler
 from megatron_speech.errors import InputError
 from megatron_speech.files import read_json, write_json
 from megatron_speech.recipe.checkpoint import CheckpointConfig, UploadConfig
 from megatron_speech.remote import list_copies, open_url, put_checkpoint, remove_copy
+
+logger = logging.getLogger("megatron_speech.training.checkpoint.upload")  # __name__ is __main__ in its process
 
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 300.0
@@ -68,7 +72,7 @@ class Uploader:
         write_json(self._queue.folder / "settings.json", config.model_dump(mode="json"))
         self._process: subprocess.Popen[str] | None = None
         if self._queue.names():
-            self._tell("go on")
+            self._send("go on")
 
     def waiting(self) -> list[str]:
         """Names of the checkpoints that are still to be copied."""
@@ -80,13 +84,13 @@ class Uploader:
         given_up = self._queue.names()[: -self._config.max_waiting]
         for old in given_up:
             self._queue.remove(old)
-        self._tell("go on")
+        self._send("go on")
         return given_up
 
     def finish(self) -> list[str]:
         """Wait for the copies that are still due, for `wait_minutes`; returns those that are not made."""
         if self._queue.names():
-            self._tell("finish")
+            self._send("finish")
             assert self._process is not None
             try:
                 self._process.wait(60.0 * self._config.wait_minutes)
@@ -103,7 +107,7 @@ class Uploader:
             self._process.wait()
             self._process = None
 
-    def _tell(self, word: str) -> None:
+    def _send(self, word: str) -> None:
         if self._process is None or self._process.poll() is not None:
             command = [sys.executable, "-m", "megatron_speech.training.checkpoint.upload", str(self._run)]
             root = str(Path(__file__).resolve().parents[3])
@@ -137,13 +141,15 @@ def copy_all(run: Path, *, finish: threading.Event, woken: threading.Event) -> N
             if not _copy(run, name, config, config.upload):
                 continue
         except InputError as error:
-            _say(f"{name} is not copied: {error}")
+            logger.warning("upload: %s is not copied: %s", name, error)
         except Exception as error:
             # The libraries behind fsspec have no error in common. None of them may end this loop, all are told of.
             failures += 1
             pause = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0 ** (failures - 1)) * random.uniform(0.5, 1.0)
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            _say(f"copying {name} to {config.upload.url} failed ({reason}); again in {pause:.1f} s")
+            logger.warning(
+                "upload: copying %s to %s failed (%s); again in %.1f s", name, config.upload.url, reason, pause
+            )
             time.sleep(pause)
             continue
         failures = 0
@@ -155,12 +161,12 @@ def _copy(run: Path, name: str, config: CheckpointConfig, upload: UploadConfig) 
     local = run / "checkpoints" / name
     description = local / "checkpoint.json"
     if not description.is_file():
-        _say(f"{name} is not copied: it is no longer there")
+        logger.warning("upload: %s is not copied: it is no longer there", name)
         return True
     began, before = time.monotonic(), description.stat().st_ino
     system, root = open_url(upload.url, upload.options)
     if put_checkpoint(system, root, local):
-        _say(f"{name} is at {upload.url} (in {time.monotonic() - began:.1f} s)")
+        logger.info("upload: %s is at %s (in %.1f s)", name, upload.url, time.monotonic() - began)
     if upload.keep_last is not None:
         _prune(system, root, run, config, upload.keep_last)
     return not description.is_file() or description.stat().st_ino == before
@@ -176,12 +182,9 @@ def _prune(system: Any, root: str, run: Path, config: CheckpointConfig, keep_las
             remove_copy(system, root, name)
 
 
-def _say(text: str) -> None:
-    print(f"upload: {text}", file=sys.stderr, flush=True)
-
-
 def main(run: Path) -> None:
     """Copy for the process at the other end of stdin, and end with it."""
+    install_handler()
     # Whoever stops the run signals all of its processes: this one ends when stdin does.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

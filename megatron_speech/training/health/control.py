@@ -6,7 +6,6 @@ The group is one of its own, so that its operations neither wait for those of a 
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from datetime import timedelta
 from types import FrameType, TracebackType
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from megatron_speech.console import message
 
 
 class StopRequest:
@@ -52,7 +53,7 @@ class StopRequest:
         if number == signal.SIGINT:
             # What Python does with an interrupt, whatever was there before: a second one is meant.
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            print("interrupted: saving; interrupt again to end at once", file=sys.stderr, flush=True)
+            message("interrupted", "saving; interrupt again to end at once")
 
 
 class Control:

@@ -14,7 +14,6 @@ import faulthandler
 import math
 import os
 import statistics
-import sys
 import threading
 import time
 from collections import deque
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_speech.console import message
 from megatron_speech.errors import PeerError
 from megatron_speech.recipe.watchdog import WatchdogConfig
 
@@ -280,11 +280,10 @@ class Watchdog:
             faulthandler.dump_traceback_later(2 * limit + 60.0, exit=True, file=2)
 
     def _finish(self, reason: str) -> None:
-        print(
-            f"error: {reason}; this process (rank {self._rank}) ends. The stacks of its threads are in "
+        message(
+            "error",
+            f"{reason}; this process (rank {self._rank}) ends. The stacks of its threads are in "
             f"{self._stacks}/rank_{self._rank}.txt; the same command continues from the newest checkpoint",
-            file=sys.stderr,
-            flush=True,
         )
         # The file system may be what hangs: what needs it gets a few seconds, not more.
         writer = threading.Thread(target=self._write, args=(reason,), daemon=True)

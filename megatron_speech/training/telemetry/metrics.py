@@ -8,8 +8,6 @@ losses, digit for digit, as one that was not.
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -189,14 +187,3 @@ def memory_gib() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
-
-
-def is_main_process() -> bool:
-    """Whether this process is rank 0 by its launcher's word; usable before process groups exist."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def warn(text: str) -> None:
-    """A notice on stderr, once for the whole world."""
-    if is_main_process():
-        print(f"note: {text}", file=sys.stderr, flush=True)

@@ -1,15 +1,15 @@
-"""What a run says: records to its exporters, lines to the console, its state to status.json."""
+"""What a run reports: records to its exporters, lines to the console, its state to status.json."""
 
 from __future__ import annotations
 
 import errno
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_speech.console import message, output
 from megatron_speech.files import read_json, write_json
 from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.training.telemetry.exporters import Exporter, Record, finite
@@ -47,17 +47,17 @@ class RunLog:
             self.alarm(type(exporter).__name__, exporter.write(clean))
 
     def info(self, text: str) -> None:
-        """One line for people."""
+        """Print one line."""
         if self.active:
-            print(text, flush=True)
+            output(text)
 
     def alarm(self, what: str, problem: str | None, *, word: str = "ALARM") -> None:
-        """Say `problem` of `what` when it begins; None ends it."""
+        """Print `problem` of `what` when it begins; None ends it."""
         if problem is None:
             self._alarms.discard(what)
         elif what not in self._alarms:
             self._alarms.add(what)
-            print(f"{word}: {problem}; training goes on", file=sys.stderr, flush=True)
+            message(word, f"{problem}; training continues")
 
     def status(self, state: str, position: dict[str, Any], message: str = "", *, force: bool = True) -> None:
         """Write status.json; without `force` at most every few seconds, since each write is an fsync."""
