@@ -14,7 +14,7 @@ from pathlib import Path
 
 PACKAGE = "megatron_speech"
 ROOT = Path(__file__).resolve().parents[1]
-BASE = ("errors", "files", "modalities", "ragged", "remote", "wording")
+BASE = ("console", "errors", "files", "modalities", "ragged", "remote", "wording")
 """Modules below everything else; one box in the picture of the rooms."""
 
 Graph = dict[str, set[str]]

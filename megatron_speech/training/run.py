@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_speech import environment
+from megatron_speech.console import output
 from megatron_speech.data.dataset.indexed import TokenDataset
 from megatron_speech.data.stage import StageData, open_datasets, save_blend
 from megatron_speech.files import prepare_output_directory, sha256_file, write_json
@@ -154,7 +155,7 @@ def _assemble(recipe: Recipe, safety: Safety, *, log_environment: bool, resume: 
     is_main = rank == 0
     found = environment.detect() if is_main else {}
     if is_main and log_environment:
-        print(environment.describe(found), flush=True)
+        output(environment.describe(found))
     preflight = Preflight(recipe, safety.control, safety.hosts, device)
     with safety.progress.doing("the first sum over all processes"):
         preflight.processes()
