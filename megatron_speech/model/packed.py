@@ -11,8 +11,9 @@ Shapes: T tokens, n documents of a bucket, L their padded length, P padded slots
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,9 +23,6 @@ from torch import Tensor
 from megatron_speech.model.rotary import Rotary
 from megatron_speech.ops import cpu_layers
 from megatron_speech.parallel import groups
-
-if TYPE_CHECKING:
-    from megatron_speech.model.state import GenerationState
 
 # Cost of one more attention call (forward and backward), in score elements of one document batch.
 _BUCKET_COST = 2048
@@ -116,6 +114,14 @@ def _split(lengths: np.ndarray) -> list[int]:
     return [int(edges[j]) for j in reversed(path)]
 
 
+class LayerStates(Protocol):
+    """What the layers keep of a generation, by layer and kind: :class:`megatron_speech.model.state.GenerationState`."""
+
+    def of(self, layer: int, kind: Callable[[Any], Any]) -> Any:
+        """What layer number `layer` keeps of this kind, made when it is first asked for."""
+        ...
+
+
 @dataclass
 class PackedSequences(PackedSeqParams):
     """Where the documents of one flattened micro-batch lie, and which of its rows go on to the head.
@@ -130,7 +136,7 @@ class PackedSequences(PackedSeqParams):
     head_rows: Tensor | None = None
     layout: PaddedLayout | None = None
     segments: Tensor | None = None  # [n, 2] int64, first token and length of each document: for `ops.cpu_layers`
-    state: GenerationState | None = None  # what the layers keep of a generation
+    state: LayerStates | None = None  # what the layers keep of a generation
     decoding: bool = False  # one token per sequence, which goes on from the state
     rotary: Rotary | None = field(default=None, repr=False)  # cos, sin [T, 1, D/2], set by the model
 
