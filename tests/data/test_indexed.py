@@ -338,7 +338,7 @@ def test_inspect_verify_exits_2_on_a_damaged_dataset(dataset_prefix: Path) -> No
     overwrite(file_of(dataset_prefix, ".bin"), 40, b"\xff")
     code = (
         "import argparse, sys\n"
-        "from megatron_speech.data import inspect_command\n"
+        "from megatron_speech.commands import inspect as inspect_command\n"
         "from megatron_speech.errors import command\n"
         "parser = argparse.ArgumentParser(); inspect_command.add_arguments(parser)\n"
         "sys.exit(command(inspect_command.run)(parser.parse_args()))\n"

@@ -85,7 +85,7 @@ def test_any_fsspec_url_is_opened_and_has_a_fingerprint(tmp_path: Path) -> None:
     ("url", "message"),
     [
         ("nowhere://bucket/a.jsonl", "names the protocol nowhere, which is unknown; known are "),
-        ("htps://host/a.jsonl", "which is unknown (meant https?)"),
+        ("htps://host/a.jsonl", "which is unknown (did you mean 'https'?)"),
         ("gs://bucket/a.jsonl", "input gs://bucket/a.jsonl needs a package that is not installed: "),
         ("memory://reader/no.jsonl", "input memory://reader/no.jsonl does not exist; check the path"),
         ("/no/such/file", "input /no/such/file does not exist; check the path"),

@@ -37,7 +37,7 @@ def test_a_web_toolkit_named_apex_is_named_and_kept_from_megatron_core(tmp_path:
     script = (
         "import json, sys\n"
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from megatron_speech.training import environment\n"
+        "from megatron_speech import environment\n"
         "environment.prepare_imports()\n"
         "import megatron_speech.model.builder\n"
         "from megatron.core.models import backends\n"

@@ -18,7 +18,7 @@ from toy_runs import toy_recipe, write_recipe
 
 from megatron_speech.recipe.watchdog import WatchdogConfig
 from megatron_speech.training.health.control import StopRequest
-from megatron_speech.training.health.watchdog import Heartbeat, Progress, Watchdog
+from megatron_speech.training.health.watchdog import Heartbeat, StepTimer, Watchdog
 from megatron_speech.training.telemetry.timing import Stragglers
 
 
@@ -37,7 +37,7 @@ class Time:
 
 def test_the_limit_of_a_step_follows_the_median_and_has_a_floor() -> None:
     time = Time()
-    progress = Progress(WatchdogConfig(median_factor=10, floor_seconds=30, pause_seconds=1000), time)
+    progress = StepTimer(WatchdogConfig(median_factor=10, floor_seconds=30, pause_seconds=1000), time)
     assert progress.limit() is None  # copying a dataset to the node may take hours
     progress.begin_steps()
     time.now += 999
@@ -62,7 +62,7 @@ def test_the_limit_of_a_step_follows_the_median_and_has_a_floor() -> None:
 
 def test_validating_and_saving_are_no_part_of_a_step() -> None:
     time = Time()
-    progress = Progress(WatchdogConfig(timeout_seconds=10, pause_seconds=1000), time)
+    progress = StepTimer(WatchdogConfig(timeout_seconds=10, pause_seconds=1000), time)
     progress.begin_steps()
     progress.step_ended(1)
     time.now += 8
@@ -79,7 +79,7 @@ def test_validating_and_saving_are_no_part_of_a_step() -> None:
 
 def test_a_process_that_was_suspended_is_not_late() -> None:
     time = Time()
-    progress = Progress(WatchdogConfig(timeout_seconds=10), time)
+    progress = StepTimer(WatchdogConfig(timeout_seconds=10), time)
     progress.step_ended(1)
     time.now += 3600
     assert progress.overdue() is not None
@@ -130,7 +130,7 @@ def test_a_silent_rank_is_named_with_its_host_and_what_it_did_last() -> None:
     assert third.silent() is None
     sentence = first.silent()
     assert sentence is not None
-    assert sentence.startswith("rank 1 on n2 has not been heard of for 12 s") and "training at step 5" in sentence
+    assert sentence.startswith("rank 1 on n2 has sent no heartbeat for 12 s") and "training at step 5" in sentence
     first.publish_verdict(sentence)
     assert third.beat() == sentence
 
@@ -244,7 +244,7 @@ def test_a_stopped_rank_ends_the_others_in_seconds(faults: tuple[Path, dict[str,
     folder, results = faults
     assert results["STOP"]["codes"] == [1, -signal.SIGKILL]
     (sentence,) = [line for line in results["STOP"]["errors"][0].splitlines() if line.startswith("error: ")]
-    assert "error: rank 1 on " in sentence and "has not been heard of for" in sentence
+    assert "error: rank 1 on " in sentence and "has sent no heartbeat for" in sentence
     assert status(folder / "STOP")["state"] == "failed" and "rank 1 on" in status(folder / "STOP")["message"]
     assert "_train_step" in (folder / "STOP" / "stacks" / "rank_0.txt").read_text()
 
@@ -252,7 +252,7 @@ def test_a_stopped_rank_ends_the_others_in_seconds(faults: tuple[Path, dict[str,
 def test_a_killed_rank_ends_the_others_at_once(faults: tuple[Path, dict[str, Any]]) -> None:
     folder, results = faults
     assert results["KILL"]["codes"] == [1, -signal.SIGKILL]
-    assert results["KILL"]["errors"][0].startswith("error: another rank ended without a word")
+    assert results["KILL"]["errors"][0].startswith("error: another rank ended without a message")
     assert results["KILL"]["errors"][0].count("\n") == 1
     assert status(folder / "KILL")["state"] == "failed"
 

@@ -4,7 +4,7 @@
     write_save  at any time after it, on every rank, in any thread: written and hashed in one pass, synced,
                 described, renamed
 
-The second half talks over a process group of its own, or it would mix its messages with those of the training step.
+The second half uses its own process group, or it would mix its messages with those of the training step.
 The format is megatron-core's torch_dist; its own writer starts processes for each save, which this one does not.
 """
 
@@ -100,7 +100,7 @@ class HostBuffers:
 class Sharing:
     """Which data-parallel rank writes which of the shards that several hold: evenly, agreed on once.
 
-    Asked again when the state of any rank has changed its shape, as when weights are frozen or a stage drops its
+    Computed again when the state of any rank has changed its shape, as when weights are frozen or a stage drops its
     moments; then the shards are also checked to make up every tensor exactly once.
     """
 
@@ -129,7 +129,7 @@ class Sharing:
 
 @dataclass
 class PlannedSave:
-    """This rank's part of a checkpoint, apart from the model: training may go on."""
+    """This rank's part of a checkpoint, apart from the model: training may continue."""
 
     plan: SavePlan
     planner: MCoreSavePlanner
@@ -193,7 +193,7 @@ def write_save(
 
     Args:
         save: this rank's part.
-        described: checkpoint.json, but for what only the files can tell.
+        described: checkpoint.json, without what is known only when the files are written.
         space, recipe: saved beside the weights.
         group: of all ranks, used by nothing else meanwhile; None: the default one.
 
@@ -214,7 +214,7 @@ def write_save(
             save.buffers.wait_for_copies()
         plan = writer.prepare_global_plan([plan] * world)[rank]  # names this rank's file
         if plan.items:
-            results = writer.write_data(plan, cast(MCoreSavePlanner, save)).value()  # asks for data, no more
+            results = writer.write_data(plan, cast(MCoreSavePlanner, save)).value()  # resolves data, no more
     except OSError as error:
         problem = _sentence(error)
     parts = _gather((problem, plan, results, files.written), group)
@@ -265,7 +265,7 @@ def _finish(
         },
     )
     fsync_path(building)
-    if final.exists():  # one that was skipped on resume, or that the run has gone back behind
+    if final.exists():  # one that was skipped on resume, or that a rollback discarded
         replaced = final.parent / f".{final.name}.replaced"
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
