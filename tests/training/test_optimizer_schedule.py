@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_runs import toy_recipe
 
-from megatron_speech.recipe.recipe import LearningRateConfig, Recipe
+from megatron_speech.recipe.learning_rate import LearningRateConfig
+from megatron_speech.recipe.recipe import Recipe
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from toy_runs import toy_recipe, write_recipe
 
 from megatron_speech.errors import InputError
 from megatron_speech.recipe.load import _models_in, load_recipe, parse_recipe
-from megatron_speech.recipe.recipe import LearningRateConfig, Recipe
+from megatron_speech.recipe.learning_rate import LearningRateConfig
+from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.training.position import Position
 
 
@@ -39,7 +40,7 @@ def test_a_recipe_round_trips_through_yaml(recipe_file: Path, tmp_path: Path) ->
         ("data.dataset=[a]", "unknown key 'data.dataset'; did you mean 'datasets'?"),
         ("stages.1.loss.speech=1", "unknown key 'stages.1.loss.speech'; did you mean 'special'?"),
         ("model.layers=3", "unknown key 'model.layers'; did you mean 'num_layers'?"),
-        ("zzz=3", "unknown key 'zzz'; known here: checkpoint, data,"),
+        ("zzz=3", "unknown key 'zzz'; known: checkpoint, data,"),
         ("model.preset=tinny", "nearest: 'tiny'"),
         ("seed=x", "seed = 'x': input should be a valid integer"),
         ("seed=-1", "seed = -1: input should be greater than or equal to 0"),
