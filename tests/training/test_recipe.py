@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from toy_runs import toy_recipe, write_recipe
 
 from megatron_speech.errors import InputError
-from megatron_speech.recipe.load import _models_in, load_recipe, parse_recipe
 from megatron_speech.recipe.learning_rate import LearningRateConfig
+from megatron_speech.recipe.load import _models_in, load_recipe, parse_recipe
 from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.training.position import Position
 
