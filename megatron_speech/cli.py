@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("megatron_speech.commands.generate", "speech from a checkpoint"),
     "evaluate": (
         "megatron_speech.commands.evaluate",
-        "what a checkpoint says on fixed canaries: report.json, report.html",
+        "generate and score fixed canaries: report.json, report.html",
     ),
     "convert": ("megatron_speech.commands.convert", "Hugging Face folders to checkpoints and back"),
     "benchmark": ("megatron_speech.commands.benchmark", "measured figures, with device, versions and commit"),

@@ -69,7 +69,7 @@ def hide_foreign_apex() -> str | None:
 def prepare_imports() -> None:
     """Call before the first `import megatron.core`: hides a foreign apex, and a dozen notices about absent extras.
 
-    What is present and absent is said once, by :func:`describe`.
+    What is present and absent is printed once, by :func:`describe`.
     """
     hide_foreign_apex()
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")

@@ -29,7 +29,7 @@ class OutputError(RuntimeError):
 
 
 class PeerError(RuntimeError):
-    """Another process of the run has ended, so this one cannot go on. Says which one and why, where that is known."""
+    """Another process of the run has ended, so this one cannot continue. Names it and the reason, where known."""
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:

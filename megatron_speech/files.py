@@ -104,7 +104,7 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
     except OSError as error:
         raise InputError(f"{what} {path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise InputError(f"{what} {path} is not valid JSON ({error}); make it anew") from error
+        raise InputError(f"{what} {path} is not valid JSON ({error}); recreate it") from error
 
 
 def sha256_hex(data: bytes) -> str:

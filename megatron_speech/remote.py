@@ -136,7 +136,7 @@ def remove_copy(system: Any, root: str, name: str) -> None:
 def fetch_checkpoint(url: str, options: Mapping[str, Any] | None = None) -> Path:
     """A local copy of the checkpoint at `url`, checked; fetched when it is not in the cache yet.
 
-    The cache is $MEGATRON_SPEECH_CACHE, else ~/.cache/megatron-speech. Processes of one machine that ask for the same
+    The cache is $MEGATRON_SPEECH_CACHE, else ~/.cache/megatron-speech. Processes of one machine that need the same
     one wait for the first.
 
     Args:

@@ -236,7 +236,7 @@ def _compose(numbers: Deck, phrases: Deck, max_words: int, generator: random.Ran
     return [numbers.draw() for _ in range(count)]
 
 
-def speak(job: SpeakerJob) -> list[dict[str, Any]]:
+def synthesise(job: SpeakerJob) -> list[dict[str, Any]]:
     """Synthesise one speaker's recordings; their rows of samples.jsonl."""
     language = LANGUAGES[job.language]
     generator = random.Random(f"{job.seed}/{job.speaker_id}")
@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     prepare_output_directory(output)
     with tempfile.TemporaryDirectory(dir=output, prefix=".corpus-") as work:
         with voice_data() as data:
-            rows = _speak_all(arguments, work, data)
+            rows = _synthesise_all(arguments, work, data)
         (output / "samples.jsonl").unlink(missing_ok=True)  # of an earlier run: it must not name the new recordings
         shutil.rmtree(output / "wavs", ignore_errors=True)
         os.replace(Path(work, "wavs"), output / "wavs")
@@ -377,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _speak_all(arguments: argparse.Namespace, work: str, data: str) -> list[dict[str, Any]]:
+def _synthesise_all(arguments: argparse.Namespace, work: str, data: str) -> list[dict[str, Any]]:
     speakers = [(language, voice) for voice in VOICES[: arguments.speakers] for language in arguments.languages]
     jobs = []
     for index, (language, voice) in enumerate(speakers):
@@ -392,9 +392,9 @@ def _speak_all(arguments: argparse.Namespace, work: str, data: str) -> list[dict
     # The fork server never loads espeak-ng: each of its children begins with a fresh library.
     context = multiprocessing.get_context("forkserver")
     pool = ProcessPoolExecutor(min(arguments.workers, len(jobs)), context, max_tasks_per_child=1)
-    with pool, tqdm(total=len(jobs), unit="speaker", desc="speak", disable=None) as progress:
+    with pool, tqdm(total=len(jobs), unit="speaker", desc="synthesise", disable=None) as progress:
         try:
-            for spoken in pool.map(speak, jobs):
+            for spoken in pool.map(synthesise, jobs):
                 rows += spoken
                 progress.update()
         except BaseException:

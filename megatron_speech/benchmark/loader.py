@@ -168,9 +168,9 @@ def measure(
         for step in range(steps):
             if step % every == 0:
                 curve.append({"tokens": step * batch_tokens, **_memory()})
-            asked = time.perf_counter()
+            called = time.perf_counter()
             batch = next(loader)
-            waited += time.perf_counter() - asked
+            waited += time.perf_counter() - called
             read += batch.tokens
         wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
         after = resource.getrusage(resource.RUSAGE_SELF)

@@ -78,7 +78,7 @@ def read_audio(
             f"{path} breaks off after {len(channels) / rate:.3f} s of {announced / rate:.3f} s; copy it again",
         )
     if not len(channels):
-        raise AudioError("empty_audio", f"{path} has no samples in the part asked for; leave it out")
+        raise AudioError("empty_audio", f"{path} has no samples in the requested part; leave it out")
     audio = channels.mean(axis=1, dtype=np.float32) if channels.shape[1] > 1 else channels[:, 0]
     if not np.isfinite(audio).all():
         raise AudioError("non_finite", f"{path} holds NaN or infinite samples; repair it or leave it out")

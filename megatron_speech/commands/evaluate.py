@@ -1,4 +1,4 @@
-"""`megatron-speech evaluate`: what a checkpoint says on fixed canaries."""
+"""`megatron-speech evaluate`: a checkpoint on fixed canaries, generated and scored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="C.yaml",
-        help="what to say and who listens: decoding, scorer, items (text, language, reference_audio, …)",
+        help="the canary file: decoding, scorer, items (text, language, reference_audio, …)",
     )
     parser.add_argument(
         "--output-dir", required=True, type=Path, metavar="DIR", help="report.json, report.html and wavs/ go here"

@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", required=True, type=Path, help="a checkpoint, or a run directory (its newest checkpoint)"
     )
-    parser.add_argument("--ema", action="store_true", help="speak with the moving average of the weights")
+    parser.add_argument("--ema", action="store_true", help="use the moving average of the weights")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", help="what is to be said; writes one wav to --output")
+    what.add_argument("--text", help="text to synthesise; writes one wav to --output")
     what.add_argument(
         "--input",
         type=Path,
@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--language", help="BCP-47 language of --text, for the record")
     parser.add_argument(
-        "--reference-audio", type=Path, metavar="WAV", help="wav, flac, mp3 or ogg of the voice to be cloned"
+        "--reference-audio", type=Path, metavar="WAV", help="wav, flac, mp3 or ogg of the speaker to clone"
     )
-    parser.add_argument("--reference-text", help="what is said in --reference-audio")
+    parser.add_argument("--reference-text", help="transcript of --reference-audio")
     parser.add_argument("--output", type=Path, metavar="OUT.wav", help="the file for --text")
     parser.add_argument(
         "--output-dir", type=Path, metavar="DIR", help="for --input: wavs/, codes.npy and generated.jsonl go here"
@@ -65,7 +65,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Speak the text or the prompts; returns the exit status."""
+    """Generate speech for the text or the prompts; returns the exit status."""
     if args.text is not None:
         _require(args, "--text", needed="output", refused=("output_dir",))
         utterances = [

@@ -91,7 +91,7 @@ def _verify(args: argparse.Namespace, space: TokenSpace | None) -> None:
     count = len(found.findings)
     raise InputError(
         f"{args.prefix} is damaged: {count} finding{'s' if count > 1 else ''}, of which the first is "
-        f"{found.findings[0].file}: {found.findings[0].problem}; restore these files, or make the dataset anew"
+        f"{found.findings[0].file}: {found.findings[0].problem}; restore these files, or recreate the dataset"
     )
 
 
@@ -110,7 +110,7 @@ def describe(
     seed: int = 0,
     found: dict[str, Distribution] | None = None,
 ) -> dict[str, Any]:
-    """Everything that `inspect` tells, JSON-able.
+    """Everything that `inspect` prints, JSON-able.
 
     Args:
         dataset: an opened dataset with a manifest.

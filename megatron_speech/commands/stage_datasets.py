@@ -11,7 +11,7 @@ from megatron_speech.errors import InputError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="the recipe; data.cache_dir says where to")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="the recipe; copied to its data.cache_dir")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for `megatron-speech train`")
 
 

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_codec_description(path: str) -> CodecDescription:
-    """A codec that is known by its description alone: enough to train on its codes, not to hear them.
+    """A codec that is known by its description alone: enough to train on its codes, not to decode them.
 
     Raises:
         InputError: the file is missing, or a field is missing, unknown or of the wrong type.

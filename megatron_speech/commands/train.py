@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overfit-steps", type=int, default=500, metavar="N", help="steps that --overfit may take (500)"
     )
     gates.add_argument(
-        "--through", metavar="STAGE", help="end after this stage; the same command with a later one goes on from there"
+        "--through", metavar="STAGE", help="end after this stage; the same command with a later one resumes there"
     )
 
 
@@ -163,7 +163,7 @@ def first_host(nodes: str) -> str:
 
 
 def _address_of(host: str) -> str:
-    """The address that SLURM itself reaches a node at; its name where `scontrol` does not tell."""
+    """The address that SLURM itself reaches a node at; its name where `scontrol` does not say."""
     try:
         shown = subprocess.run(["scontrol", "show", "node", host], capture_output=True, text=True, check=False)
     except OSError:  # not in this container

@@ -30,7 +30,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The shape of the model in a Hugging Face folder, and its config.json.
 
     Raises:
-        InputError: it is no config.json, another architecture, or asks for something that this model does not do.
+        InputError: it is no config.json, another architecture, or one with a feature that this model lacks.
     """
     path = folder / "config.json"
     config = read_json(path, "model config")
@@ -94,7 +94,7 @@ def _rope_scaling(path: Path, rope: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _refuse_others(path: Path, architecture: str, fields: dict[str, Any], rope: dict[str, Any]) -> None:
-    """Refuse the fields that ask for another computation, by name."""
+    """Refuse, by name, the fields that mean another computation."""
     kinds: Any = fields.get("layer_types") or []
     checks: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
         ("hidden_act", "silu", lambda v: v in ("silu", "swish"), "SwiGLU with silu"),

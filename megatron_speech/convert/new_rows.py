@@ -3,7 +3,7 @@
 `covariance`: normal with the mean and the covariance of the known rows, x = μ + L z with L Lᵀ = Σ (+ 10⁻⁶ of its mean
 eigenvalue, so that it has a factor) and z standard normal. New rows then lie where the model is used to seeing rows
 (Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021; without its shrinking of Σ, so that
-codes are told apart from the first step). `normal`: each dimension by itself, with its own mean and variance. `mean`:
+codes differ from the first step on). `normal`: each dimension by itself, with its own mean and variance. `mean`:
 the mean itself.
 
 The draw depends on the seed, the table's name and the known rows. Statistics are sums in fp64 of products in fp32.

@@ -35,7 +35,7 @@ class TensorEntry:
 
 
 class TensorFolder:
-    """The tensors of a Hugging Face folder: all headers are read and checked at once, tensors when asked for.
+    """The tensors of a Hugging Face folder: all headers are read and checked at once, tensors on demand.
 
     Raises:
         InputError: there are no safetensors files, one is damaged, or the index names what is not there.

@@ -104,8 +104,8 @@ class StageData:
         n_sequences: sequences that must be there; None: what the stage's budget gives. For validation an upper
             bound (None: all of them).
         split: "train", or "validation": every held-out document of the stage's strata once, in a fixed order.
-        history: the indices that the stage was trained with before this one (see `data.history`); sequences before
-            the change are empty here.
+        history: the indices that the stage was trained with before this one (see `data.sequences.history`);
+            sequences before the change are empty here.
 
     Attributes:
         n_sequences: number of sequences.

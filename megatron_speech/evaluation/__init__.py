@@ -1,1 +1,1 @@
-"""What a checkpoint says: canaries, scorers and the report."""
+"""A checkpoint evaluated: canaries, scorers and the report."""

@@ -1,4 +1,4 @@
-"""The canary file: a fixed set of things to be said, decoded the same way at every checkpoint.
+"""The canary file: a fixed set of texts, decoded the same way at every checkpoint.
 
     name: digits
     decoding: {temperature: 0.6, max_seconds: 3}
@@ -6,7 +6,7 @@
     seeds: [0, 1]                                                 # for items that name none
     items:
       - {id: en-1, text: one, language: en, category: numbers,
-         reference_audio: voice.wav, reference_text: two,          # the voice; both or neither
+         reference_audio: voice.wav, reference_text: two,          # the speaker; both or neither
          original_audio: one.wav,                                  # a real recording of it, for the ceilings
          expected: one, seeds: [7]}
 
@@ -43,22 +43,22 @@ class Decoding(_Section):
 
 
 class Scorer(_Section):
-    """Who transcribes. With a grammar, pocketsphinx picks one of its sentences; without, it hears free English."""
+    """The transcriber. With a grammar, pocketsphinx picks one of its sentences; without, it decodes free English."""
 
     kind: Literal["pocketsphinx"] = "pocketsphinx"
     grammar: list[str] | None = Field(None, min_length=1)
 
 
 class Canary(_Section):
-    """One thing to be said.
+    """One text to generate speech for.
 
     Attributes:
         id: letters, digits, `.`, `_`, `-`; names the wavs.
         text: what the model is given.
-        language: BCP-47; error rates are computed where the scorer can hear it.
+        language: BCP-47; error rates are computed where the scorer can transcribe it.
         category: any name; figures are given by language and by category.
-        expected: what the scorer should hear, where that is not `text` (numbers, abbreviations).
-        reference_audio, reference_text: the voice.
+        expected: the transcript that the scorer should give, where that is not `text` (numbers, abbreviations).
+        reference_audio, reference_text: of the speaker to clone.
         original_audio: a real recording of the same words, from which the scorer's ceilings are taken.
         seeds: one utterance is generated for each.
     """
@@ -82,8 +82,8 @@ class Canary(_Section):
         return values
 
     @property
-    def wanted(self) -> str:
-        """What the scorer should hear."""
+    def expected_text(self) -> str:
+        """The transcript that the scorer should give."""
         return self.text if self.expected is None else self.expected
 
 
@@ -156,7 +156,7 @@ def load_canaries(path: Path) -> CanarySet:
         names.add(item.id)
         if len(set(item.seeds or canaries.seeds)) < len(item.seeds or canaries.seeds):
             raise InputError(
-                f"canary file {path}: item {item.id} names a seed twice; it would say the same thing twice"
+                f"canary file {path}: item {item.id} names a seed twice; the same utterance would be generated twice"
             )
         paths = {
             name: (folder / value).resolve()

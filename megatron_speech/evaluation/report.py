@@ -191,8 +191,8 @@ def _score_plot(groups: dict[str, Any]) -> str:
 
 def _duration_plot(evaluation: Evaluation) -> str:
     rate = evaluation.sample_rate_hz
-    spoken = [len(row.generated.audio) / rate for row in evaluation.spoken]
-    real = [len(item.original.audio) / rate for item in evaluation.real.values()]
+    spoken = [len(row.generated.audio) / rate for row in evaluation.items]
+    real = [len(item.original.audio) / rate for item in evaluation.recordings.values()]
     figure = Figure(figsize=(5.0, 3.0))
     axes = figure.subplots()
     edges = np.linspace(0, max([*spoken, *real]) * 1.02, 31)
@@ -263,7 +263,7 @@ def _blend_plot(stages: Sequence[dict[str, Any]]) -> str:
 def _canary_table(evaluation: Evaluation, players: int) -> str:
     rate, rows = evaluation.sample_rate_hz, []
     shown: set[str] = set()
-    for number, (row, item) in enumerate(zip(evaluation.spoken, evaluation.report["items"], strict=True)):
+    for number, (row, item) in enumerate(zip(evaluation.items, evaluation.report["items"], strict=True)):
         embedded = number < players
         if embedded:
             sound = _player(row.generated.audio, rate) + _spectrum_image(
@@ -271,7 +271,7 @@ def _canary_table(evaluation: Evaluation, players: int) -> str:
             )
         else:
             sound = f'<a href="{html.escape(item["wav_path"])}">{html.escape(item["wav_path"])}</a>'
-        real, original = evaluation.real.get(row.canary.id), "–"
+        real, original = evaluation.recordings.get(row.canary.id), "–"
         if real is not None and row.canary.id in shown:
             original = "as above"
         elif real is not None and embedded:

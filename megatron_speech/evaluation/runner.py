@@ -1,8 +1,8 @@
-"""Speak the canaries, listen to them, and put the figures together.
+"""Generate the canaries, transcribe them, and summarise the figures.
 
 Every error rate stands beside its ceilings and beside chance:
 
-    generated      the scorer on what the model said
+    generated      the scorer on the generated speech
     round_trip     the same scorer on the original recordings after the codec: what a perfect model could reach
     original       the same scorer on the original recordings
     chance         the transcripts of `generated` scored against the texts of other canaries
@@ -43,19 +43,19 @@ LOOP_DEFINITION = (
     f"{LOOP_REPEATS} times in a row over at least {LOOP_SECONDS:g} s"
 )
 
-Progress = Callable[[int, str], Any]
+ProgressCallback = Callable[[int, str], Any]
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Sound and what the scorer heard in it (None: it did not listen)."""
+    """Audio and its transcript (None: not transcribed)."""
 
     audio: np.ndarray
     transcript: str | None = None
 
 
 @dataclass
-class Spoken:
+class GeneratedItem:
     """One generated utterance with everything that is known about it."""
 
     canary: Canary
@@ -66,7 +66,7 @@ class Spoken:
 
 
 @dataclass
-class Real:
+class Recording:
     """A canary's original recording, and the same after the codec."""
 
     original: Clip
@@ -76,10 +76,10 @@ class Real:
 
 @dataclass
 class Evaluation:
-    """All that was said and heard; `report` is the JSON of it."""
+    """All audio and transcripts; `report` is the JSON of them."""
 
-    spoken: list[Spoken]
-    real: dict[str, Real]
+    items: list[GeneratedItem]
+    recordings: dict[str, Recording]
     sample_rate_hz: int
     report: dict[str, Any]
 
@@ -91,7 +91,7 @@ def evaluate(
     output_dir: Path,
     *,
     batch_size: int = 128,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Evaluation:
     """Generate all canaries, write their wavs to `output_dir`/wavs, and score them.
 
@@ -99,59 +99,63 @@ def evaluate(
 
     Args:
         generator: the model.
-        canaries: what to say, and who listens.
+        canaries: the texts, and the scorer.
         where: the canary file's name, for errors.
         output_dir: exists and can be written to.
         batch_size: utterances in flight at once.
         progress: called with (steps done, what is being done).
 
     Raises:
-        InputError: a canary that cannot be spoken, or a recording that cannot be read.
+        InputError: a canary whose text cannot be synthesised, or a recording that cannot be read.
     """
-    tick: Progress = progress or (lambda count, what: None)
+    tick: ProgressCallback = progress or (lambda count, what: None)
     pairs = list(canaries.utterances(where))
     requests = to_requests(generator, [utterance for _, utterance in pairs])
     rate, frame_rate = generator.codec.sample_rate_hz, generator.codec.frame_rate_hz
     originals = _read_originals(canaries, where, rate)
     scorer, scorer_report, notes = _open_scorer(canaries)
 
-    def hear(canary: Canary, audio: np.ndarray) -> Clip:
+    def transcribe(canary: Canary, audio: np.ndarray) -> Clip:
         if scorer is None or not can_score(canary.language):
             return Clip(audio)
         return Clip(audio, scorer.transcribe(audio, rate))
 
     results = generator.generate(
-        requests, canaries.sampling, batch_size=batch_size, progress=lambda count: tick(count, "speaking")
+        requests, canaries.sampling, batch_size=batch_size, progress=lambda count: tick(count, "generate")
     )
     (output_dir / "wavs").mkdir(exist_ok=True)
     spoken = []
     for (canary, utterance), result in zip(pairs, results, strict=True):
         audio = generator.decode_audio(result.codes)
         write_wav(output_dir / "wavs" / f"{utterance.id}.wav", audio, rate)
-        spoken.append(Spoken(canary, utterance, result, hear(canary, audio), is_loop(result.codes, frame_rate)))
-        tick(1, "listening")
+        spoken.append(
+            GeneratedItem(canary, utterance, result, transcribe(canary, audio), is_loop(result.codes, frame_rate))
+        )
+        tick(1, "transcribe")
     real = {}
     for canary in canaries.items:
         if canary.id in originals:
             codes = generator.codec.encode(originals[canary.id])
-            real[canary.id] = Real(
-                original=hear(canary, originals[canary.id]),
-                round_trip=hear(canary, generator.decode_audio(codes)),
+            real[canary.id] = Recording(
+                original=transcribe(canary, originals[canary.id]),
+                round_trip=transcribe(canary, generator.decode_audio(codes)),
                 loop=is_loop(codes, frame_rate),
             )
-            tick(1, "listening to the originals")
+            tick(1, "transcribe the originals")
 
     languages = sorted({canary.language for canary in canaries.items})
     unheard = [language for language in languages if not can_score(language)]
     if scorer is not None and unheard:
         notes.append(
-            f"no error rate is claimed for {', '.join(unheard)}: the scorer hears English only; their durations, ends, "
-            "loops and invalid-token rate are reported"
+            f"no error rate is claimed for {', '.join(unheard)}: the scorer transcribes English only; their durations, "
+            "ends, loops and invalid-token rate are reported"
         )
     if scorer is not None and not real:
-        notes.append("no item names original_audio: the scorer's own ceilings are unknown, so its rates say little")
+        notes.append(
+            "no item names original_audio: the scorer's own ceilings are unknown, so its rates cannot be judged"
+        )
 
-    def group(rows: Sequence[Spoken]) -> dict[str, Any]:
+    def group(rows: Sequence[GeneratedItem]) -> dict[str, Any]:
         return summarise(rows, real, rate, phrases=len(scorer.phrases) if scorer and scorer.phrases else None)
 
     report = {
@@ -180,10 +184,10 @@ def evaluate(
 def _read_originals(canaries: CanarySet, where: str, sample_rate_hz: int) -> dict[str, np.ndarray]:
     originals = {}
     for number, canary in enumerate(canaries.items):
-        if can_score(canary.language) and not normalise_text(canary.wanted):
+        if can_score(canary.language) and not normalise_text(canary.expected_text):
             raise InputError(
-                f"{where}, items.{number} ({canary.id}): nothing in {canary.wanted!r} can be heard; say in `expected` "
-                "which words it should sound like"
+                f"{where}, items.{number} ({canary.id}): nothing in {canary.expected_text!r} can be transcribed; give "
+                "in `expected` which words it should sound like"
             )
         if canary.original_audio is not None:
             try:
@@ -216,7 +220,7 @@ def _open_scorer(canaries: CanarySet) -> tuple[PocketSphinx | None, dict[str, An
 
 
 def summarise(
-    rows: Sequence[Spoken], real: dict[str, Real], sample_rate_hz: int, *, phrases: int | None
+    rows: Sequence[GeneratedItem], real: dict[str, Recording], sample_rate_hz: int, *, phrases: int | None
 ) -> dict[str, Any]:
     """The figures of a group of utterances.
 
@@ -251,13 +255,17 @@ def summarise(
     }
 
 
-def _speech(rows: Sequence[Spoken], real: dict[str, Real], phrases: int | None) -> dict[str, Any] | None:
-    heard = [(row.canary.wanted, row.generated.transcript) for row in rows if row.generated.transcript is not None]
+def _speech(rows: Sequence[GeneratedItem], real: dict[str, Recording], phrases: int | None) -> dict[str, Any] | None:
+    heard = [
+        (row.canary.expected_text, row.generated.transcript) for row in rows if row.generated.transcript is not None
+    ]
     if not heard:
         return None
     wanted, transcripts = zip(*heard, strict=True)
     items = {row.canary.id: row.canary for row in rows}
-    scored = [(item.wanted, real[name]) for name, item in items.items() if name in real and can_score(item.language)]
+    scored = [
+        (item.expected_text, real[name]) for name, item in items.items() if name in real and can_score(item.language)
+    ]
 
     def ceiling(clips: Sequence[Clip]) -> dict[str, Any] | None:
         rates = error_rates([text for text, _ in scored], [clip.transcript or "" for clip in clips])
@@ -269,16 +277,16 @@ def _speech(rows: Sequence[Spoken], real: dict[str, Real], phrases: int | None) 
         "round_trip": ceiling([found.round_trip for _, found in scored]),
         "original": ceiling([found.original for _, found in scored]),
         "chance": None if chance is None else asdict(chance),
-        # A grammar has no reject: whoever guesses one of its sentences is right this often.
+        # A grammar has no reject: guessing one of its sentences is right this often.
         "guess_exact": None if phrases is None else 1 / phrases,
     }
 
 
-def _item_report(row: Spoken, real: Real | None, sample_rate_hz: int) -> dict[str, Any]:
+def _item_report(row: GeneratedItem, real: Recording | None, sample_rate_hz: int) -> dict[str, Any]:
     def heard(clip: Clip | None) -> dict[str, Any] | None:
         if clip is None:
             return None
-        rates = None if clip.transcript is None else error_rates([row.canary.wanted], [clip.transcript])
+        rates = None if clip.transcript is None else error_rates([row.canary.expected_text], [clip.transcript])
         return {
             "seconds": len(clip.audio) / sample_rate_hz,
             "transcript": clip.transcript,
@@ -291,7 +299,7 @@ def _item_report(row: Spoken, real: Real | None, sample_rate_hz: int) -> dict[st
         "id": row.utterance.id,
         "canary": canary.id,
         "text": canary.text,
-        "expected": canary.wanted,
+        "expected": canary.expected_text,
         "language": canary.language,
         "category": canary.category,
         "seed": row.utterance.seed,

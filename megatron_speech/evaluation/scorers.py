@@ -1,6 +1,6 @@
-"""What a scorer hears: transcripts by pocketsphinx, error rates, repeated frames.
+"""Scorers: transcripts by pocketsphinx, error rates, repeated frames.
 
-A score says nothing without its ceiling (the same scorer on the real recording, and on that recording after the
+A score means nothing without its ceiling (the same scorer on the real recording, and on that recording after the
 codec) and without chance (the same transcripts against other items' texts). The functions here compute all three.
 """
 
@@ -107,7 +107,7 @@ class PocketSphinx:
         return [word for word in words if self._decoder.lookup_word(word) is None]
 
     def transcribe(self, audio: np.ndarray, sample_rate_hz: int) -> str:
-        """What is heard in `audio`, float [n] mono: normalised text, "" for nothing."""
+        """The transcript of `audio`, float [n] mono: normalised text, "" for nothing."""
         samples = prepare_audio(audio, sample_rate_hz)
         # Without this the features' running mean carries over and a result depends on the utterance before it.
         self._decoder.reinit_feat()

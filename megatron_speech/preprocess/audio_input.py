@@ -31,7 +31,7 @@ from megatron_speech.remote import is_url
 # 16 bytes a row: the duplicate search holds at most this many rows in memory at a time.
 DUPLICATE_ROWS_IN_MEMORY = 1 << 22
 
-# Endings of recordings in an archive; what else soundfile reads can be added by whoever meets it.
+# Endings of recordings in an archive; others that soundfile reads can be added.
 AUDIO_ENDINGS = ("wav", "flac", "mp3", "ogg", "opus")
 
 
@@ -100,7 +100,7 @@ def read_lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[
     """(byte offset, line) of every line that begins in [start, stop) of a file; blank lines too."""
     with open(path, "rb") as handle:
         if start > 0:
-            # A line that began before `start` belongs to whoever reads up to there.
+            # A line that began before `start` belongs to the reader of the bytes before.
             handle.seek(start - 1)
             handle.readline()
         offset = handle.tell()
@@ -116,7 +116,7 @@ def read_lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over the input tells before any audio is read."""
+    """What one pass over the input finds before any audio is read."""
 
     sha256: str
     rows: int  # of the whole input

@@ -27,7 +27,7 @@ _NPY_MAGIC = b"\x93NUMPY"
 
 @dataclass
 class EncodedCodes:
-    """Codes of several samples; one that has none stands in `rejected` with its index.
+    """Codes of several samples; one that has none is in `rejected` with its index.
 
     Attributes:
         ids: of each sample, int32 [frames * codebooks]; None for a rejected one.
@@ -43,7 +43,7 @@ class EncodedCodes:
 
 
 class _Header(NamedTuple):
-    """What the header of a `.npy` file says."""
+    """The header of a `.npy` file."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -182,7 +182,7 @@ class CodesLoader:
             finally:
                 os.close(descriptor)
         except OSError:
-            return _read_npy(path, mapped=False)  # says what is wrong
+            return _read_npy(path, mapped=False)  # raises what is wrong
         if data[:8] != _NPY_MAGIC + b"\x01\x00":
             return _read_npy(path, mapped=False)
         begin = 10 + int.from_bytes(data[8:10], "little")

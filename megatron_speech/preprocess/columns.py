@@ -74,7 +74,7 @@ def to_arrow(column: Sequence[Any] | np.ndarray, kind: pa.DataType) -> pa.Array:
     return _repeated(column.value, len(column), kind) if isinstance(column, Constant) else pa.array(column, kind)
 
 
-@functools.lru_cache(maxsize=256)  # batch after batch asks for the same
+@functools.lru_cache(maxsize=256)  # every batch needs the same
 def _repeated(value: Any, count: int, kind: pa.DataType) -> pa.Array:
     return pa.nulls(count, kind) if value is None else pa.repeat(pa.scalar(value, kind), count)
 
@@ -207,7 +207,7 @@ class _Columns:
         return [own or another for own, another in zip(column, other, strict=True)] if None in column else column
 
     def samples(self) -> Samples:
-        """All rows; what stands in those of `odd` means nothing yet."""
+        """All rows; the values of `odd` rows are not valid yet."""
         count = len(self.rows)
         stem = source.stem(self.path)
         template = stem.replace("%", "%%") + "-%08d"

@@ -83,7 +83,7 @@ class Documents:
     notices: Counter[str]
     forms: Counter[str]
     totals: dict[tuple[str, str], Totals]  # (language, source)
-    rejected: list[dict[str, Any]] = field(default_factory=list)  # filtered ones say so
+    rejected: list[dict[str, Any]] = field(default_factory=list)  # filtered rows are marked
 
 
 class _Record(NamedTuple):

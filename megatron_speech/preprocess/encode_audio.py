@@ -645,7 +645,7 @@ def _load_state(outputs: Outputs, fingerprint: str) -> State | None:
     if saved["fingerprint"] != fingerprint:
         raise ResumeError(
             f"the unfinished run in {outputs.directory} is of another input, codec or --augment; "
-            "give the same again, or start anew without --resume"
+            "give the same again, or start over without --resume"
         )
     # A kill between the first and the last rename of `finish` has moved some parts already; they are whole.
     for name, place in (("codes", outputs.codes), ("rejected", outputs.rejected)):

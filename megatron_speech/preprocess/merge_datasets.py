@@ -1,7 +1,7 @@
 """Join token datasets into one, in the order given: ids are copied as bytes, nothing is loaded whole.
 
 The shards I/N of one conversion, joined in order, give the bytes of one run over all of it. What does not belong
-together, is damaged or is missing is refused by name. A stopped merge goes on after the last part that it copied whole.
+together, is damaged or is missing is refused by name. A stopped merge resumes after the last part that it copied whole.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-missing", action="store_true", help="join shards even where others of the same conversion are missing"
     )
-    parser.add_argument(
-        "--restart", action="store_true", help="begin anew even if a stopped merge could be gone on with"
-    )
+    parser.add_argument("--restart", action="store_true", help="start over even if a stopped merge could be resumed")
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
@@ -127,7 +125,7 @@ def check_shards(parts: Sequence[TokenDataset]) -> None:
         if missing:
             raise InputError(
                 f"shard {_list(missing)} of {inputs} is missing (found {_list(found)}); "
-                "name it too, or say --allow-missing to join what is there"
+                "name it too, or pass --allow-missing to join what is there"
             )
         if found != needed:
             raise InputError(
@@ -167,7 +165,7 @@ def copy_part(part: TokenDataset, writer: DatasetWriter, progress: Progress) -> 
     with pq.ParquetFile(file_of(part.prefix, DOCUMENTS)) as table:
         if table.schema_arrow != SCHEMA:
             raise InputError(
-                f"{file_of(part.prefix, DOCUMENTS)}: its columns are not those of this version; make it anew"
+                f"{file_of(part.prefix, DOCUMENTS)}: its columns are not those of this version; recreate it"
             )
         for batch in table.iter_batches():
             writer.add_rows(batch)
@@ -180,7 +178,7 @@ def _check_hash(part: TokenDataset, suffix: str, found: str) -> None:
     if found != needed:
         raise InputError(
             f"{file_of(part.prefix, suffix)}: SHA-256 is {found}, needed {needed} by its manifest: it is damaged; "
-            "make this dataset anew"
+            "recreate this dataset"
         )
 
 

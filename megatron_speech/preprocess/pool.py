@@ -47,7 +47,7 @@ def _start_worker(make_state: Callable[..., Any], arguments: tuple[Any, ...]) ->
 
 
 def _die_with(sentinel: int) -> None:
-    """End this worker when its parent is gone, however it went: a killed parent cannot tell its workers."""
+    """End this worker when its parent is gone: a killed parent cannot end its workers."""
     multiprocessing.connection.wait([sentinel])
     os._exit(1)
 

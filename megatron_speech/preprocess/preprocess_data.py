@@ -104,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--source", metavar="NAME", help="dataset_source of rows that name none (default: the input's file name)")
     add("--dry-run", action="store_true", help="do everything but write: totals, drops and a few documents")
     add("--first-rows", type=int, metavar="N", help="with --dry-run: read the first N rows only")
-    add("--restart", action="store_true", help="begin anew even if a stopped conversion could be gone on with")
+    add("--restart", action="store_true", help="start over even if a stopped conversion could be resumed")
     text = parser.add_argument_group("text_lm")
     text.add_argument(
         "--json-keys", nargs="+", default=["text"], metavar="KEY", help="fields with text, a document each"

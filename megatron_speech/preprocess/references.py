@@ -15,7 +15,7 @@ import pyarrow as pa
 from megatron_speech.data.dataset.split import name_hash
 from megatron_speech.preprocess.columns import Samples, to_arrow
 
-# Candidates beyond those asked for: a candidate may turn out to be unusable only when its codes are read.
+# Candidates beyond those requested: a candidate may turn out to be unusable only when its codes are read.
 SPARE_CANDIDATES = 2
 
 NO_ORDER = np.iinfo(np.int64).min
@@ -192,7 +192,7 @@ def _groups(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pick(start: np.ndarray, k: np.ndarray | int, size: np.ndarray) -> np.ndarray:
-    """The k-th of `size` places, going round from a start that each row has of its own; 0 where size is 0."""
+    """The k-th of `size` places, going round from a start of each row; 0 where size is 0."""
     modulus = np.maximum(size, 1)
     return ((start % modulus.astype(np.uint64)).astype(np.int64) + k) % modulus
 

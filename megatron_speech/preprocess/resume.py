@@ -15,5 +15,5 @@ def report_resume(writer: DatasetWriter) -> None:
         logger.info("%s: every row was converted before; moving the files into place", writer.prefix)
     elif writer.state is not None:
         logger.info("%s: resumes after %s documents", writer.prefix, f"{writer.documents:,}")
-    elif writer.anew is not None:
-        logger.info("%s: unfinished work is restarted, since %s", writer.prefix, writer.anew)
+    elif writer.restart_reason is not None:
+        logger.info("%s: unfinished work is restarted, since %s", writer.prefix, writer.restart_reason)

@@ -97,7 +97,7 @@ class CheckpointConfig(StrictConfig):
         description="steps of the run between checkpoints, in stages without `checkpoint`; 0: only at stage ends",
     )
     asynchronous: bool = Field(
-        default=True, description="true: training goes on while a checkpoint is written; false: it waits"
+        default=True, description="true: training continues while a checkpoint is written; false: it waits"
     )
     keep_last: int = Field(default=2, ge=1, description="newest sound checkpoints kept; the best one is kept besides")
     keep_every: int = Field(default=0, ge=0, description="keep every checkpoint whose step is a multiple; 0: none")

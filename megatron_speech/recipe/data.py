@@ -24,8 +24,8 @@ class DataConfig(StrictConfig):
     split_seed: int = Field(default=0, description="seed of the hash that draws the validation sources")
     cache_dir: str | None = Field(
         default=None,
-        description="folder on this node's disk: indices/<key> and, where asked for, datasets/<sha256>; null: indices "
-        "lie in `index_cache` of the run directory, and datasets are read where they are",
+        description="folder on this node's disk: indices/<key> and, with stage_datasets, datasets/<sha256>; null: "
+        "indices lie in `index_cache` of the run directory, and datasets are read where they are",
     )
     cache_gib: float | None = Field(
         default=None,
@@ -77,7 +77,7 @@ def dataset_prefixes(data: DataConfig, base: str | Path | None = None) -> dict[s
             )
         if is_url(prefix) and not data.stage_datasets:
             raise InputError(
-                f"data.datasets: {prefix} is a URL, and training reads local files; say data.stage_datasets: true and "
+                f"data.datasets: {prefix} is a URL, and training reads local files; set data.stage_datasets: true and "
                 "name a data.cache_dir"
             )
         prefixes[name] = prefix if is_url(prefix) else str(Path(base or ".") / prefix)

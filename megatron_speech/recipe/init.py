@@ -31,7 +31,7 @@ class InitConfig(StrictConfig):
 def fill_model(values: dict[Any, Any], source: str) -> None:
     """Complete the section `model` of a recipe from the checkpoint that `init` names, in place.
 
-    A section with a preset or with layers says it all and is left as it is; `start_from` compares it.
+    A section with a preset or with layers is complete and is left as it is; `start_from` compares it.
 
     Args:
         values: the recipe, not checked yet.

@@ -1,4 +1,4 @@
-"""The typed parts of a recipe that say how weights move: learning rates, parameter groups, what stays frozen.
+"""The typed parts of a recipe of the optimizer: learning rates, parameter groups, what stays frozen.
 
 Light to import: no torch.
 """

@@ -1,4 +1,4 @@
-"""A recipe: one typed YAML file that says everything a run does.
+"""A recipe: one typed YAML file that defines everything a run does.
 
     base YAML(s) ← this YAML ← key=value overrides  →  Recipe (pydantic)  →  RUN/recipe.yaml
 
@@ -101,7 +101,8 @@ class Recipe(StrictConfig):
         for stage in self.stages:
             if stage.early_stop is not None and self.validation.interval_steps == 0:
                 raise ValueError(
-                    f"stage {stage.name}: early_stop goes by validation, and validation.interval_steps is 0; set one"
+                    f"stage {stage.name}: early_stop needs validation losses, and validation.interval_steps is 0; "
+                    "set one"
                 )
         return self
 
@@ -109,7 +110,7 @@ class Recipe(StrictConfig):
     def _tied_head_is_the_table(self) -> Recipe:
         if self.model.tie_embeddings and self.optimizer.head != TableConfig():
             raise ValueError(
-                "optimizer.head is set, but model.tie_embeddings is true: the head is the token table; say it under "
+                "optimizer.head is set, but model.tie_embeddings is true: the head is the token table; set it under "
                 "optimizer.embeddings, or set model.tie_embeddings: false"
             )
         return self

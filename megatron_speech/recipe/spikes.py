@@ -1,4 +1,4 @@
-"""Recipe section `spikes`: which steps are skipped, and when the run goes back."""
+"""Recipe section `spikes`: which steps are skipped, and when the run rolls back."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class SpikesConfig(StrictConfig):
         default=20, ge=1, description="steps to be taken in a stage before anything finite is called a spike"
     )
     skip_limit: int = Field(
-        default=10, ge=1, description="skipped steps in a row after which the run goes back to the checkpoint before"
+        default=10, ge=1, description="skipped steps in a row after which the run rolls back to the checkpoint before"
     )
     rewind_limit: int = Field(
-        default=3, ge=0, description="times that a stage goes back before the run gives up; 0: it never goes back"
+        default=3, ge=0, description="rollbacks of a stage before the run gives up; 0: it never rolls back"
     )

@@ -20,5 +20,5 @@ class WatchdogConfig(StrictConfig):
         default=3600.0, gt=0.0, description="of the first step of a process, a validation, a save"
     )
     peer_seconds: float = Field(
-        default=60.0, ge=0.0, description="a rank that was not heard of for so long is given up; 0: never"
+        default=60.0, ge=0.0, description="seconds without a heartbeat after which a rank is given up; 0: never"
     )

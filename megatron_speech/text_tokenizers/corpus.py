@@ -39,7 +39,7 @@ class Text:
 
 @dataclass
 class Corpus:
-    """Rows of files as texts; each call of `batches` reads them anew.
+    """Rows of files as texts; each call of `batches` reads them again.
 
     Attributes:
         inputs: paths or URLs, as preprocessing takes them.
@@ -175,7 +175,7 @@ def draw_sample(
         characters: bound of the sample, to within one passage per language.
         seed: of the choice.
         temperature: languages weigh characters^temperature; 1 leaves them as they are. A language that has less text
-            than its weight asks for is repeated.
+            than its weight requires is repeated.
         wanted: passages for which it is false go to the small sample `others`.
     """
     read: Counter[str] = Counter()

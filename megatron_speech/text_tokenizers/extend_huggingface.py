@@ -96,7 +96,7 @@ class HuggingFaceBase:
             if got != number:
                 raise InputError(
                     f"{self.where}: token {token!r} has id {number:,} in the file but {got:,} when it is loaded, "
-                    "because the ids before it do not follow on each other; write the file anew with ids that do"
+                    "because the ids before it do not follow on each other; rewrite the file with ids that do"
                 )
         ids = Counter(
             [*self.vocabulary.values(), *(i for token, i in self.added.items() if token not in self.vocabulary)]

@@ -88,7 +88,7 @@ def measure(corpus: Corpus, kind: str, payload: bytes, encoder: TextEncoder) -> 
 
     Args:
         corpus: the texts.
-        kind, payload, encoder: of the tokenizer (`token_space.open_text_tokenizer`).
+        kind, payload, encoder: of the tokenizer (`tokens.encoders.open_text_tokenizer`).
 
     Returns:
         (language, main script of the text) → sums, the most frequent first.

@@ -1,7 +1,7 @@
 """Byte-level BPE by the compiled kernel: the ids of a Hugging Face `tokenizer.json`, an order of magnitude faster.
 
 The kernel takes tokenizers of the common kind: byte-level BPE without a normaliser, cut by the pattern of GPT-2,
-Llama 3 or Qwen 2. What is a letter, a number or a space is asked of the tokenizers library itself, so that both agree
+Llama 3 or Qwen 2. What is a letter, a number or a space is taken from the tokenizers library itself, so that both agree
 on every character. Any other tokenizer stays with the library.
 """
 
@@ -125,7 +125,7 @@ def character_classes() -> np.ndarray:
     text = "".join(map(chr, codes.tolist()))
     result = np.zeros(0x110000, dtype=np.uint8)
     for number, others in ((1, r"[^\p{L}]+"), (2, r"[^\p{N}]+"), (3, r"\S+")):
-        # What is left when all others are removed; Split would say where they are, but takes ten times as long.
+        # What is left when all others are removed; Split would give their places, but takes ten times as long.
         left = tokenizers.normalizers.Replace(tokenizers.Regex(others), "").normalize_str(text)
         result[np.frombuffer(left.encode("utf-32-le"), dtype="<u4")] = number
     return result

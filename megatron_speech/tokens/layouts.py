@@ -1,4 +1,4 @@
-"""Id spaces of other people's speech models, so that their checkpoints can be trained on and made to speak.
+"""Id spaces of other people's speech models, for training and inference on their checkpoints.
 
 Both append one token per code to LLaMA 3's tokenizer, and differ in order, in marks and in the prompt around the text:
 
@@ -81,7 +81,7 @@ LAYOUTS = {
                 "<speech_start>": "<|SPEECH_GENERATION_START|>",
                 "<speech_end>": "<|SPEECH_GENERATION_END|>",
             },
-            # The chat template of LLaMA 3.2 Instruct, with the date that it has where nobody gives one.
+            # The chat template of LLaMA 3.2 Instruct, with the date that it has by default.
             sequences={
                 "<target_text>": (
                     "<|start_header_id|>",

@@ -1,6 +1,6 @@
 """Text as the model sees it: one normalisation for preprocessing, evaluation and generation.
 
-The version is stored with every dataset. Whoever changes what a function here returns gives it a new name.
+The version is stored with every dataset. A change of what a function here returns needs a new version name.
 
 What is done, for every script alike: Unicode NFC; blanks made one space each; control characters and byte-order
 marks taken out. What is left alone: everything that carries meaning in some script, above all the joiners U+200C

@@ -290,7 +290,7 @@ class TokenSpace:
             if found != FORMAT_VERSION:
                 raise InputError(
                     f"token space {path}: format_version is {found}, this version reads {FORMAT_VERSION}; "
-                    "make it anew with `megatron-speech token-space`"
+                    "recreate it with `megatron-speech token-space`"
                 )
             codec = dict(value["codec"])
             codec["codebook_names"] = tuple(codec["codebook_names"])
@@ -324,7 +324,7 @@ class TokenSpace:
         if space.hash != needed:
             raise InputError(
                 f"token space {path}: hash is {space.hash[:12]}… by content but {needed[:12]}… by its `hash` field: "
-                "the file was edited or damaged; make it anew with `megatron-speech token-space`"
+                "the file was edited or damaged; recreate it with `megatron-speech token-space`"
             )
         return space
 

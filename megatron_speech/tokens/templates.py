@@ -1,7 +1,7 @@
 """Task type → document: the one template compiler of preprocessing, training and generation.
 
 The grammar is dumb and deterministic. A template is a row of parts: a special's name, or a field that the caller
-fills with ids. Whatever is clever (which reference, which transcript, what is learned) is decided before or after.
+fills with ids. Choices (which reference, which transcript, what is learned) are made before or after.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
-# Other projects' models know no marks of a reference: a voice is cloned by beginning its speech (`compile_prompt`).
+# Other projects' models know no marks of a reference: a speaker is cloned by continuing the reference's speech
+# (`compile_prompt`).
 _KNOWN_LAYOUTS_TTS = {"plain": TEMPLATES["tts"]["plain"]}
 
 # SFT learns what follows this special; everything up to and including it is the prompt.
@@ -190,14 +191,14 @@ def compile_prompt(
 
 
 def compile_cloning_prompt(space: TokenSpace, text: str, ref_text: str, ref_code_ids: Ids) -> Ids:
-    """The prompt of `tts` with a reference voice, int32 [n].
+    """The prompt of `tts` with a reference speaker, int32 [n].
 
     In the project's own id space it is :func:`compile_prompt`'s. The models of other layouts are given both texts as
     one and the reference's codes as the beginning of the speech.
 
     Args:
         space: the id space.
-        text, ref_text: what is to be said, and what is said in the reference.
+        text, ref_text: the text to synthesise, and the transcript of the reference.
         ref_code_ids: the reference, `space.encode_codes` output.
     """
     if space.layout == OWN:

@@ -64,7 +64,7 @@ def stage_histories(
         if change is not None and recipe.data.on_change == "refuse":
             raise InputError(
                 f"run {recipe.run_directory}, checkpoint {info.path.name}: the blend of stage {change[0]} has changed: "
-                f"{'; '.join(change[1])}. Set it back, start a new run with another run_dir, or say data.on_change: "
+                f"{'; '.join(change[1])}. Set it back, start a new run with another run_dir, or set data.on_change: "
                 "continue to go on with the changed blend"
             )
     if change is None:

@@ -48,6 +48,6 @@ def check_held_out(stages: Sequence[StageConfig], held_out: Sequence[StageData])
     for stage, data in zip(stages, held_out, strict=True):
         if stage.early_stop is not None and data.n_sequences == 0:
             raise InputError(
-                f"stage {stage.name}: early_stop goes by validation, and no document of its strata is held out; raise "
-                "data.validation_fraction, or drop early_stop"
+                f"stage {stage.name}: early_stop needs validation losses, and no document of its strata is held out; "
+                "raise data.validation_fraction, or drop early_stop"
             )

@@ -116,9 +116,7 @@ def overfit(recipe: Recipe, sequences: int, steps: int, stop: StopRequest | None
                 f"lr {run.engine.optimizer.learning_rate:.2e}"
             )
             if now - unavoidable <= TARGET:
-                run.log.info(
-                    f"overfit check passed: {sequences} sequences of stage {stage.name} learned in {step} steps"
-                )
+                run.log.info(f"overfit check passed: {sequences} sequences of stage {stage.name}, after {step} steps")
                 return True
         run.log.info(
             f"error: overfit: after {step} steps the loss on {sequences} sequences of stage {stage.name} is "

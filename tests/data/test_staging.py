@@ -303,7 +303,7 @@ def test_a_url_is_staged_and_nothing_else_may_name_one(make: Make, tmp_path: Pat
     config = DataConfig(datasets=[url], cache_dir=str(tmp_path / "cache"), stage_datasets=True)
     staged = open_datasets(config, toy_space)["d"]
     assert np.array_equal(staged.tokens, source.tokens)
-    with pytest.raises(InputError, match=r"is a URL, and training reads local files; say data\.stage_datasets: true"):
+    with pytest.raises(InputError, match=r"is a URL, and training reads local files; set data\.stage_datasets: true"):
         open_datasets(DataConfig(datasets=[url]), toy_space)
     with pytest.raises(InputError, match=r"nothing.manifest.json cannot be read"):
         open_datasets(config.model_copy(update={"datasets": [f"file://{tmp_path}/nothing"]}), toy_space)

@@ -173,7 +173,7 @@ def changed(**changes: Any) -> dict[str, Any]:
         (changed(id="hi-a"), "two items have the id 'hi-a'"),
         (changed(seeds=[3, 3]), "names a seed twice"),
         (changed(text=" "), "items.0 (en-a): text is empty"),
-        (changed(expected="?!"), "items.0 (en-a): nothing in '?!' can be heard"),
+        (changed(expected="?!"), "items.0 (en-a): nothing in '?!' can be transcribed"),
         (changed(original_audio="gone.wav"), "gone.wav does not exist"),
         (changed(reference_audio="gone.wav", reference_text="a"), "gone.wav does not exist"),
         (changed(reference_text="a"), "reference_text was given without reference_audio"),

@@ -113,7 +113,7 @@ def test_what_decides_the_output_begins_it_anew_and_is_named(corpus: Any, killer
     stopped()
     assert "restarted, since options.seed was 0 and is 1" in again("--seed", "1")
     stopped()
-    assert "restarted, since it was asked to" in again("--restart")
+    assert "restarted, since a restart was requested" in again("--restart")
     stopped()
     assert "resumes after" in again("--workers", "2")  # what does not decide it does not
     stopped()

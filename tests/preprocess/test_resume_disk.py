@@ -114,7 +114,7 @@ def test_a_full_file_system_is_one_sentence_and_the_journal_stays(
     assert corpus.run("tts", prefix="disk/data") == 1
     error = capsys.readouterr().err
     assert error.startswith("error: cannot write ") and error.count("\n") == 1
-    assert "No space left on device" in error and "run the same command again, which goes on from there" in error
+    assert "No space left on device" in error and "run the same command again, which resumes from there" in error
     assert corpus.files("disk/data") == {}
     ballast.unlink()
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)

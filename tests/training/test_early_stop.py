@@ -123,6 +123,8 @@ def test_nothing_to_go_by_is_refused(toy: Path, tmp_path: Path, capsys: pytest.C
     values["stages"][1]["early_stop"] = {}
     recipe = write_recipe(tmp_path / "r.yaml", values)
     assert train(recipe, tmp_path / "run", "validation.interval_steps=0") == 2
-    assert "stage sft: early_stop goes by validation, and validation.interval_steps is 0" in capsys.readouterr().err
+    assert (
+        "stage sft: early_stop needs validation losses, and validation.interval_steps is 0" in capsys.readouterr().err
+    )
     assert train(recipe, tmp_path / "run", "data.validation_fraction=0") == 2
-    assert "stage sft: early_stop goes by validation, and no document of its strata" in capsys.readouterr().err
+    assert "stage sft: early_stop needs validation losses, and no document of its strata" in capsys.readouterr().err

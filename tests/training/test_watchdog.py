@@ -18,7 +18,7 @@ from toy_runs import toy_recipe, write_recipe
 
 from megatron_speech.recipe.watchdog import WatchdogConfig
 from megatron_speech.training.health.control import StopRequest
-from megatron_speech.training.health.watchdog import Heart, Progress, Watchdog
+from megatron_speech.training.health.watchdog import Heartbeat, StepTimer, Watchdog
 from megatron_speech.training.telemetry.timing import Stragglers
 
 
@@ -37,7 +37,7 @@ class Time:
 
 def test_the_limit_of_a_step_follows_the_median_and_has_a_floor() -> None:
     time = Time()
-    progress = Progress(WatchdogConfig(median_factor=10, floor_seconds=30, pause_seconds=1000), time)
+    progress = StepTimer(WatchdogConfig(median_factor=10, floor_seconds=30, pause_seconds=1000), time)
     assert progress.limit() is None  # copying a dataset to the node may take hours
     progress.begin_steps()
     time.now += 999
@@ -62,7 +62,7 @@ def test_the_limit_of_a_step_follows_the_median_and_has_a_floor() -> None:
 
 def test_validating_and_saving_are_no_part_of_a_step() -> None:
     time = Time()
-    progress = Progress(WatchdogConfig(timeout_seconds=10, pause_seconds=1000), time)
+    progress = StepTimer(WatchdogConfig(timeout_seconds=10, pause_seconds=1000), time)
     progress.begin_steps()
     progress.step_ended(1)
     time.now += 8
@@ -79,11 +79,11 @@ def test_validating_and_saving_are_no_part_of_a_step() -> None:
 
 def test_a_process_that_was_suspended_is_not_late() -> None:
     time = Time()
-    progress = Progress(WatchdogConfig(timeout_seconds=10), time)
+    progress = StepTimer(WatchdogConfig(timeout_seconds=10), time)
     progress.step_ended(1)
     time.now += 3600
     assert progress.overdue() is not None
-    progress.forgive()
+    progress.reset_timer()
     assert progress.overdue() is None
 
 
@@ -109,18 +109,20 @@ def test_a_hanging_step_ends_the_process_with_its_stacks(tmp_path: Path, capfd: 
 # ---- hearing of the others
 
 
-def hearts(time: Time, seconds: float = 10.0) -> list[Heart]:
+def hearts(time: Time, seconds: float = 10.0) -> list[Heartbeat]:
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=1))
-    return [Heart(store, rank, ["n1", "n2", "n3"], lambda: "training at step 5", seconds, time) for rank in range(3)]
+    return [
+        Heartbeat(store, rank, ["n1", "n2", "n3"], lambda: "training at step 5", seconds, time) for rank in range(3)
+    ]
 
 
 def test_a_silent_rank_is_named_with_its_host_and_what_it_did_last() -> None:
     time = Time()
     first, second, third = hearts(time)
     for _ in range(3):
-        for heart in (first, second, third):
-            assert heart.beat() is None
+        for heartbeat in (first, second, third):
+            assert heartbeat.beat() is None
         time.now += 4
     for _ in range(4):  # the second one is stopped
         time.now += 4
@@ -128,8 +130,8 @@ def test_a_silent_rank_is_named_with_its_host_and_what_it_did_last() -> None:
     assert third.silent() is None
     sentence = first.silent()
     assert sentence is not None
-    assert sentence.startswith("rank 1 on n2 has not been heard of for 12 s") and "training at step 5" in sentence
-    first.pronounce(sentence)
+    assert sentence.startswith("rank 1 on n2 has sent no heartbeat for 12 s") and "training at step 5" in sentence
+    first.publish_verdict(sentence)
     assert third.beat() == sentence
 
 
@@ -153,13 +155,13 @@ def test_a_store_that_does_not_answer_is_named() -> None:
         broken = False
 
     time, store = Time(), Gone()
-    heart = Heart(store, 1, ["n1", "n2"], lambda: "", 10.0, time)
+    heartbeat = Heartbeat(store, 1, ["n1", "n2"], lambda: "", 10.0, time)
     store.broken = True
     time.now += 5
-    assert heart.beat() is None and heart.silent() is None
+    assert heartbeat.beat() is None and heartbeat.silent() is None
     time.now += 6
-    assert heart.beat() is None
-    assert "store of the launcher (on n1, where rank 0 runs) has not answered for 11 s" in (heart.silent() or "")
+    assert heartbeat.beat() is None
+    assert "store of the launcher (on n1, where rank 0 runs) has not answered for 11 s" in (heartbeat.silent() or "")
 
 
 def test_the_slowest_rank_is_compared_with_those_that_do_the_same() -> None:
@@ -179,16 +181,16 @@ def test_term_and_usr1_ask_and_a_second_interrupt_insists(capsys: pytest.Capture
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     for number in (signal.SIGTERM, signal.SIGUSR1):
         with StopRequest() as stop:
-            assert not stop.wanted
+            assert not stop.requested
             os.kill(os.getpid(), number)
-            assert stop.wanted
-    StopRequest().take_interrupts()  # a benchmark's: nothing waits for its wish
+            assert stop.requested
+    StopRequest().catch_interrupts()  # a benchmark's: nothing waits for its wish
     with StopRequest() as stop:
         with pytest.raises(KeyboardInterrupt):  # nothing to save yet
             os.kill(os.getpid(), signal.SIGINT)
-        stop.take_interrupts()
+        stop.catch_interrupts()
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.wanted and "saving; interrupt again" in capsys.readouterr().err
+        assert stop.requested and "saving; interrupt again" in capsys.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
@@ -243,7 +245,7 @@ def test_a_stopped_rank_ends_the_others_in_seconds(faults: tuple[Path, dict[str,
     folder, results = faults
     assert results["STOP"]["codes"] == [1, -signal.SIGKILL]
     (sentence,) = [line for line in results["STOP"]["errors"][0].splitlines() if line.startswith("error: ")]
-    assert "error: rank 1 on " in sentence and "has not been heard of for" in sentence
+    assert "error: rank 1 on " in sentence and "has sent no heartbeat for" in sentence
     assert status(folder / "STOP")["state"] == "failed" and "rank 1 on" in status(folder / "STOP")["message"]
     assert "_train_step" in (folder / "STOP" / "stacks" / "rank_0.txt").read_text()
 
@@ -253,7 +255,7 @@ def test_a_stopped_rank_ends_the_others_in_seconds(faults: tuple[Path, dict[str,
 def test_a_killed_rank_ends_the_others_at_once(faults: tuple[Path, dict[str, Any]]) -> None:
     folder, results = faults
     assert results["KILL"]["codes"] == [1, -signal.SIGKILL]
-    assert results["KILL"]["errors"][0].startswith("error: another rank ended without a word")
+    assert results["KILL"]["errors"][0].startswith("error: another rank ended without a message")
     assert results["KILL"]["errors"][0].count("\n") == 1
     assert status(folder / "KILL")["state"] == "failed"
 

@@ -6,7 +6,7 @@ document would be through first goes next. After any prefix of T tokens a stratu
 
     w_k·T - (longest document)  <=  tokens of k  <=  w_k·T + (1 - w_k)·(longest document of k).
 
-The documents of a stratum come epoch after epoch, each epoch in an order of its own: a keyed permutation that is
+The documents of a stratum come epoch after epoch, each epoch in its own order: a keyed permutation that is
 computed document by document (:func:`permuted`), so that nothing is sorted and no epoch is held. It depends on the
 seed, the stage, the stratum and the epoch, and on nothing else: not on the other strata, the token budget, the
 library versions or the number of ranks. The order has no end; a budget takes a prefix of it.
@@ -151,7 +151,7 @@ class StratumDocuments:
 
 @dataclass(frozen=True)
 class EpochPosition:
-    """Where a stratum goes on: in epoch `epoch`, of which the documents `due` (int32) have not been taken yet."""
+    """Where a stratum continues: in epoch `epoch`, of which the documents `due` (int32) have not been taken yet."""
 
     epoch: int
     due: np.ndarray
@@ -199,7 +199,7 @@ class _PythonOrder:
         following, blocks, total = self._next, self._blocks, self._total
         rows = []
         for _ in range(count):
-            # The second condition only ever holds by rounding: somebody is always at or behind its share.
+            # The second condition only ever holds by rounding: one stratum is always at or behind its share.
             while waiting and (waiting[0][0] <= total or not ready):
                 _, k = heapq.heappop(waiting)
                 document = next(blocks[k], None)
@@ -220,7 +220,7 @@ class _PythonOrder:
 
 
 class BlendOrder:
-    """The endless order of the documents of some strata: :meth:`take` goes on where the last one ended.
+    """The endless order of the documents of some strata: :meth:`take` continues where the last one ended.
 
     What it holds beside the arrays given is a few kilobytes a stratum. The documents do not depend on the sizes of
     the pieces.
@@ -263,7 +263,7 @@ def stage_order(
     Args:
         stage, blend, tables: the stage, its resolved strata, and the tables that they index.
         seed: the run's seed.
-        begin: by name of the stratum, where it goes on (default: at the beginning of epoch 0). An epoch of which
+        begin: by name of the stratum, where it continues (default: at the beginning of epoch 0). An epoch of which
             nothing is due is over: the next one begins.
     """
 

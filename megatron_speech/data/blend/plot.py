@@ -69,7 +69,7 @@ def _name(text: str, width: int = 34) -> str:
 
 
 def _shares(ax: Any, rows: dict[str, dict[str, Any]], title: str) -> None:
-    """Three bars a category: asked for, realised, and its part of the audio."""
+    """Three bars a category: target, realised, and its part of the audio."""
     largest = sorted(rows.items(), key=lambda item: -max(item[1][field] for field in _COLOURS))
     shown = [(_name(name), row) for name, row in largest[:_SHOWN]]
     if rest := [row for _, row in largest[_SHOWN:]]:

@@ -35,7 +35,7 @@ _LIMIT_ROUNDS = 50
 REASONS = ("oversize", "without_target", "other_side_of_split", "quotes_held_out")
 
 
-# ---- what a stage asks for
+# ---- what a stage selects
 
 
 def check_stage(stage: StageDataConfig) -> list[StratumConfig]:
@@ -67,12 +67,12 @@ def check_stage(stage: StageDataConfig) -> list[StratumConfig]:
         if stage.is_sft and group.task == "text_lm" and not stage.allow_text_in_sft:
             raise InputError(
                 f"{where}: text_lm has mass {group.mass:g} in a stage whose loss.prompt is 0 (SFT); text-only data "
-                "belongs in pretraining: take it out, or say allow_text_in_sft: true"
+                "belongs in pretraining: take it out, or set allow_text_in_sft: true"
             )
     if stage.loss.prompt != 1.0 and stage.packing_mode == "cut":
         raise InputError(
             f"{where}: packing.mode is cut but loss.prompt is {stage.loss.prompt:g}: in the rest of a cut document "
-            "nothing tells where its prompt ended; use packing.mode fit, or loss.prompt 1"
+            "it is not known where its prompt ended; use packing.mode fit, or loss.prompt 1"
         )
     names = [group_name(group) for group in groups]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -96,7 +96,7 @@ def check_stage(stage: StageDataConfig) -> list[StratumConfig]:
     if stage.stitch is not None and stage.loss.prompt != 1.0:
         raise InputError(
             f"{where}: stitch with loss.prompt {stage.loss.prompt:g}: only the first prompt of a stitched document "
-            "would be told from what is learned; stitch in stages with loss.prompt 1"
+            "would be predicted from what is learned; stitch in stages with loss.prompt 1"
         )
     for source, cap in stage.source_caps.items():
         if not 0.0 < cap <= 1.0:
@@ -145,7 +145,7 @@ class Stratum:
 class Blend:
     """The strata of a stage for one side of the split, and what was left out, by reason and dataset name.
 
-    limited: the strata that a limit of epochs holds back: share asked for and given, and the limit; a stratum whose
+    limited: the strata that a limit of epochs holds back: share requested and granted, and the limit; a stratum whose
     share came down to nothing is not among `strata`.
     """
 
@@ -196,7 +196,7 @@ def apply_filters(stage: StageDataConfig, table: DocumentTable, dataset: TokenDa
     filters: list[list[filtering.Condition]] = []
     field = f"stage {stage.name!r}: where"
     for wanted in filters_of(groups):
-        # A filter of strata that take nothing from this dataset is not asked of it: it may lack the column.
+        # A filter of strata that take nothing from this dataset is not applied to it: it may lack the column.
         concerned = any(group.where == wanted and _takes_from(group, table) for group in groups)
         filters.append(filtering.parse(wanted, field) if concerned else [])
     if not any(filters):
@@ -214,7 +214,7 @@ def _claims(
 ) -> np.ndarray:
     """Which (language, source, marks) cells of a table each group selects, bool [groups, languages, sources, marks].
 
-    A group that says `otherwise` selects what the others leave.
+    A group with `otherwise` selects what the others leave.
     """
     claims = np.zeros((len(groups), len(table.languages), len(table.sources), len(marks)), dtype=bool)
     for index, group in enumerate(groups):
@@ -291,7 +291,7 @@ def _leave_out(
 ) -> tuple[dict[str, int], int]:
     """Mark in `leaf` the documents that the stage cannot take; returns how many by reason, and the longest's tokens.
 
-    The longest of all documents that a group asks for, 0 where documents are cut.
+    The longest of all documents that a group selects, 0 where documents are cut.
     """
     counts = dict.fromkeys(REASONS, 0)
     limit, counted, longest = stage.max_document_tokens, table.counted(stage), 0
@@ -465,7 +465,7 @@ def resolve(
         raise InputError(
             f"{where}: {sum(excluded['oversize'].values())} documents are longer than {limit} "
             f"{stage.max_document_tokens} ({counts_text}; the longest has {longest} tokens) and packing.mode "
-            f"{stage.packing_mode} never cuts; raise {limit}, or say packing.oversize: drop"
+            f"{stage.packing_mode} never cuts; raise {limit}, or set packing.oversize: drop"
         )
 
     labels = sorted(

@@ -38,7 +38,7 @@ _HINT_ROWS = 4096
 
 @dataclass(frozen=True)
 class Condition:
-    """What one column has to be. `kind` is the type of the values; None where only `null` is asked for."""
+    """What one column has to be. `kind` is the type of the values; None where only `null` is tested."""
 
     column: str
     kind: Kind | None
@@ -162,7 +162,7 @@ def _extra_columns(path: Path, extra: pa.Array, kinds: Mapping[str, Kind | None]
 
     def read(fields: Mapping[str, Kind | None]) -> dict[str, pa.Array]:
         schema = pa.schema([(name, types[kind]) for name, kind in fields.items() if kind is not None])
-        # A field that is only asked whether it is there may be of any type: it is inferred.
+        # A field that is only tested for presence may be of any type: it is inferred.
         unexpected = "infer" if None in fields.values() else "ignore"
         table = pj.read_json(
             pa.BufferReader(data),
@@ -215,7 +215,7 @@ def marks(path: Path, filters: Sequence[Sequence[Condition]], rows: int, field: 
         Unsigned integers [rows], just wide enough: bit i is set where the row passes filters[i].
 
     Raises:
-        InputError: too many filters, a column that the table has not, or one of another type than its condition.
+        InputError: too many filters, a column that the table lacks, or one of another type than its condition.
     """
     if len(filters) > MAX_FILTERS:
         raise InputError(f"{field}: {len(filters)} different where filters; at most {MAX_FILTERS} fit into one stage")
@@ -256,9 +256,9 @@ def marks(path: Path, filters: Sequence[Sequence[Condition]], rows: int, field: 
                         f"{path}: {field} names {EXTRA}{name}, a field that no document has; {suggestion(name, known)}"
                     )
     except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist; restore it, or make the dataset anew") from error
+        raise InputError(f"{path} does not exist; restore it, or recreate the dataset") from error
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} is not a readable parquet file: {error}; make the dataset anew") from error
+        raise InputError(f"{path} is not a readable parquet file: {error}; recreate the dataset") from error
     return result
 
 
@@ -268,7 +268,7 @@ def _check_columns(path: Path, file: pq.ParquetFile, conditions: Iterable[Condit
         column = condition.column
         if column.startswith(EXTRA) and len(column) > len(EXTRA):
             if "extra" not in schema.names:
-                raise InputError(f"{path}: column extra is missing, which {field} names; make the dataset anew")
+                raise InputError(f"{path}: column extra is missing, which {field} names; recreate the dataset")
             continue
         if column not in schema.names:
             raise InputError(

@@ -4,7 +4,7 @@ Everything is first written into a folder `.P.partial` beside P, which a lock gu
 into place, the manifest last; a dataset without its manifest is refused by the reader.
 
 The folder holds files that only grow (ids, lengths, rows of the documents table, rejected rows) and a journal of how
-far they are whole. Work that was stopped, however it was, goes on from there when the same work is asked for again:
+far they are whole. Work that was stopped, however it was, resumes from there when the same command is run again:
 
     writing     batches are added; the journal holds the caller's state
     converted   everything is added; what is left is to encode the table, to write the index and the manifest
@@ -62,21 +62,21 @@ class DatasetWriter:
     """Collect documents and put the finished dataset in place.
 
     A context manager. Making one checks that the output can be written; :meth:`finish` puts it in place; leaving
-    the block without `finish` removes all traces, unless the work can go on: it has a fingerprint, and it was not
+    the block without `finish` removes all traces, unless the work can be resumed: it has a fingerprint, and it was not
     the input that was refused.
 
     Args:
         prefix: P of the files to write. What lies there is replaced at the end, not before.
         dtype: dtype of the ids on disk.
         fingerprint: everything that decides the output, JSON-able. With one, unfinished work of the same fingerprint
-            is gone on with; without one, every run begins anew.
-        restart: begin anew all the same.
+            is resumed; without one, every run starts over.
+        restart: start over all the same.
 
     Attributes:
         folder: where the unfinished files lie.
-        state: what the last :meth:`commit` of the unfinished work was given; None where the work begins anew.
+        state: what the last :meth:`commit` of the unfinished work was given; None where the work starts over.
         complete: all was added before; only :meth:`finish` is left.
-        anew: why unfinished work that was found is not gone on with, as a clause; None if there was none.
+        restart_reason: why unfinished work that was found is not resumed, as a clause; None if there was none.
 
     Raises:
         InputError: the output cannot be written, or another process is writing it.
@@ -114,7 +114,7 @@ class DatasetWriter:
 
     def _open(self, restart: bool) -> None:
         self.state: Any = None
-        self.anew: str | None = None
+        self.restart_reason: str | None = None
         self._manifest: Manifest | None = None
         self.documents = self.tokens = self.rows = self.rejected_rows = 0
         self._pending: list[pa.RecordBatch] = []
@@ -123,13 +123,13 @@ class DatasetWriter:
         self._commits = Commits()
         self.phase = "writing"
         if restart:
-            self.anew = "it was asked to"
+            self.restart_reason = "a restart was requested"
         elif self._fingerprint is not None:
             try:
                 self._go_on()
                 return
             except JournalError as error:
-                self.anew = str(error) or None
+                self.restart_reason = str(error) or None
         self._abandon()
         _clear(self.folder)
         self.phase = "writing"
@@ -189,7 +189,7 @@ class DatasetWriter:
         if isinstance(value, OutputError) and self._fingerprint is not None and not self._done:
             raise OutputError(
                 f"{value}; what is done so far is kept in {self.folder}: free some space and run the same command "
-                "again, which goes on from there"
+                "again, which resumes from there"
             ) from value
 
     def _worth_keeping(self, value: BaseException | None) -> bool:
@@ -402,7 +402,7 @@ class DatasetWriter:
             fsync_path(self.prefix.parent)
 
 
-_AGAIN = "the same command goes on from there"
+_AGAIN = "the same command resumes from there"
 
 
 def _stored_batches(source: pa.NativeFile) -> Iterable[pa.RecordBatch]:
@@ -434,7 +434,7 @@ def _claim(folder: Path, prefix: Path) -> int:
             raise InputError(
                 f"another process is writing {prefix} (it holds {folder / 'lock'}); wait for it, or name another output"
             ) from error
-        # A file system without locks (some network ones): nothing tells two writers apart, the renames still do.
+        # A file system without locks (some network ones): two writers are not told apart before the renames.
     if os.fstat(lock).st_nlink == 0:  # it finished, and took the folder with it, while we were looking
         os.close(lock)
         return _claim(folder, prefix)

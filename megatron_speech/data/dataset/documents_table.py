@@ -61,7 +61,7 @@ def reference_split_hashes(source_id: pa.Array) -> pa.Array:
 
 
 def document_checksums(data: bytes | memoryview, lengths: np.ndarray, itemsize: int) -> list[int]:
-    """CRC-32 of each document's bytes as they lie in `.bin`: what tells which document is damaged.
+    """CRC-32 of each document's bytes as they lie in `.bin`: shows which document is damaged.
 
     Args:
         data: the documents end to end, little endian.
@@ -118,7 +118,7 @@ class DocumentsTableWriter:
         self._writer.close()
 
 
-_REMEDY = "make the dataset anew with preprocess/preprocess_data.py"
+_REMEDY = "recreate the dataset with preprocess/preprocess_data.py"
 
 
 def _open_table(path: Path, columns: Sequence[str], rows: int, **options: Any) -> pq.ParquetFile:
@@ -135,7 +135,7 @@ def _open_table(path: Path, columns: Sequence[str], rows: int, **options: Any) -
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn what pyarrow says about a damaged table into a sentence."""
+    """Turn pyarrow's error about a damaged table into a sentence."""
     try:
         yield
     except FileNotFoundError as error:

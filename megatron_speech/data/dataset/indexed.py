@@ -2,7 +2,7 @@
 
     P.bin            every document's ids, end to end, little endian, uint16 or int32
     P.idx            where each document lies in P.bin (layout below)
-    P.docs.parquet   one row per document: who speaks, in which language, from where, how many tokens
+    P.docs.parquet   one row per document: speaker, language, source, tokens
     P.manifest.json  what the dataset is, with the size and SHA-256 of the other three; written last
 
 `.idx`, little endian, as megatron-core 0.16 reads and writes it (`megatron/core/datasets/indexed_dataset.py`):
@@ -61,7 +61,7 @@ DTYPE_CODES: dict[int, np.dtype] = {
 }
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_CODES.items()}
 
-REMAKE = "make the dataset anew with preprocess/preprocess_data.py"
+REMAKE = "recreate the dataset with preprocess/preprocess_data.py"
 
 _INDEX_CHUNK = 1 << 20
 
@@ -133,7 +133,7 @@ class TokenDataset:
     Args:
         prefix: P of `P.bin`, `P.idx`, `P.manifest.json`, `P.docs.parquet`.
         require_manifest: refuse a dataset without a manifest, such as one that upstream's builder made. Without
-            one there is no documents table either, and nothing tells which token space the ids belong to.
+            one there is no documents table either, and it is not known which token space the ids belong to.
 
     Attributes:
         streams: K, ids per step; 1 without a manifest.
@@ -273,10 +273,10 @@ class TokenDataset:
         """Refuse a dataset that was not made with `space`.
 
         Raises:
-            InputError: another number of streams, token-space hash or codec hash, or no manifest to tell by.
+            InputError: another number of streams, token-space hash or codec hash, or no manifest to check against.
         """
         if self.manifest is None:
-            raise InputError(f"dataset {self.prefix} has no manifest: nothing tells its token space; {REMAKE}")
+            raise InputError(f"dataset {self.prefix} has no manifest, which names its token space; {REMAKE}")
         path = file_of(self.prefix, ".manifest.json")
         if self.streams != space.streams:
             raise InputError(
@@ -293,7 +293,7 @@ class TokenDataset:
         if self.manifest.token_space_hash != space.hash:
             raise InputError(
                 f"{path}: token_space_hash is {self.manifest.token_space_hash}, needed {space.hash}; "
-                "use the token space that the dataset was made with, or make the dataset anew with this one"
+                "use the token space that the dataset was made with, or recreate the dataset with this one"
             )
 
 
@@ -309,7 +309,7 @@ def _find_manifest(prefix: str, path: Path) -> Manifest:
                 "without .bin or .idx"
             )
         raise InputError(
-            f"{path} does not exist: nothing tells what the ids of {prefix}.bin mean, or a conversion was "
+            f"{path} does not exist, which says what the ids of {prefix}.bin mean, or a conversion was "
             f"interrupted; {REMAKE}"
         )
     return read_manifest(path)

@@ -1,7 +1,7 @@
-"""Files that grow, and a journal of how far they are whole: what lets killed work go on where it was.
+"""Files that grow, and a journal of how far they are complete: killed work resumes from it.
 
 The order on disk makes it safe: first the data is synced, then a journal that vouches for it replaces the one before.
-Whatever lies behind the vouched size was written after that and is cut off.
+Bytes beyond the recorded size were written after that and are cut off.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SHOWN = 60
 
 
 class JournalError(ValueError):
-    """What the journal vouches for is not there: the work cannot go on, and begins anew."""
+    """What the journal records is missing: the work cannot be resumed, and starts over."""
 
 
 def output_error(path: Path, error: OSError) -> OutputError:
@@ -36,7 +36,7 @@ def output_error(path: Path, error: OSError) -> OutputError:
 
 
 class AppendFile:
-    """A file that is only appended to, hashed as it grows. Usable where pyarrow wants a sink.
+    """A file that is only appended to, hashed as it grows. Usable as a pyarrow sink.
 
     Args:
         path: the file; what is there is replaced, or cut back to `kept`.
@@ -125,7 +125,7 @@ class AppendFile:
             raise output_error(self.path, error) from error
 
     def abandon(self) -> None:
-        """Close the file and let go of what is still in memory: nobody vouched for it."""
+        """Close the file and drop what is still in memory: no journal records it."""
         with suppress(OSError):  # a full disk, most likely: that is why it is abandoned
             self._handle.close()
 

@@ -128,7 +128,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     if version != FORMAT_VERSION:
         raise InputError(
             f"manifest {path}: format_version is {version!r}, this version reads {FORMAT_VERSION}; "
-            "make the dataset anew with preprocess/preprocess_data.py"
+            "recreate the dataset with preprocess/preprocess_data.py"
         )
     try:
         manifest = Manifest.model_validate(value)
@@ -136,14 +136,14 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise InputError(
-            f"manifest {path}: field {field}: {first['msg']}; restore the file, or make the dataset anew with "
+            f"manifest {path}: field {field}: {first['msg']}; restore the file, or recreate the dataset with "
             "preprocess/preprocess_data.py"
         ) from error
     found = sha256_hex(canonical_json(manifest.model_dump()))
     if found != stated:
         raise InputError(
             f"manifest {path}: its fields have SHA-256 {found}, needed {stated} by its field sha256: it was edited or "
-            "damaged; restore the file, or make the dataset anew with preprocess/preprocess_data.py"
+            "damaged; restore the file, or recreate the dataset with preprocess/preprocess_data.py"
         )
     return manifest
 

@@ -8,7 +8,7 @@
 
 The key is the SHA-256 of the manifest, which holds the hashes of the other files: another content is another
 entry, and the same dataset under two names is one. Of a node's processes the first to come copies and the others
-wait. A copy is hashed as it is written and appears under its name by one rename. Entries that nobody uses make
+wait. A copy is hashed as it is written and appears under its name by one rename. Entries that no process uses make
 room for new ones, the longest unused first, where `data.cache_gib` says how much there may be.
 
     srun --ntasks-per-node=1 python -m megatron_speech.data.dataset.staging RECIPE.yaml
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 _CHUNK = 1 << 23
 _MANIFEST = ".manifest.json"
 _ENTRY = "entry.json"
-# A disk that is filled to its last byte serves nobody.
+# Never fill a disk to its last byte.
 _SPARE_BYTES = 1 << 26
 
 
@@ -69,12 +69,12 @@ def stage_datasets(
 ) -> dict[str, str]:
     """Prefixes of node-local copies of these datasets, made where they are not there yet.
 
-    The copies stay this process's until it ends (or :func:`release`): nobody evicts them.
+    The copies stay this process's until it ends (or :func:`release`): they are not evicted.
 
     Args:
         prefixes: name → prefix, a path or an fsspec URL.
         cache_dir: `data.cache_dir`; its folder `datasets` is used.
-        cache_gib: `data.cache_gib`: entries that nobody uses are removed to stay below it; None: never.
+        cache_gib: `data.cache_gib`: entries that no process uses are removed to stay below it; None: never.
 
     Raises:
         InputError: a dataset without a manifest, a copy that has another hash than its manifest says, a limit or a
@@ -91,7 +91,7 @@ def stage_datasets(
     if limit is not None and needed > limit:
         raise InputError(
             f"data.cache_gib is {cache_gib:g}, but the run's {len(wanted)} datasets are {_gib(needed)}; raise it, or "
-            "say data.stage_datasets: false"
+            "set data.stage_datasets: false"
         )
     for source in wanted.values():
         _hold(folder, source, limit, set(wanted))
@@ -144,7 +144,7 @@ def release() -> None:
 
 @contextlib.contextmanager
 def _lock(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[int | None]:
-    """A locked file's descriptor, closed at the end; None where `how` says not to wait and somebody has the lock."""
+    """A locked file's descriptor, closed at the end; None where `how` does not wait and the lock is taken."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         try:
@@ -169,7 +169,7 @@ def _hold(folder: Path, source: _Source, limit: int | None, wanted: set[str]) ->
         if _is_sound(entry):
             return
         os.close(_held.pop(path))
-    # Who waits for this lock waits for a copy; who has it waits for nobody else's entry.
+    # Waiting for this lock means waiting for one copy; its holder waits for no other entry.
     with _lock(folder / f"{source.key}.making"):
         if not _is_sound(entry):
             with _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as unused:
@@ -241,7 +241,7 @@ def _make(folder: Path, entry: Path, source: _Source, limit: int | None, wanted:
         if _still_right(entry, source):
             _record(entry, source)
             return
-        logger.warning("the staged copy of %s in %s is damaged: it is made anew", source.prefix, entry)
+        logger.warning("the staged copy of %s in %s is damaged: it is copied again", source.prefix, entry)
         _remove(entry)
     partial = folder / f".{source.key}.partial"
     with _lock(folder / ".lock"):
@@ -257,7 +257,7 @@ def _make(folder: Path, entry: Path, source: _Source, limit: int | None, wanted:
         partial.rename(entry)
         fsync_path(folder)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)  # the disk is somebody else's too
+        shutil.rmtree(partial, ignore_errors=True)  # the disk is shared
         raise InputError(
             f"cannot stage {source.prefix} in {folder}: {error.strerror or error}; free some space there, or name "
             "another data.cache_dir"
@@ -265,7 +265,7 @@ def _make(folder: Path, entry: Path, source: _Source, limit: int | None, wanted:
 
 
 def _make_room(folder: Path, source: _Source, limit: int | None, wanted: set[str]) -> None:
-    """Remove what nobody uses, the longest unused first, until `source` fits under the limit and on the disk."""
+    """Remove what no process uses, the longest unused first, until `source` fits under the limit and on the disk."""
     others = {path: _reserved(path) for path in folder.iterdir() if path.is_dir() and _key(path) != source.key}
     used = sum(others.values()) + source.bytes
     done = sum(_size(path) for path in folder.glob(f".{source.key}.partial/data*"))
@@ -318,7 +318,7 @@ def _last_used(path: Path) -> float:
 
 
 def _removed(path: Path) -> bool:
-    """Remove an entry, or what a killed copy left, unless somebody uses or makes it."""
+    """Remove an entry, or what a killed copy left, unless a process uses or makes it."""
     now = fcntl.LOCK_EX | fcntl.LOCK_NB
     with _lock(path.with_name(f"{_key(path)}.making"), now) as making:
         if making is None:
@@ -332,24 +332,24 @@ def _removed(path: Path) -> bool:
 
 def _remove(path: Path) -> None:
     # Under another name first: a removal that is cut short leaves no half entry.
-    rubbish = path.with_name(f".{_key(path)}.removed")
-    shutil.rmtree(rubbish, ignore_errors=True)
+    doomed = path.with_name(f".{_key(path)}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
-        path.rename(rubbish)
-    shutil.rmtree(rubbish, ignore_errors=True)
+        path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _copy(partial: Path, source: _Source) -> None:
-    """Copy and hash every file of `source`, going on where an earlier copy was stopped."""
+    """Copy and hash every file of `source`, resuming an earlier copy that was stopped."""
     began = time.monotonic()
     logger.info("staging %s (%s) in %s", source.prefix, _gib(source.bytes), partial.parent)
     (partial / f"data{_MANIFEST}").write_bytes(source.manifest)
     with Progress(f"staging {source.prefix}", total=source.bytes, unit="B") as progress:
         for suffix, (size, sha256) in source.files.items():
             target = partial / f"data{suffix}"
-            begun = _size(target) > 0
+            resumed = _size(target) > 0
             found = _copy_file(f"{source.prefix}{suffix}", target, size, progress)
-            if found != sha256 and begun:
+            if found != sha256 and resumed:
                 # What a killed copy left may have been lost by the disk: once more, from the start.
                 target.unlink()
                 found = _copy_file(f"{source.prefix}{suffix}", target, size, progress)
@@ -357,7 +357,7 @@ def _copy(partial: Path, source: _Source) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise InputError(
                     f"{source.prefix}{suffix}: SHA-256 of what was read is {found}, needed {sha256} by its manifest: "
-                    "the file is damaged or was changed; restore it, or make the dataset anew"
+                    "the file is damaged or was changed; restore it, or recreate the dataset"
                 )
     seconds = time.monotonic() - began
     logger.info("staged %s: %s in %.0f s", source.prefix, _gib(source.bytes), seconds)
@@ -375,7 +375,7 @@ def _copy_file(name: str, target: Path, size: int, progress: Any) -> str:
         try:
             source = _open_source(name)
         except (OSError, ImportError, ValueError) as error:
-            raise InputError(f"{name} cannot be read ({error}); restore it, or make the dataset anew") from error
+            raise InputError(f"{name} cannot be read ({error}); restore it, or recreate the dataset") from error
         with source:
             source.seek(at)
             while at <= size and (chunk := _read(source, name)):

@@ -29,7 +29,7 @@ RULES = {
     "codes_length": "codes of another length than stated",
     "code_outside_codebook": "a code outside its codebook",
     "checksum": "codes differ from their checksum",
-    "text_id_outside_tokenizer": "a text id that the tokenizer has not",
+    "text_id_outside_tokenizer": "a text id outside the tokenizer",
     "bad_text": "text that is not UTF-8",
     "tar_key_again": "members of a sample that are not adjacent",
     "tar_duplicate_member": "a field twice in a sample",

@@ -78,13 +78,13 @@ class Verification:
         """
         if self.findings:
             problems = "; ".join(f"{finding.file}: {finding.problem}" for finding in self.findings)
-            raise InputError(f"{problems}; make the dataset anew, or restore these files")
+            raise InputError(f"{problems}; recreate the dataset, or restore these files")
 
 
 def verify_dataset(
     prefix: str | os.PathLike[str], space: TokenSpace | None = None, *, require_manifest: bool = True
 ) -> Verification:
-    """Compare everything that can be compared, whatever is damaged.
+    """Compare everything that can be compared in spite of damage.
 
     Args:
         prefix: P of the dataset's files.
@@ -119,7 +119,7 @@ def _manifest(result: Verification) -> Manifest | None:
             return None
         manifest = found
     if not result.findings and path.read_bytes() != manifest_bytes(manifest):
-        result.add(".manifest.json", "says what was written, but not in the bytes that were written: it was edited")
+        result.add(".manifest.json", "has the values that were written, but not the bytes: it was edited")
     for suffix in (".bin", ".idx", ".docs.parquet"):
         if suffix not in manifest.files:
             result.add(".manifest.json", f"field files names no {suffix}")
@@ -128,7 +128,7 @@ def _manifest(result: Verification) -> Manifest | None:
 
 
 def _fields(path: Path) -> Manifest | None:
-    """What a damaged manifest still says, where that has the form of one."""
+    """The fields of a damaged manifest that can still be read."""
     try:
         value = json.loads(path.read_bytes())
         value.pop("sha256", None)
@@ -235,7 +235,7 @@ def _rejected(result: Verification, manifest: Manifest) -> None:
     elif file_of(result.prefix, suffix).exists():
         result.add(suffix, "is there, but the manifest names none: it is of another dataset")
         return
-    # A sample that is left out for want of a reference is not at fault, and not listed.
+    # A sample that is left out because it has no reference is not at fault, and not listed.
     for rule in sorted({*rules, *manifest.filters.dropped} - {"no_reference"}):
         stated = manifest.filters.dropped.get(rule, 0)
         if rules[rule] != stated:
@@ -261,7 +261,7 @@ def _sums(result: Verification, manifest: Manifest, whole_table: bool) -> None:
         if stated != manifest.documents:
             result.add(".manifest.json", f"{name} add up to {stated:,}, needed {manifest.documents:,}")
     if not whole_table:
-        return  # its columns say nothing
+        return  # its columns cannot be compared
     try:
         found = _table_sums(result.prefix, manifest)
     except InputError as error:

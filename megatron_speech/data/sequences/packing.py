@@ -3,7 +3,7 @@
 A segment is a run of tokens of one document inside one sequence. Sequence i holds segments
 seq_ptr[i]:seq_ptr[i+1], end to end from its first token on; what is left of it is padding. Neither the order nor
 the table is ever held whole: documents are taken from the order a million at a time, and what they are packed to
-goes to the table's files (`data.index_cache`).
+goes to the table's files (`data.sequences.index_cache`).
 
 Of documents with several streams a token is a step here: its ids count as one, and no segment begins or ends within it.
 """

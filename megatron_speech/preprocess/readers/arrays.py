@@ -107,7 +107,7 @@ def _translate(row: Row) -> None:
     for theirs, ours in _INWORLD_FIELDS:
         if theirs in row.fields and row.fields.get(ours) is None:
             row.fields[ours] = row.fields.pop(theirs)
-    if row.fields.get("language") == "unknown":  # their word for a language that nobody named
+    if row.fields.get("language") == "unknown":  # their value for a language that is not given
         del row.fields["language"]
 
 
@@ -142,14 +142,14 @@ class Bounds:
             values = self._read(first, min(first + _BOUNDARIES_AT_A_TIME, self.rows + 1))
             if first == 0 and values[0] != 0:
                 raise InputError(
-                    f"input {self.file.path} begins at frame {values[0]:,}, needed 0: {values[0]:,} frames are nobody's"
+                    f"input {self.file.path} begins at frame {values[0]:,}, needed 0: the frames before have no sample"
                 )
             steps = np.diff(values, prepend=previous)
             if (steps < 0).any():
                 at = int(np.argmax(steps < 0))
                 raise InputError(
                     f"input {self.file.path} runs backwards at row {first + at + 1:,} (from frame "
-                    f"{values[at] - steps[at]:,} to {values[at]:,}), so that samples overlap; make it anew"
+                    f"{values[at] - steps[at]:,} to {values[at]:,}), so that samples overlap; recreate it"
                 )
             previous = int(values[-1])
         if previous != self.frames:
@@ -160,7 +160,7 @@ class Bounds:
 
 
 class ArrayReader:
-    """Rows of a reader, each with its part of an array. The files are checked when rows are first asked for."""
+    """Rows of a reader, each with its part of an array. The files are checked when rows are first read."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class ArrayReader:
                 raise InputError(f"input {self._bounds} has {1 + len(index.row_shape)} dimensions, needed 1")
             rows = index.length if self._inworld else index.length - 1
             if rows < 1:
-                raise InputError(f"input {self._bounds} holds no rows; make it anew, or leave it out")
+                raise InputError(f"input {self._bounds} holds no rows; recreate it, or leave it out")
             bounds = Bounds(index, rows, file.length)
             bounds.check()
             if self._inner is not None and self._inner.known_rows is not None:
@@ -215,7 +215,7 @@ class ArrayReader:
         """Rows `start` to `stop` (from 0), in order."""
         file, bounds = self._opened()
         last = bounds.rows if stop is None else min(stop, bounds.rows)
-        # The rows after the last one are asked for too: there must be none.
+        # Read beyond the last row too: there must be none.
         inner = self._numbered(start, last) if self._inner is None else self._inner.batches(start, stop)
         position = start
         for batch in inner:

@@ -30,7 +30,7 @@ class Row:
 
     `number` counts from 1: the line of a text file, the row of a table, the sample of an archive. A field `codes` or
     `text_ids` is an integer array where the file holds arrays. `notices` name what the file holds beside the row and
-    nobody reads (`tar_member:.wav`); they are counted, and drop nothing.
+    are not read (`tar_member:.wav`); they are counted, and drop nothing.
     """
 
     number: int
@@ -103,7 +103,7 @@ class RowReader(Protocol):
 
     @property
     def known_rows(self) -> int | None:
-        """Number of rows; None where counting them would mean to read the data, and nobody has yet."""
+        """Number of rows; None where counting them would mean to read the data, and no pass has yet."""
         ...
 
     @property
@@ -152,7 +152,7 @@ class RunReader:
 
 
 class StreamReader(RunReader):
-    """A compressed or remote file: read from its beginning whenever rows are asked for."""
+    """A compressed or remote file: read from its beginning for every pass."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)

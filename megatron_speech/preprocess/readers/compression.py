@@ -119,7 +119,7 @@ class Inflated(io.RawIOBase):
         try:
             self._output = memoryview(self._decoder.decompress(piece))
         except self._error as error:
-            raise DamagedInput(f"input {self._url} is damaged: its {self._format} stream says: {error}") from error
+            raise DamagedInput(f"input {self._url} is damaged: its {self._format} stream: {error}") from error
         if len(self._output) > _LARGE_STEP_BYTES:
             self._piece = max(self._piece // 4, _LEAST_PIECE_BYTES)
         elif len(self._output) < _SMALL_STEP_BYTES:

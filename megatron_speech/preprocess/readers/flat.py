@@ -1,6 +1,6 @@
 """Arrays that lie in files: `.npy`, or numbers without a header. They are read by range, never mapped or as a whole.
 
-Reading costs one copy of what is asked for; a mapping would leave the pages of the whole file with the process, and
+Reading costs one copy of the rows; a mapping would leave the pages of the whole file with the process, and
 end it by a signal where a file becomes shorter.
 """
 

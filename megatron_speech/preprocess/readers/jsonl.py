@@ -27,7 +27,7 @@ from megatron_speech.preprocess.readers.compression import DamagedInput
 # A line longer than this is no row but a file without line ends; reading it would take the memory.
 MAX_LINE_BYTES = 256 << 20
 
-# A larger file is not counted before it is converted: that would be a pass over the data that nobody sees.
+# A larger file is not counted before it is converted: that would be a silent pass over the data.
 COUNTED_BYTES = 256 << 20
 
 _BLOCK_BYTES = 1 << 20  # looked through for line ends at a time
@@ -105,7 +105,7 @@ class JsonlBatch:
     offset: int
     size: int
     line: int
-    skip: int  # rows of the run before the first one wanted
+    skip: int  # rows of the run before the first one needed
     rows: int
 
     def read(self) -> Rows:
@@ -225,7 +225,7 @@ def _is_row(block: bytes, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 
 def _refuse_empty(path: str) -> None:
-    raise InputError(f"input {path} holds no rows; make it anew, or leave it out")
+    raise InputError(f"input {path} holds no rows; recreate it, or leave it out")
 
 
 class JsonlReader(RunReader):

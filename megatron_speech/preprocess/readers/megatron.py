@@ -44,7 +44,7 @@ class MegatronReader:
                     f"needed version {VERSION} and integers"
                 )
             if bounds < 2 or not sequences:
-                raise InputError(f"input {self.path} holds no documents; make it anew, or leave it out")
+                raise InputError(f"input {self.path} holds no documents; recreate it, or leave it out")
             size = HEADER.size + 12 * sequences + 8 * bounds
             found = source.size_bytes(self.path)
             if found == size + sequences:

@@ -135,7 +135,7 @@ class InputFiles:
         raise InputError(f"input {', '.join(self.paths)} holds no rows; needed at least one")
 
     def fingerprints(self) -> list[dict[str, Any]]:
-        """What tells this state of every file from another: see :func:`source.fingerprint`."""
+        """Identifies the version of every file: see :func:`source.fingerprint`."""
         return source.fingerprints([file for reader in self.readers for file in reader.files])
 
     def batches(self, start: int, stop: int | None = None) -> Iterator[RowBatch]:

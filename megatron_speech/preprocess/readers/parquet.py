@@ -192,7 +192,7 @@ class ParquetReader:
             self._rows = file.metadata.num_rows
             stop = self._rows if stop is None else stop
             position = 0
-            # Group by group: asked for several at once, Arrow holds more than one of them.
+            # Group by group: reading several at once, Arrow holds more than one of them.
             for group in range(file.metadata.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
                 if position < stop and position + size > start:

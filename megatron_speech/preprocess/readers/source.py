@@ -27,7 +27,7 @@ _REMOTE_BLOCK_BYTES = 8 << 20  # of a remote file read at a time; what fsspec's 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _REQUESTS = 32  # to servers, at a time
 
-# What tells one version of a remote file from another, in the words of the file systems; the first that is there.
+# Keys by which file systems identify a version of a remote file; the first that is present is used.
 _VERSION_KEYS = ("ETag", "etag", "checksum", "md5Hash", "content_md5", "generation", "version_id", "LastModified",
                  "last_modified", "mtime", "updated", "created")  # fmt: skip
 
@@ -279,7 +279,7 @@ def list_folder(path: str) -> list[str]:
 
 
 def fingerprint(path: str) -> dict[str, Any]:
-    """What tells this version of a file from another, without reading it: path, bytes, and mtime_ns or version.
+    """Identifies a version of a file without reading it: path, bytes, and mtime_ns or version.
 
     Raises:
         InputError: there is no such file.
@@ -299,7 +299,7 @@ def fingerprint(path: str) -> dict[str, Any]:
 
 
 def fingerprints(paths: Sequence[str]) -> list[dict[str, Any]]:
-    """:func:`fingerprint` of each; servers are asked for several at a time."""
+    """:func:`fingerprint` of each; several requests to servers at a time."""
     if all(local_path(path) is not None for path in paths):
         return [fingerprint(path) for path in paths]
     with ThreadPoolExecutor(_REQUESTS) as pool:

@@ -53,7 +53,7 @@ class TarStream:
     def members(self, end: int | None = None) -> Iterator[Member]:
         """Members up to byte `end` (None: the archive's end, which is checked).
 
-        Read a member's data with :meth:`read` before the next one is asked for.
+        Read a member's data with :meth:`read` before the next one is yielded.
 
         Raises:
             InputError: the archive is cut off or damaged.
@@ -115,7 +115,7 @@ class TarStream:
                 elif kind in (b"x", b"g"):
                     records = self._pax(data)
                     if kind == b"g" and {b"path", b"size"} & set(records):
-                        raise InputError(f"input {self.path} has a global header with a path or size; make it anew")
+                        raise InputError(f"input {self.path} has a global header with a path or size; recreate it")
                     if kind == b"x":
                         name = records.get(b"GNU.sparse.name", records.get(b"path", name))
                         size = self._decimal(records[b"size"]) if b"size" in records else size

@@ -211,7 +211,7 @@ class TarBatch:
     begin: int
     end: int
     first: int  # number of the first sample of those bytes, from 1
-    skip: int  # samples before the first one wanted
+    skip: int  # samples before the first one needed
     rows: int
     again: frozenset[int]  # numbers of samples whose key came before
 
@@ -276,7 +276,7 @@ def _runs(stream: TarStream, *, load: bool) -> Iterator[SampleBatch]:
     if found:
         yield run()
     elif first == 1:
-        reason = "no member is named KEY.ENDING; make it anew, or leave it out"
+        reason = "no member is named KEY.ENDING; recreate it, or leave it out"
         raise InputError(f"input {stream.path} holds no rows: {reason}")
 
 
@@ -316,7 +316,7 @@ class TarReader(RunReader):
         begins, rows = array("q", [0]), array("q", [0])
         again: set[int] = set()
         if not source.size_bytes(self.path):
-            raise InputError(f"input {self.path} is empty (0 bytes); make it anew, or leave it out")
+            raise InputError(f"input {self.path} is empty (0 bytes); recreate it, or leave it out")
         with source.open_binary(self.path, decompress=False, buffer_bytes=_SCAN_BUFFER_BYTES) as handle:
             for run in _runs(TarStream(handle, self.path, can_seek=True), load=False):
                 end = run.found[-1].end

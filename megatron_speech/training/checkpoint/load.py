@@ -146,7 +146,7 @@ def load_weights(info: CheckpointInfo, chunks: list[Any], *, ema: bool = False) 
     With `ema` the moving average, and the weights themselves of what was frozen.
 
     Raises:
-        InputError: the average is asked for, and there is none.
+        InputError: the average is requested, and there is none.
     """
     if ema and not has_average(info):
         raise InputError(

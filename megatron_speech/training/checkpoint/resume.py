@@ -42,7 +42,7 @@ def check_resumable(info: CheckpointInfo, recipe: Recipe, space: TokenSpace, fin
     # What a changed blend means for the running stage is found out, and carried out, by `changed_blend`.
     may_change = recipe.data.on_change == "continue"
     another_run = "or start a new run with another run_dir"
-    remedy = "start a new run with another run_dir, or say data.on_change: continue to go on with the changed blend"
+    remedy = "start a new run with another run_dir, or set data.on_change: continue to train on the changed blend"
     for name, fingerprint in info.fields["datasets"].items():
         if name in fingerprints and fingerprints[name] != fingerprint and not may_change:
             raise InputError(

@@ -64,7 +64,7 @@ def prune(
     problem: Callable[[Path], str | None],
     waiting: Collection[str] = (),
 ) -> list[str]:
-    """Remove checkpoints that nothing asks for. Call on one rank.
+    """Remove checkpoints that no rule keeps. Call on one rank.
 
     Only sound ones count among the newest `config.keep_last`, and each of those was read before anything older goes:
     one that was damaged since it was written never costs the run the last good one.

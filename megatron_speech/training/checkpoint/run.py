@@ -38,12 +38,12 @@ def newest_checkpoint(directory: Path) -> CheckpointInfo | None:
 
 
 class RunCheckpoints:
-    """A run's checkpoints, as its recipe's `checkpoint` section wants them. To be made on all ranks at the same time.
+    """A run's checkpoints, as its recipe's `checkpoint` section configures them. Constructing one is a collective.
 
     Args:
         directory: RUN/checkpoints.
         recipe, space: of the run.
-        info: the checkpoint that it goes on from.
+        info: the checkpoint that it continues from.
         log: of the run.
     """
 
@@ -111,7 +111,7 @@ class RunCheckpoints:
                 left = self._uploader.finish()
                 if left:
                     names = ", ".join(left)
-                    self._log.alarm("copies", f"{names}: not copied yet; start the same command again to go on copying")
+                    self._log.alarm("copies", f"{names}: not copied yet; run the same command again to resume copying")
                 prune(self.directory, self._config, problem=self._soundness.problem, waiting=left)
             self._uploader.close()
 

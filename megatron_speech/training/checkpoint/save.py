@@ -53,10 +53,10 @@ class SaveReport:
 
 
 class CheckpointSaver:
-    """Saves a run's checkpoints while the training goes on; one at a time.
+    """Saves a run's checkpoints while training continues; one at a time.
 
     `save` copies this rank's state to host memory and returns; a thread writes it. The next `save` and `wait` wait
-    for that. A save that fails (a full disk) leaves nothing behind, is reported, and the run goes on.
+    for that. A save that fails (a full disk) leaves nothing behind, is reported, and the run continues.
 
     Args:
         directory: RUN/checkpoints, on storage that all ranks share.
@@ -64,10 +64,10 @@ class CheckpointSaver:
         after_save: called on rank 0 with every checkpoint that was written, in the thread that wrote it; its answer
             is `SaveReport.post_save`.
 
-    To be made on all ranks at the same time: it takes a process group of its own.
+    Constructing one is a collective: it creates a process group.
     """
 
-    # How long a process that ends because of an error waits for a save that it had begun. Another process of the
+    # How long a process that ends because of an error waits for a save that it had started. Another process of the
     # run may have gone, and then nothing more comes of it.
     ERROR_SECONDS = 30.0
 
@@ -101,7 +101,7 @@ class CheckpointSaver:
             optimizer: its moments and master weights are saved.
             state: small state that is equal on all ranks (scheduler, loss sums).
         """
-        asked = time.perf_counter()
+        called = time.perf_counter()
         self._join()
         started = time.perf_counter()
         contents = run_state(chunks, optimizer, state)
@@ -111,7 +111,7 @@ class CheckpointSaver:
         if self._buffers is None:
             self._write(planned, final, described, started, None)
             return
-        waited = time.perf_counter() - asked
+        waited = time.perf_counter() - called
         self._thread = threading.Thread(
             target=self._write_beside,
             args=(planned, final, described, started, waited),
@@ -131,7 +131,7 @@ class CheckpointSaver:
             self._buffers.block_training_stream()
 
     def poll(self) -> list[SaveReport]:
-        """Reports of the saves that have ended since it was last asked; waits for nothing.
+        """Reports of the saves that have ended since the last call; waits for nothing.
 
         Raises:
             whatever went wrong in the thread, other than the disk.
@@ -190,7 +190,7 @@ class CheckpointSaver:
 
 
 def describe_run(recipe: Recipe, fields: dict[str, Any]) -> dict[str, Any]:
-    """checkpoint.json of a run's checkpoint, but for what only its files can tell."""
+    """checkpoint.json of a run's checkpoint, without what is known only when its files are written."""
     return {
         **fields,
         "recipe": recipe.model_dump(mode="json"),

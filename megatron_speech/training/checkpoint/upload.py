@@ -44,7 +44,7 @@ class Queue:
         return sorted((path.stem for path in self.folder.glob("step_*.json")), key=lambda name: int(name[5:]))
 
     def add(self, name: str) -> None:
-        """Ask for a copy."""
+        """Queue a copy."""
         write_json(self.folder / f"{name}.json", {"checkpoint": name})
 
     def remove(self, name: str) -> None:
@@ -53,7 +53,7 @@ class Queue:
 
 
 class Uploader:
-    """Rank 0's end: asks for copies, and keeps the process that makes them.
+    """Rank 0's end: queues copies, and owns the process that makes them.
 
     Args:
         run: the run directory.
@@ -79,7 +79,7 @@ class Uploader:
         return self._queue.names()
 
     def add(self, name: str) -> list[str]:
-        """Ask for a copy of a checkpoint; returns those that are given up, since too many are waiting."""
+        """Queue a copy of a checkpoint; returns those that are given up, since too many are waiting."""
         self._queue.add(name)
         given_up = self._queue.names()[: -self._config.max_waiting]
         for old in given_up:
@@ -143,7 +143,7 @@ def copy_all(run: Path, *, finish: threading.Event, woken: threading.Event) -> N
         except InputError as error:
             logger.warning("upload: %s is not copied: %s", name, error)
         except Exception as error:
-            # The libraries behind fsspec have no error in common. None of them may end this loop, all are told of.
+            # The libraries behind fsspec have no error in common. None of them may end this loop; all are logged.
             failures += 1
             pause = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0 ** (failures - 1)) * random.uniform(0.5, 1.0)
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -173,7 +173,7 @@ def _copy(run: Path, name: str, config: CheckpointConfig, upload: UploadConfig) 
 
 
 def _prune(system: Any, root: str, run: Path, config: CheckpointConfig, keep_last: int) -> None:
-    """Remove copies that nothing asks for."""
+    """Remove copies that no rule keeps."""
     best = run / "checkpoints" / "best"
     kept = os.readlink(best) if best.is_symlink() else None
     for name, fields in list(list_copies(system, root).items())[keep_last:]:
@@ -185,7 +185,7 @@ def _prune(system: Any, root: str, run: Path, config: CheckpointConfig, keep_las
 def main(run: Path) -> None:
     """Copy for the process at the other end of stdin, and end with it."""
     install_handler()
-    # Whoever stops the run signals all of its processes: this one ends when stdin does.
+    # A signal that stops the run reaches all of its processes: this one ends when stdin does.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     finish, woken = threading.Event(), threading.Event()

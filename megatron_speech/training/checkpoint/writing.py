@@ -4,7 +4,7 @@
     write_save  at any time after it, on every rank, in any thread: written and hashed in one pass, synced,
                 described, renamed
 
-The second half talks over a process group of its own, or it would mix its messages with those of the training step.
+The second half uses its own process group, or it would mix its messages with those of the training step.
 The format is megatron-core's torch_dist. The save itself is `torch.distributed.checkpoint.save`, given a planner and a
 writer of ours: megatron-core's own writer starts processes for each save, which a killed run would leave behind.
 """
@@ -99,7 +99,7 @@ class HostBuffers:
 class Sharing:
     """Which data-parallel rank writes which of the shards that several hold: evenly, agreed on once.
 
-    Asked again when the state of any rank has changed its shape, as when weights are frozen or a stage drops its
+    Computed again when the state of any rank has changed its shape, as when weights are frozen or a stage drops its
     moments; then the shards are also checked to make up every tensor exactly once.
     """
 
@@ -128,7 +128,7 @@ class Sharing:
 
 @dataclass
 class PlannedSave:
-    """This rank's part of a checkpoint, apart from the model: training may go on."""
+    """This rank's part of a checkpoint, apart from the model: training may continue."""
 
     plan: SavePlan
     data: dict[MetadataIndex, torch.Tensor | io.BytesIO]
@@ -196,7 +196,7 @@ def write_save(
 
     Args:
         save: this rank's part.
-        described: checkpoint.json, but for what only the files can tell.
+        described: checkpoint.json, without what is known only when the files are written.
         space, recipe: saved beside the weights.
         group: of all ranks, used by nothing else meanwhile; None: the default one.
 
@@ -332,7 +332,7 @@ def _finish(
         },
     )
     fsync_path(building)
-    if final.exists():  # one that was skipped on resume, or that the run has gone back behind
+    if final.exists():  # one that was skipped on resume, or that a rollback discarded
         replaced = final.parent / f".{final.name}.replaced"
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)

@@ -1,6 +1,6 @@
-"""What the ranks of a run tell each other besides gradients: over gloo, between hosts, without the device.
+"""What the ranks of a run exchange besides gradients: over gloo, between hosts, without the device.
 
-The group is one of its own, so that its operations neither wait for those of a layout's groups nor come in between.
+It has its own group, so that its operations neither wait for those of a layout's groups nor come in between.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class StopRequest:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         if number == signal.SIGINT:
-            # What Python does with an interrupt, whatever was there before: a second one is meant.
+            # What Python does with an interrupt, whatever handler was there before: a second interrupt is deliberate.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             message("interrupted", "saving; interrupt again to end at once")
 
@@ -69,23 +69,23 @@ class Control:
         self._group = dist.new_group(backend="gloo", timeout=timeout) if self.world_size > 1 else None
         self._asked: tuple[Any, torch.Tensor] | None = None
 
-    def should_stop(self, wanted: bool) -> bool:
+    def should_stop(self, requested: bool) -> bool:
         """Whether the run stops at this step boundary: True on all ranks at the same one, or on none.
 
-        One rank alone answers for itself. Of several, each boundary sends out the ranks' wishes and takes in those of
-        the boundary before: no step waits for a message, and a wish is met at most two steps later.
+        A single rank decides for itself. Of several, each boundary sends the ranks' requests and receives those of
+        the boundary before: no step waits for a message, and a request is met at most two steps later.
         """
         if self._group is None:
-            return wanted
+            return requested
         agreed = False
         if self._asked is not None:
-            work, wishes = self._asked
+            work, requests = self._asked
             work.wait()
-            agreed = bool(wishes.item())
+            agreed = bool(requests.item())
         self._asked = None
         if not agreed:
-            wishes = torch.tensor([int(wanted)])
-            self._asked = dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=self._group, async_op=True), wishes
+            requests = torch.tensor([int(requested)])
+            self._asked = dist.all_reduce(requests, op=dist.ReduceOp.MAX, group=self._group, async_op=True), requests
         return agreed
 
     def gather(self, values: list[float]) -> torch.Tensor:

@@ -24,7 +24,7 @@ class Safety:
     Args:
         config: the recipe's `watchdog` section.
         directory: the run directory; stacks of a rank that hangs go to `stacks/` in it.
-        stop: the signals that ask for an end; None: nothing asks.
+        stop: the signals that request an end; None: there are none.
         on_end: called on rank 0 with a sentence before the watchdog ends the process.
     """
 
@@ -50,7 +50,7 @@ class Safety:
         """An error inside ends all ranks: this one by the error, the others with a sentence about it.
 
         Raises:
-            PeerError: another rank has ended, in place of whatever a collective makes of that.
+            PeerError: another rank has ended, in place of the error of a collective that broke off.
         """
         try:
             yield
@@ -69,7 +69,7 @@ class Safety:
             raise
 
     def should_stop(self, step: int) -> bool:
-        """Call at the end of every step: whether all ranks stop here, because one was asked to. A collective."""
+        """Call at the end of every step: whether all ranks stop here, because one received a signal. A collective."""
         self.progress.step_ended(step)
         return self.control.should_stop(self.stop.requested)
 

@@ -1,10 +1,10 @@
 """Ends a process that waits for something that will not come, soon and with a sentence.
 
-Two threads watch the main one. `Watchdog` looks at clocks only, so nothing can keep it waiting: has a step ended within
-its time limit, and have the other ranks been heard of? `Heartbeat` talks to the launcher's key-value store, and may
-block there: it sets "rank 3 lives, step 120", reads the key of the next rank, and the verdict that the run is over,
-which any rank may publish. A rank that ends because of an error publishes that too. So the others end within seconds,
-instead of when a collective times out after half an hour.
+Two threads watch the main one. `Watchdog` reads clocks only, so nothing can keep it waiting: has a step ended within
+its time limit, and are the heartbeats of the other ranks recent? `Heartbeat` talks to the launcher's key-value store,
+and may block there: it sets "rank 3 lives, step 120", reads the key of the next rank, and the verdict that the run is
+over, which any rank may publish. A rank that ends because of an error publishes that too. So the others end within
+seconds, instead of when a collective times out after half an hour.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ EXIT_CODE = 1
 _STEPS = 101  # whose median is taken
 
 
-class Progress:
-    """What the main thread last said, and how long it may be silent. Not a thread.
+class StepTimer:
+    """What the main thread last reported, and how long it may be silent. Not a thread.
 
     Args:
         config: the limits.
@@ -168,9 +168,9 @@ class Heartbeat:
                 f"{now - self._answered_at:.0f} s"
             )
         if self._seen != self._DONE and now - self._seen_at > self._peer_seconds:
-            doing = self._seen.partition(" ")[2] or "never heard of"
+            doing = self._seen.partition(" ")[2] or "never seen"
             return (
-                f"rank {self._next} on {self._hosts[self._next]} has not been heard of for {now - self._seen_at:.0f} s "
+                f"rank {self._next} on {self._hosts[self._next]} has sent no heartbeat for {now - self._seen_at:.0f} s "
                 f"(it was {doing}): it is stopped, its node is gone, or it was killed"
             )
         return None
@@ -205,7 +205,7 @@ class Watchdog:
         on_end: Callable[[str], None],
         end: Callable[[int], Any] = os._exit,
     ) -> None:
-        self.progress = Progress(config)
+        self.progress = StepTimer(config)
         self._config, self._stacks, self._rank = config, stacks, rank
         self._on_end, self._end = on_end, end
         self._host = "this host"
@@ -251,7 +251,7 @@ class Watchdog:
             self._arm_backup()
             self._judged.wait(poll)
             now = time.monotonic()
-            if now - looked > 10 * poll + 1.0:  # SIGSTOP and SIGCONT, or a laptop's lid: nobody is late
+            if now - looked > 10 * poll + 1.0:  # SIGSTOP and SIGCONT, or a laptop's lid: no rank is late
                 self.progress.reset_timer()
                 if self._heartbeat is not None:
                     self._heartbeat.reset_timer()
@@ -263,7 +263,7 @@ class Watchdog:
                 return
 
     def _judge(self) -> str | None:
-        """Why the run is over by what this rank sees; the others are told."""
+        """Why the run is over by what this rank sees; published to the others."""
         overdue = self.progress.overdue()
         silent = self._heartbeat and self._heartbeat.silent()
         reason = f"rank {self._rank} on {self._host}: {overdue}" if overdue else silent
@@ -305,7 +305,7 @@ class Watchdog:
             self._heartbeat.publish_verdict(reason)
 
     def reason(self) -> str | None:
-        """Why the run is over, if another rank has said so or says so within a beat."""
+        """Why the run is over, if another rank has published it or does within a beat."""
         if self._heartbeat is None:
             return None
         # Beat now rather than wait: the thread may be asleep for a whole interval.
@@ -338,5 +338,5 @@ def peer_error(error: RuntimeError, watchdog: Watchdog) -> PeerError | None:
     words = ("gloo", "NCCL", "Connection", "Socket")
     if not isinstance(error, dist.DistError) and not any(word in text for word in words):
         return None
-    cause = watchdog.reason() or "another rank ended without a word: it was killed, or its node is gone; see its log"
+    cause = watchdog.reason() or "another rank ended without a message: it was killed, or its node is gone; see its log"
     return PeerError(f"{cause} ({text.splitlines()[0][:200]})")

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: each logged record, to every exporter that the recipe asks for.
+"""Where the numbers of a run go: each logged record, to every exporter that the recipe configures.
 
     record ─► metrics.jsonl      always; full precision, what a resumed run is compared by
           ├─► TensorBoard        logging.tensorboard
@@ -33,7 +33,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Exporter(Protocol):
-    """Takes every record of a run; `write` says what keeps it from doing so, or None."""
+    """Takes every record of a run; `write` returns what keeps it from doing so, or None."""
 
     def write(self, record: Record) -> str | None:
         """Take one record; returns a sentence when it could not be written (yet), which ends no run."""
@@ -45,10 +45,10 @@ class Exporter(Protocol):
 
 
 def open_exporters(recipe: Recipe, directory: Path, resume_step: int) -> list[Exporter]:
-    """The exporters that `recipe.logging` asks for, of a run that goes on after `resume_step`. Call on one rank.
+    """The exporters that `recipe.logging` configures, of a run that continues after `resume_step`. Call on one rank.
 
     Raises:
-        InputError: the port is taken, or Weights & Biases is asked for and not there.
+        InputError: the port is taken, or Weights & Biases is configured and not installed.
     """
     section = recipe.logging
     exporters: list[Exporter] = []
@@ -156,9 +156,9 @@ class TensorBoard:
         return TensorBoard(SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1))
 
     def write(self, record: Record) -> str | None:
-        """Add the numbers of `record`; after a full disk there is no writer any more, and it says so."""
+        """Add the numbers of `record`; after a full disk there is no writer any more, which is reported."""
         if self._writer is None:
-            return "tensorboard/: stopped when the disk was full; it goes on when the run is continued"
+            return "tensorboard/: stopped when the disk was full; it resumes when the run is continued"
         prefix = f"{record['split']}/" if "split" in record else ""
         try:
             for key, value in scalars(record):
@@ -242,7 +242,7 @@ class Prometheus:
         return []
 
     def collect(self) -> Iterator[Any]:
-        """The gauges, as prometheus-client asks for them at every scrape."""
+        """The gauges, as prometheus-client collects them at every scrape."""
         from prometheus_client.core import GaugeMetricFamily
 
         with self._lock:
@@ -269,7 +269,7 @@ class Prometheus:
 
 
 class Wandb:
-    """A run of Weights & Biases; a continued run goes on in the same one, whose id is in RUN/wandb.json.
+    """A run of Weights & Biases; a continued run resumes the same one, whose id is in RUN/wandb.json.
 
     Raises:
         InputError: the package is not installed, or cannot start a run.
@@ -301,7 +301,7 @@ class Wandb:
             )
         except wandb.Error as error:
             raise InputError(
-                f"recipe {recipe.name}: logging.wandb cannot start a run: {error}; mend it, say mode: offline, or set "
+                f"recipe {recipe.name}: logging.wandb cannot start a run: {error}; fix it, set mode: offline, or set "
                 "logging.wandb to null"
             ) from error
         # With a step of our own a continued run may write a step again; W&B's own counter would drop it.

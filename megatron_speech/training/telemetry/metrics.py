@@ -32,7 +32,7 @@ class LossMeter:
     Args:
         groups: the document groups of the stage, in the order of the loader's group ids.
         device: where the losses are.
-        loss: the stage's `loss` section, which says what the loss is divided by.
+        loss: the stage's `loss` section, which defines what the loss is divided by.
         contributes: whether this rank's losses count: one tensor-parallel rank of the last pipeline stage, on every
             data-parallel and context-parallel rank.
         counts: whether its host-side counts do too: context-parallel ranks share the losses of a batch, but count

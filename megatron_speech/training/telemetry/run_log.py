@@ -73,7 +73,7 @@ class RunLog:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            self.alarm("status", f"{path}: {error.strerror}; it says what was so before")
+            self.alarm("status", f"{path}: {error.strerror}; it holds the state before")
         else:
             self.alarm("status", None)
 
@@ -85,7 +85,7 @@ class RunLog:
 
 
 def record_failure(recipe: Recipe, message: str) -> None:
-    """Note in the run directory, if there is one, why the run did not start or go on.
+    """Note in the run directory, if there is one, why the run did not start or continue.
 
     The position stays as it was, and a finished run stays finished: a later command that was refused, for a
     changed recipe say, took nothing from it.

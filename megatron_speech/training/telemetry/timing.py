@@ -106,7 +106,7 @@ class Stragglers:
         return Stragglers(rank, seconds[rank], medians[stages[rank]])
 
     def sentence(self, factor: float, host: str) -> str | None:
-        """What to say when the rank takes more than `factor` times the median, and 0.1 s longer; else None."""
+        """The sentence to log when the rank takes more than `factor` times the median, and 0.1 s longer; else None."""
         if self.seconds <= max(factor * self.median, self.median + 0.1):
             return None
         return (
