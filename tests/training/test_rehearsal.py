@@ -89,6 +89,7 @@ def test_a_run_can_end_after_a_stage_and_go_on(
 # ---- overfitting a few sequences
 
 
+@pytest.mark.slow
 def test_a_few_sequences_are_overfitted(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert train(recipe, run, "--overfit", "8") == 0
