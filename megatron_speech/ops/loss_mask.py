@@ -344,7 +344,7 @@ def _checked(
     if not modality_table.shape[0]:
         raise InputError("loss_mask: modality_table is empty")
     contiguous = [tensor.contiguous() for _, tensor, _, _ in expected]
-    return _Batch(*contiguous[:5], document_flags=contiguous[5] if document_flags is not None else None)
+    return _Batch(*contiguous[:5], contiguous[5] if document_flags is not None else None)
 
 
 def _check_documents(batch: _Batch) -> None:
