@@ -344,7 +344,7 @@ def _checked(
     if not modality_table.shape[0]:
         raise InputError("loss_mask: modality_table is empty")
     contiguous = [tensor.contiguous() for _, tensor, _, _ in expected]
-    return _Batch(*contiguous[:5], document_flags=contiguous[5] if document_flags is not None else None)
+    return _Batch(*contiguous[:5], contiguous[5] if document_flags is not None else None)
 
 
 def _check_documents(batch: _Batch) -> None:
@@ -434,15 +434,16 @@ def _reference(batch: _Batch, policy: LossPolicy, out: MaskedBatch) -> None:
     segment_groups[document_segments] = batch.document_groups
     in_document = segment_ends[segments] > positions
     next_in_document = segment_ends[segments] > positions + 1
-    flags = torch.zeros(documents + rows, dtype=torch.uint8, device=device)
+    has_prompt, may_label = in_document, next_in_document
     if batch.document_flags is not None:
+        flags = torch.zeros(documents + rows, dtype=torch.uint8, device=device)
         flags[document_segments] = batch.document_flags
-    may_learn = (flags & UNLEARNED)[segments] == 0
+        has_prompt = in_document & ((flags & PROMPTLESS)[segments] == 0)
+        may_label = next_in_document & ((flags & UNLEARNED)[segments] == 0)
 
     # The first prompt end of each document, in stream 0; a document without one is all prompt.
     in_prompt = next_in_prompt = torch.zeros_like(in_document)
     if policy.prompt_end_id >= 0:
-        has_prompt = in_document & ((flags & PROMPTLESS)[segments] == 0)
         is_prompt_end = tokens[:, :seq_length, 0].reshape(-1) == policy.prompt_end_id
         prompt_ends = torch.full((documents + rows,), _NO_PROMPT_END, device=device)
         prompt_ends.scatter_reduce_(0, segments, torch.where(is_prompt_end, positions, _NO_PROMPT_END), "amin")
@@ -458,7 +459,7 @@ def _reference(batch: _Batch, policy: LossPolicy, out: MaskedBatch) -> None:
 
     labels = tokens[:, 1:].reshape(-1, streams)
     label_modality = torch.where(valid, modality, 0)[:, 1:].reshape(-1, streams)
-    has_label = (next_in_document & may_learn)[:, None] & valid[:, 1:].reshape(-1, streams)
+    has_label = may_label[:, None] & valid[:, 1:].reshape(-1, streams)
     policy_weights = torch.from_numpy(policy.weights).to(device, non_blocking=True)
     weights = policy_weights[label_modality + _MODALITIES * next_in_prompt.long()[:, None]]
     weights = torch.where(has_label, weights, 0.0)
