@@ -109,6 +109,7 @@ def test_shards_are_no_larger_than_asked_and_indexed(tmp_path: Path, imported: I
     assert index["metadata"]["total_size"] == total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("qwen2", False), ("qwen3", True)])
 def test_greedy_speech_is_that_of_transformers(tmp_path: Path, imported: Import, kind: str, tied: bool) -> None:
     make_backbone(tmp_path / "hf", kind, tied=tied)

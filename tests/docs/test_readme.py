@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 from megatron_speech.data.dataset.indexed import TokenDataset
@@ -35,9 +36,7 @@ def test_quickstart_leaves_speech_a_report_and_a_picture(repository: Path, tmp_p
     if not (repository / ".venv" / "bin" / "python").exists():
         pytest.skip("make quickstart uses the checkout's .venv, and there is none: run `make venv` first")
     flags = "--minutes 0.1 --utterances 150 --canaries 2"
-    done = subprocess.run(
-        ["make", "quickstart", f"OUT={out}", f"ARGS={flags}"], cwd=repository, capture_output=True, text=True
-    )
+    done = processes.run(["make", "quickstart", f"OUT={out}", f"ARGS={flags}"], timeout=1800, cwd=repository)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     for task in ("speech", "tts", "text"):
         assert TokenDataset(out / "data" / task).total_tokens > 0

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
@@ -20,17 +21,13 @@ def test_a_signal_to_the_launcher_saves_and_ends_the_run(repository, tmp_path):
     changes = {"logging": {"interval_steps": 1, "tensorboard": False}}
     recipe = write_recipe(tmp_path / "recipe.yaml", toy_recipe(make_toy_datasets(tmp_path), **changes))
     words = ["bash", repository / "examples/launch.sh", recipe, f"run_dir={tmp_path / 'run'}", "stages.pt.tokens=1M"]
-    process = subprocess.Popen(
-        [*map(str, words)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1"},
-    )
-    for line in process.stdout:
-        if line.startswith("pt "):
-            process.send_signal(signal.SIGUSR1)
-            break
-    process.communicate()
+    environment = {**os.environ, "PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1"}
+    with processes.started([*map(str, words)], stdout=subprocess.PIPE, env=environment) as process:
+        for line in process.stdout:
+            if line.startswith("pt "):
+                process.send_signal(signal.SIGUSR1)
+                break
+        process.communicate(timeout=processes.TIMEOUT_SECONDS)
     assert process.returncode == 0
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert status["state"] == "preempted"

@@ -132,6 +132,7 @@ def test_hours_are_filled_and_barely_exceeded(repository: Path, tmp_path: Path) 
     assert 18 <= seconds < 18 + 2 * 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

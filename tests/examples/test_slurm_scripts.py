@@ -69,6 +69,7 @@ def test_the_tasks_of_an_array_and_the_merge_give_the_bytes_of_one_run(run, repo
         assert (tmp_path / f"out/t{suffix}").read_bytes() == (tmp_path / f"one/t{suffix}").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_part_of_an_array_runs_again_only_with_the_number_of_shards(run, text, tmp_path):
     alone = {**array(1, 1), "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "1"}
     refused = run("preprocess.sbatch", "out/t", *text, expect=2, **alone)

@@ -61,6 +61,7 @@ def tokens(corpus: Any, prefix: str) -> tuple[bytes, bytes]:
     return files["bin"], files["idx"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["tts", "speech_lm"])
 def test_every_format_becomes_the_same_dataset(corpus: Any, task: str) -> None:
     corpus.convert(task, prefix="out/expected")

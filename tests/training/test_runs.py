@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from toy_runs import (
@@ -135,18 +136,14 @@ def test_a_finished_run_says_so_and_changes_nothing(
 
 def test_resume_is_bit_identical_after_kill(recipe_file: Path, reference: Path, tmp_path: Path) -> None:
     run = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_speech.cli", "train", str(recipe_file), f"run_dir={run}"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("pt 15/24"):
-            process.kill()
-            break
-    process.wait()
+    command = [sys.executable, "-m", "megatron_speech.cli", "train", str(recipe_file), f"run_dir={run}"]
+    with processes.started(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("pt 15/24"):
+                process.kill()
+                break
+        process.wait()
     assert [line["step"] for line in read_metrics(run)][-1] > 10
     assert json.loads((run / "status.json").read_text())["state"] == "running"
     assert train(recipe_file, run) == 0

@@ -91,6 +91,7 @@ def test_sft_samples_are_documents_with_their_prompt_masked(race):
         assert (sample.labels[start + 1 :] == sample.input_ids[start + 1 :]).all()
 
 
+@pytest.mark.slow
 def test_pt_chunks_are_full_rows_of_documents_end_to_end(race, exact):
     one = race("pt")
     stage = one.recipe.stages[0]

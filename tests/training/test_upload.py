@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from toy_runs import toy_recipe, train, write_recipe
 
@@ -28,16 +29,17 @@ from megatron_speech.training.checkpoint import upload
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """The address of a server process with S3's protocol, on a port that it chose."""
-    process = subprocess.Popen(
+    with processes.started(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
-    assert process.stdout is not None
-    address = next(found[0] for line in process.stdout if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
-    threading.Thread(target=process.stdout.read, daemon=True).start()
-    yield address
-    process.kill()
-    process.wait()
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        address = next(found[0] for line in process.stdout if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
+        reader = threading.Thread(target=process.stdout.read, daemon=True)
+        reader.start()
+        yield address
+        process.kill()
+        reader.join()
 
 
 @pytest.fixture
