@@ -164,7 +164,11 @@ def drain(items: Iterable[Any]) -> int:
 def child(name: str, *arguments: str) -> subprocess.Popen[str]:
     """A trial in a process of its own (see `CHILDREN`)."""
     return subprocess.Popen(
-        [sys.executable, __file__, "child", name, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, __file__, "child", name, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -913,23 +917,14 @@ def checkpoint_writer(folder: Path, repeats: int) -> Table:
                 lambda: loads(saves.megatron, "step_90000002"))  # fmt: skip
 
     def visible(save: Callable[[Path], Callable[[], Any]], name: str) -> str:
-        path, me = folder / name, psutil.Process()
-        before, seen, ended = set(me.children(recursive=True)), set(), threading.Event()
-        started: set[psutil.Process] = set()
-
-        def look() -> None:
-            while not ended.is_set():
-                started.update(set(me.children(recursive=True)) - before)
-                names = {one.name for one in path.iterdir()} if path.exists() else set()
-                if ".metadata" not in names:
-                    seen.update(names)
-
-        watcher = threading.Thread(target=look)
-        watcher.start()
+        path = folder / name
+        watcher = child("look", str(path), str(os.getpid()))
+        assert watcher.stdout is not None
+        watcher.stdout.readline()
         save(path)()
-        ended.set()
-        watcher.join()
-        return f"{len(started)} processes; under the checkpoint's name before it is whole: {sorted(seen) or 'nothing'}"
+        out, _ = watcher.communicate("")
+        seen, started = json.loads(out)
+        return f"{started} processes; under the checkpoint's name before it is whole: {seen or 'nothing'}"
 
     for number, (name, save) in enumerate({"megatron-core": saves.megatron, "torch": saves.torch}.items()):
         table.tried(
@@ -951,6 +946,22 @@ def checkpoint_writer(folder: Path, repeats: int) -> Table:
         lambda: left_after_kill("save-library", str(folder / "killed")),
     )
     return table
+
+
+def _look(path: str, pid: str) -> None:
+    """Until stdin ends: files of a checkpoint that is not whole, and processes that another one starts."""
+    parent, ended = psutil.Process(int(pid)), threading.Event()
+    before = {*parent.children(recursive=True), psutil.Process()}
+    seen: set[str] = set()
+    started: set[psutil.Process] = set()
+    threading.Thread(target=lambda: (sys.stdin.read(), ended.set())).start()
+    print("ready", flush=True)
+    while not ended.is_set():
+        names = {one.name for one in Path(path).iterdir()} if os.path.exists(path) else set()
+        if ".metadata" not in names:
+            seen |= names
+        started |= set(parent.children(recursive=True)) - before
+    print(json.dumps([sorted(seen), len(started)]))
 
 
 def _save(name: str, folder: str) -> None:
@@ -981,6 +992,7 @@ CHILDREN: dict[str, Callable[..., None]] = {
     "hang-library": _hang_library,
     "alive-ours": _alive_ours,
     "alive-library": _alive_library,
+    "look": _look,
     "save-ours": functools.partial(_save, "ours"),
     "save-library": functools.partial(_save, "megatron"),
 }
