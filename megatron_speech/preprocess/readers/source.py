@@ -209,7 +209,8 @@ def open_binary(
             if offset:
                 raw.seek(offset)
             return raw
-    plain = cast(BinaryIO, io.BufferedReader(Inflated(raw, path, ending_name(path)), BUFFER_BYTES))
+    packed = cast(io.BufferedReader, raw)  # which both are
+    plain = cast(BinaryIO, io.BufferedReader(Inflated(packed, path, ending_name(path)), BUFFER_BYTES))
     while offset > 0:
         skipped = len(plain.read(min(offset, BUFFER_BYTES)))
         if not skipped:
