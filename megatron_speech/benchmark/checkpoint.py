@@ -95,7 +95,9 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any] | None:
 
     from megatron_speech.environment import detect
     from megatron_speech.recipe.load import load_recipe
-    from megatron_speech.training import checkpoint, trainer
+    from megatron_speech.training import trainer
+    from megatron_speech.training.checkpoint.load import load_checkpoint
+    from megatron_speech.training.checkpoint.store import find_latest
     from megatron_speech.training.events.event import Event, StageRun
     from megatron_speech.training.run import set_up
 
@@ -133,17 +135,17 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any] | None:
 
     trainer.train(run, max_steps=total, events=[Measure()])
     reports = [report for report in run.checkpoints.reports if report.problem is None]
-    info = checkpoint.find_latest(Path(folder) / "checkpoints")
+    info = find_latest(Path(folder) / "checkpoints")
     if info is None or not reports:
         raise InputError(f"no checkpoint could be written to {folder}; set TMPDIR to a disk with more room")
     size = sum(entry["bytes"] for entry in info.fields["files"].values())
     check, load = [], []
     for _ in range(args.saves):
         began = time.perf_counter()
-        checkpoint.find_latest(Path(folder) / "checkpoints")
+        find_latest(Path(folder) / "checkpoints")
         check.append(time.perf_counter() - began)
         began = time.perf_counter()
-        checkpoint.load_checkpoint(info, chunks=run.engine.chunks, optimizer=run.engine.optimizer)
+        load_checkpoint(info, chunks=run.engine.chunks, optimizer=run.engine.optimizer)
         load.append(time.perf_counter() - began)
     if dist.get_rank() != 0:
         return None

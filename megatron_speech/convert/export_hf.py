@@ -19,7 +19,7 @@ from megatron_speech.model.builder import build_model, global_named_parameters
 from megatron_speech.parallel import groups
 from megatron_speech.recipe.model import ModelConfig
 from megatron_speech.recipe.precision import Precision
-from megatron_speech.training.checkpoint import load_weights, open_checkpoint
+from megatron_speech.training.checkpoint.load import load_weights, open_checkpoint
 
 
 @dataclass(frozen=True)

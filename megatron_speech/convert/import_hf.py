@@ -24,7 +24,7 @@ from megatron_speech.model.builder import build_model, global_named_parameters
 from megatron_speech.parallel import groups
 from megatron_speech.recipe.model import ModelConfig
 from megatron_speech.tokens.space import TokenSpace
-from megatron_speech.training.checkpoint import save_weights
+from megatron_speech.training.checkpoint.save import save_weights
 
 _SHOWN = 3
 _PRECISION: dict[str, Literal["fp32", "bf16"]] = {"F32": "fp32", "BF16": "bf16"}

@@ -42,7 +42,7 @@ from megatron_speech.model.state import GenerationState
 from megatron_speech.tokens.normalization import normalize_transcript
 from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.tokens.templates import compile_cloning_prompt, compile_prompt
-from megatron_speech.training.checkpoint import load_for_inference
+from megatron_speech.training.checkpoint.load import load_for_inference
 
 # Requests in flight at once. A step of a small model costs nearly the same for 1 as for 100 of them.
 DEFAULT_BATCH_SIZE = 128

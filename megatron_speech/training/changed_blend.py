@@ -25,7 +25,7 @@ from megatron_speech.recipe.data import dataset_prefixes
 from megatron_speech.recipe.load import parse_recipe
 from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.tokens.space import TokenSpace
-from megatron_speech.training.checkpoint import CheckpointInfo
+from megatron_speech.training.checkpoint.store import CheckpointInfo
 from megatron_speech.training.health.agreement import raise_on_all_ranks
 
 

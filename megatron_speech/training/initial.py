@@ -19,7 +19,8 @@ from megatron_speech.recipe.init import InitConfig
 from megatron_speech.recipe.model import ModelConfig
 from megatron_speech.recipe.stage import StageConfig
 from megatron_speech.tokens.space import TokenSpace
-from megatron_speech.training.checkpoint import CheckpointInfo, load_moments, load_weights, open_checkpoint
+from megatron_speech.training.checkpoint.load import load_moments, load_weights, open_checkpoint
+from megatron_speech.training.checkpoint.store import CheckpointInfo
 from megatron_speech.training.optim.optimizer import Optimizer
 
 # Fields of `model` that do not change what the weights mean.

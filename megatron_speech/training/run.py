@@ -25,9 +25,13 @@ from megatron_speech.parallel import groups
 from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.recipe.stage import StageConfig
 from megatron_speech.tokens.space import TokenSpace
-from megatron_speech.training import checkpoint, plan
+from megatron_speech.training import plan
 from megatron_speech.training.batches import BatchSource, StageBatches
 from megatron_speech.training.changed_blend import stage_histories
+from megatron_speech.training.checkpoint.load import load_checkpoint
+from megatron_speech.training.checkpoint.resume import check_resumable, log_resume
+from megatron_speech.training.checkpoint.run import RunCheckpoints, newest_checkpoint
+from megatron_speech.training.checkpoint.store import CheckpointInfo, find_latest
 from megatron_speech.training.determinism import set_determinism
 from megatron_speech.training.early_stop import check_held_out
 from megatron_speech.training.engine import Engine
@@ -85,7 +89,7 @@ class Run:
     step: TrainStep
     progress: RunProgress
     log: RunLog
-    checkpoints: checkpoint.RunCheckpoints
+    checkpoints: RunCheckpoints
     loaded: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -169,7 +173,7 @@ def _assemble(recipe: Recipe, safety: Safety, *, log_environment: bool, resume: 
         fingerprints = {name: _fingerprint(dataset) for name, dataset in datasets.items()}
         prepare_output_directory(directory / "checkpoints")
         if info is not None:
-            notes = checkpoint.check_resumable(info, recipe, space, fingerprints)
+            notes = check_resumable(info, recipe, space, fingerprints)
     preflight.data(datasets, space)
     preflight.storage(directory, recipe.model.parameters(space.padded_size))
     histories, change = stage_histories(info, recipe, datasets, space, is_main=is_main)
@@ -198,9 +202,9 @@ def _assemble(recipe: Recipe, safety: Safety, *, log_environment: bool, resume: 
     spikes = SpikeGuard(recipe.spikes, device) if recipe.spikes is not None else None
     progress, loaded = RunProgress(recipe), {}
     if info is not None:
-        loaded = checkpoint.load_checkpoint(info, chunks=engine.chunks, optimizer=engine.optimizer)
+        loaded = load_checkpoint(info, chunks=engine.chunks, optimizer=engine.optimizer)
         progress = RunProgress(recipe, info.step, info.fields["ended_early"])
-        checkpoint.log_resume(info, notes)
+        log_resume(info, notes)
     log, checkpoints = _open_directory(recipe, space, info, progress, active=is_main, read_only=read_only)
     if is_main and not read_only:
         write_json(directory / "environment.json", {**found, "model": engine.execution.record()})
@@ -238,20 +242,20 @@ def _assemble(recipe: Recipe, safety: Safety, *, log_environment: bool, resume: 
     return run
 
 
-def _find_checkpoint(folder: Path, *, read_only: bool) -> checkpoint.CheckpointInfo | None:
+def _find_checkpoint(folder: Path, *, read_only: bool) -> CheckpointInfo | None:
     """The checkpoint that the run goes on from. A collective where leftovers may be removed."""
-    return checkpoint.find_latest(folder) if read_only else checkpoint.newest_checkpoint(folder)
+    return find_latest(folder) if read_only else newest_checkpoint(folder)
 
 
 def _open_directory(
     recipe: Recipe,
     space: TokenSpace,
-    info: checkpoint.CheckpointInfo | None,
+    info: CheckpointInfo | None,
     progress: RunProgress,
     *,
     active: bool,
     read_only: bool,
-) -> tuple[RunLog, checkpoint.RunCheckpoints]:
+) -> tuple[RunLog, RunCheckpoints]:
     """Log and checkpoints of the run directory; with `read_only` neither writes to it."""
     directory = recipe.run_directory
     if read_only:
@@ -262,7 +266,7 @@ def _open_directory(
         with raise_on_all_ranks():
             exporters = open_exporters(recipe, directory, progress.position.step) if active else []
         log = RunLog(directory, active=active, exporters=exporters)
-    return log, checkpoint.RunCheckpoints(directory / "checkpoints", recipe, space, info=info, log=log)
+    return log, RunCheckpoints(directory / "checkpoints", recipe, space, info=info, log=log)
 
 
 def _make_step(
@@ -271,7 +275,7 @@ def _make_step(
     device: torch.device,
     dp_size: int,
     safety: Safety,
-    checkpoints: checkpoint.RunCheckpoints,
+    checkpoints: RunCheckpoints,
     spikes: SpikeGuard | None,
 ) -> TrainStep:
     return TrainStep(

@@ -20,7 +20,7 @@ from megatron_speech.generation.requests import GenerationRequest
 from megatron_speech.generation.sampling import SamplingConfig
 from megatron_speech.model.packed import PackedSequences
 from megatron_speech.tokens.space import TokenSpace
-from megatron_speech.training.checkpoint import load_for_inference
+from megatron_speech.training.checkpoint.load import load_for_inference
 
 Import = Callable[..., Path]
 CASES = [(kind, tied) for kind in KINDS for tied in (True, False)]
@@ -165,7 +165,7 @@ def test_a_model_of_bytes_exports_as_llama_with_a_tokenizer_of_bytes(tmp_path: P
     from megatron_speech.model.builder import build_model
     from megatron_speech.parallel import groups
     from megatron_speech.recipe.model import ModelConfig
-    from megatron_speech.training.checkpoint import save_weights
+    from megatron_speech.training.checkpoint.save import save_weights
 
     several = CODEC.__class__("toy", "toy-2", 8000, 25.0, ("vq", "pitch"), (16, 8))
     space = make_token_space(tmp_path / "ts.json", several)

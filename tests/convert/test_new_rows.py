@@ -11,7 +11,7 @@ from backbones import VOCABULARY, make_backbone, make_tokenizer
 
 from megatron_speech.convert.new_rows import KINDS, NewRows, draw_rows
 from megatron_speech.model.builder import global_named_parameters
-from megatron_speech.training.checkpoint import load_for_inference
+from megatron_speech.training.checkpoint.load import load_for_inference
 
 Import = Callable[..., Path]
 TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")

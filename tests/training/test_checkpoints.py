@@ -96,7 +96,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 
 
 def test_latest_and_best_resolve_and_are_read(reference: Path) -> None:
-    from megatron_speech.training.checkpoint import open_checkpoint
+    from megatron_speech.training.checkpoint.load import open_checkpoint
 
     assert os.readlink(reference / "checkpoints" / "latest") == "step_00000016"
     scores = {line["step"]: line["loss/modality/audio"] for line in read_metrics(reference) if "split" in line}
@@ -276,7 +276,7 @@ def _recipe_with(stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_checkpoint(folder: Path, step: int, **fields: Any) -> None:
-    from megatron_speech.training.checkpoint import FORMAT_VERSION
+    from megatron_speech.training.checkpoint.store import FORMAT_VERSION
 
     path = folder / f"step_{step:08d}"
     path.mkdir(parents=True)

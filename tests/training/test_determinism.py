@@ -23,7 +23,7 @@ def test_two_runs_are_bit_identical_with_deterministic_kernels_only(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron_speech.parallel import groups
-    from megatron_speech.training.checkpoint import load_for_inference
+    from megatron_speech.training.checkpoint.load import load_for_inference
     from megatron_speech.training.step import TrainStep
 
     seen = []

@@ -78,7 +78,7 @@ def test_thirty_updates_give_the_naive_average_in_fp32(
 
 def weights_of(checkpoint: Path, *, ema: bool = False) -> dict[str, torch.Tensor]:
     from megatron_speech.parallel import groups
-    from megatron_speech.training.checkpoint import load_for_inference
+    from megatron_speech.training.checkpoint.load import load_for_inference
 
     try:
         model, _, _ = load_for_inference(checkpoint, ema=ema)

@@ -164,7 +164,7 @@ def test_a_run_with_frozen_parts_is_saved_and_continues(toy: Path, tmp_path: Pat
     """The first layer, the text rows of the table: saved, loaded into a run that goes on, and where they were."""
     from megatron_speech.parallel import groups
     from megatron_speech.tokens.space import TokenSpace
-    from megatron_speech.training.checkpoint import load_for_inference
+    from megatron_speech.training.checkpoint.load import load_for_inference
 
     section = {"freeze": ["decoder.layers.0.*"], "freeze_rows": "text", "layer_lr_decay": 0.9}
     recipe = write_recipe(tmp_path / "r.yaml", toy_recipe(toy, optimizer=section))
@@ -189,7 +189,7 @@ def test_a_run_with_frozen_parts_is_saved_and_continues(toy: Path, tmp_path: Pat
 def test_what_trains_beside_frozen_parts_takes_the_step_it_would_take_without_them(toy: Path, tmp_path: Path) -> None:
     """In every way the gradients come: through a frozen head, above a frozen bottom, also where it is recomputed."""
     from megatron_speech.parallel import groups
-    from megatron_speech.training.checkpoint import load_for_inference
+    from megatron_speech.training.checkpoint.load import load_for_inference
 
     values = toy_recipe(toy, optimizer={"clip_grad": 0.0}, validation={"interval_steps": 0})
     values["model"]["tie_embeddings"] = False

@@ -65,7 +65,7 @@ def runs(recipe_file: Path, launch_two: LaunchTwo) -> tuple[Path, subprocess.Com
 
 def weights_of(run: Path, *, ema: bool = False) -> dict[str, torch.Tensor]:
     from megatron_speech.parallel import groups
-    from megatron_speech.training.checkpoint import load_for_inference
+    from megatron_speech.training.checkpoint.load import load_for_inference
 
     try:
         model, _, _ = load_for_inference(run, ema=ema)

@@ -103,7 +103,8 @@ def test_the_best_checkpoint_of_the_stage_is_the_one_with_the_lowest_audio_loss(
     reference: Path, tmp_path: Path
 ) -> None:
     from megatron_speech.recipe.checkpoint import CheckpointConfig
-    from megatron_speech.training.checkpoint import FORMAT_VERSION, promote_best, prune
+    from megatron_speech.training.checkpoint.retention import promote_best, prune
+    from megatron_speech.training.checkpoint.store import FORMAT_VERSION
 
     scores = {line["step"]: line["loss/modality/audio"] for line in read_metrics(reference) if "split" in line}
     best = min((30, 36), key=lambda step: scores[step])
@@ -382,7 +383,7 @@ def test_what_two_processes_saved_is_read_by_one(
     two_processes: tuple[Path, subprocess.CompletedProcess[str]], reference: Path
 ) -> None:
     from megatron_speech.parallel import groups
-    from megatron_speech.training.checkpoint import load_for_inference
+    from megatron_speech.training.checkpoint.load import load_for_inference
 
     def weights(path: Path) -> torch.Tensor:
         model, _, _ = load_for_inference(path)
@@ -457,7 +458,7 @@ def test_a_checkpoint_scores_the_same_when_it_is_loaded_for_inference(reference:
     from megatron_speech.model.packed import PackedSequences
     from megatron_speech.parallel import groups
     from megatron_speech.tokens.templates import compile_document
-    from megatron_speech.training.checkpoint import load_for_inference
+    from megatron_speech.training.checkpoint.load import load_for_inference
 
     try:
         model, space, info = load_for_inference(reference)
@@ -477,7 +478,7 @@ def test_a_checkpoint_scores_the_same_when_it_is_loaded_for_inference(reference:
 
 @pytest.mark.parametrize("fault", ["missing", "truncated", "version", "foreign space"])
 def test_a_checkpoint_that_is_not_sound_is_refused_for_inference(reference: Path, tmp_path: Path, fault: str) -> None:
-    from megatron_speech.training.checkpoint import load_for_inference
+    from megatron_speech.training.checkpoint.load import load_for_inference
 
     path = tmp_path / "step_00000036"
     shutil.copytree(reference / "checkpoints" / "step_00000036", path)

@@ -163,7 +163,7 @@ def recipe_file(toy: Path, tmp_path: Path) -> Path:
 
 def weights_of(checkpoint: Path, *, ema: bool = False) -> torch.Tensor:
     from megatron_speech.parallel import groups
-    from megatron_speech.training.checkpoint import load_for_inference
+    from megatron_speech.training.checkpoint.load import load_for_inference
 
     try:
         model, _, _ = load_for_inference(checkpoint, ema=ema)

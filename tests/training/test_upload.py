@@ -90,7 +90,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_run_copies_its_checkpoints_to_s3_and_they_are_read_from_there(
     recipe_file: Path, tmp_path: Path, s3: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron_speech.training.checkpoint import open_checkpoint
+    from megatron_speech.training.checkpoint.load import open_checkpoint
 
     run = tmp_path / "run"
     assert train(recipe_file, run, "checkpoint.upload=s3://speech/run1") == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_speech.training import checkpoint
+from megatron_speech.training.checkpoint.load import load_checkpoint
 from megatron_speech.training.events.event import Boundary, Event, StageRun
 from megatron_speech.training.run import Run
 from megatron_speech.training.spikes import SpikeGuard, Verdict, log_rollback, log_skipped_steps
@@ -44,7 +44,7 @@ class RollBackOnSpikes(Event):
         run, guard = self._run, self._guard
         run.checkpoints.wait()
         info = guard.rollback(verdict, run.directory / "checkpoints")
-        state = checkpoint.load_checkpoint(info, chunks=run.engine.chunks, optimizer=run.engine.optimizer)
+        state = load_checkpoint(info, chunks=run.engine.chunks, optimizer=run.engine.optimizer)
         run.progress.move_to(verdict.step)
         index, stage = run.progress.position.stage_of_last_step(run.recipe)
         begun = info.fields["stage_index"] == index
