@@ -21,9 +21,9 @@ sys.path.append(str(Path(__file__).parent))  # tests are imported without their 
 
 import processes
 
-# A gate repeats: the same examples in every run. HYPOTHESIS_PROFILE=random looks for others.
-settings.register_profile("repeatable", derandomize=True)
-settings.register_profile("random", derandomize=False)
+# A gate repeats: the same examples in every run, however busy the machine. HYPOTHESIS_PROFILE=random looks for others.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("random", derandomize=False, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # A shell's background job ignores interrupts, and all that it starts would: what is sent one here has to notice.
