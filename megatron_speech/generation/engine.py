@@ -254,7 +254,7 @@ class SpeechGenerator:
 
         Args:
             path: of the checkpoint or the run.
-            ema: speak with the moving average of its weights.
+            ema: use the moving average of its weights.
 
         Raises:
             InputError: there is no sound checkpoint at `path`, or it has no moving average.

@@ -25,7 +25,7 @@ class SpeechGPTModel(GPTModel):
     """A pipeline stage (or the whole) of the language model; made by :func:`megatron_speech.model.builder.build_model`.
 
     A micro-batch [B, S] comes flattened to one row of T = B·S tokens, with its documents in `packed_seq_params`.
-    megatron-core's schedules must therefore be told `micro_batch_size=1, seq_length=B·S`: that is the shape that
+    megatron-core's schedules therefore get `micro_batch_size=1, seq_length=B·S`: that is the shape that
     travels between pipeline stages.
     """
 

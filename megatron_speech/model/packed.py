@@ -196,7 +196,7 @@ class PackedSequences(PackedSeqParams):
 
 
 def _fused_length(longest: int, multiple: int) -> int:
-    """A bound on `longest` of which there are few: cuDNN plans its kernels for each anew."""
+    """A bound on `longest` of which there are few: cuDNN plans its kernels for each separately."""
     bound = 1 << max(6, (longest - 1).bit_length())
     return -(-bound // multiple) * multiple
 

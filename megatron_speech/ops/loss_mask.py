@@ -394,7 +394,7 @@ def _bad_token(batch: _Batch) -> InputError:
     why = "has no modality" if 0 <= token < vocabulary else f"is outside the {vocabulary} ids of the token space"
     return InputError(
         f"loss_mask: token {token} at {where} {why}; the dataset and the token space do not belong "
-        "together, or the data is damaged (`megatron-speech inspect PREFIX --verify` tells)"
+        "together, or the data is damaged (check it with `megatron-speech inspect PREFIX --verify`)"
     )
 
 

@@ -8,7 +8,7 @@ from megatron_speech.recipe.base import StrictConfig
 
 
 class SpikesConfig(StrictConfig):
-    """Recipe section `spikes`: steps that are skipped, and when to go back to a checkpoint.
+    """Recipe section `spikes`: steps that are skipped, and when to roll back to a checkpoint.
 
     A step whose loss or gradient norm is not finite is always skipped.
     """

@@ -17,7 +17,7 @@ _ALLOWED = {"CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"), "NVTE_ALLOW_NONDETE
 
 
 def set_determinism(on: bool) -> None:
-    """Let torch choose deterministic kernels only, and tell the libraries below it; before their first use.
+    """Let torch choose deterministic kernels only, and configure the libraries below it; before their first use.
 
     An operation that has no deterministic kernel then raises a RuntimeError that names it. What a process has of
     these variables already is kept, if it serves.

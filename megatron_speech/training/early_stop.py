@@ -31,7 +31,7 @@ class EarlyStop:
         return self.without_improvement >= self.config.patience
 
     def state(self) -> dict[str, Any]:
-        """What it goes by, JSON-able."""
+        """The best loss and the validations since, JSON-able."""
         return {"best": self.best, "without_improvement": self.without_improvement}
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""How a recipe's model is computed: back-end, layers per pipeline chunk, recomputation; chosen, built and told of."""
+"""How a recipe's model is computed: back-end, layers per pipeline chunk, recomputation; chosen, built and reported."""
 
 from __future__ import annotations
 

@@ -84,4 +84,4 @@ def carry_moments(
             "alone, or was trained with another precision or other frozen parameters; set "
             f"stages.{stage.name}.carry_optimizer: false, or init.mode: transfer"
         )
-    return "the optimizer's moments too; schedules, data and steps begin anew"
+    return "the optimizer's moments too; schedules, data and steps start at 0"

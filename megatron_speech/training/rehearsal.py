@@ -129,7 +129,7 @@ def overfit(recipe: Recipe, sequences: int, steps: int, stop: StopRequest | None
 def unavoidable_loss(micro_batches: Iterable[MicroBatch], loss: LossConfig, loss_totals: np.ndarray) -> float:
     """The loss of a model that predicts these sequences as well as any can, in nats.
 
-    Documents that begin alike and go on differently cannot be told apart before they differ: after a common prefix
+    Documents that begin alike and go on differently cannot be distinguished before they differ: after a common prefix
     the best prediction is the share of each continuation. The loss is the weighted entropy of those shares.
 
     Args:

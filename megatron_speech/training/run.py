@@ -94,7 +94,7 @@ class Run:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks for all."""
+        """Whether this process logs and writes for all."""
         return self.rank == 0
 
     def make_meter(self, stage: StageConfig, document_groups: Sequence[Group]) -> LossMeter:

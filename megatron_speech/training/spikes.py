@@ -1,8 +1,8 @@
-"""Steps that would do harm: found and skipped on the device, told of on the host, and left behind by going back.
+"""Harmful steps: found and skipped on the device, logged on the host, and discarded by a rollback.
 
 A step is skipped where its loss or its gradient norm is not finite, or stands far above the median of the steps
 before it. Skipping moves neither weights nor moments nor averages. Where many in a row are skipped the weights
-themselves have gone wrong: the run goes back to a checkpoint from before, and on from the sequences after (as for
+themselves are bad: the run rolls back to an earlier checkpoint and continues with the sequences after (as for
 PaLM, arXiv:2204.02311, section 5.1).
 """
 
@@ -122,23 +122,23 @@ class SpikeGuard:
         ]
 
     def rollback(self, verdict: Verdict, directory: Path) -> CheckpointInfo:
-        """The checkpoint to go back to: the newest sound one from before the steps that were skipped. A collective.
+        """The checkpoint to roll back to: the newest sound one from before the skipped steps. A collective.
 
         Args:
             verdict: on the step at which `skip_limit` was reached.
             directory: RUN/checkpoints.
 
         Raises:
-            RuntimeError: there is none, or the stage has gone back as often as it may.
+            RuntimeError: there is none, or the stage has used up its rollbacks.
         """
         first = verdict.step - verdict.skipped_in_row + 1
         what = f"steps {first} to {verdict.step} were skipped ({verdict.reason})"
         advice = "look at the sequences that metrics.jsonl names, or lower lr.peak of the stage"
         if self.rollbacks >= self.config.rewind_limit:
-            raise RuntimeError(f"{what}, and the stage has gone back {self.rollbacks} times (rewind_limit); {advice}")
+            raise RuntimeError(f"{what}, and the stage was rolled back {self.rollbacks} times (rewind_limit); {advice}")
         info = find_latest(directory, before_step=first)
         if info is None:
-            raise RuntimeError(f"{what}, and there is no checkpoint from before them to go back to; {advice}")
+            raise RuntimeError(f"{what}, and there is no checkpoint from before them to roll back to; {advice}")
         self.rollbacks += 1
         return info
 
@@ -166,7 +166,7 @@ def log_skipped_steps(guard: SpikeGuard, step: int, recipe: Recipe, ended: Ended
     """Log the steps skipped since the last call, by the sequences that they were of, up to step `step`.
 
     Returns:
-        The verdict at which `skip_limit` was reached, and no later ones are told of: they will be done again. Or None.
+        The verdict at which `skip_limit` was reached, or None. Later ones are not logged: their steps are taken again.
     """
     for verdict in guard.read(step):
         if verdict.skipped_in_row == 0:
@@ -194,12 +194,12 @@ def log_skipped_steps(guard: SpikeGuard, step: int, recipe: Recipe, ended: Ended
 
 
 def log_rollback(info: CheckpointInfo, verdict: Verdict, recipe: Recipe, ended: Ended, log: RunLog) -> None:
-    """Log that the run has gone back to `info` after `verdict`, and which sequences it steps over."""
+    """Log that the run was rolled back to `info` after `verdict`, and which sequences that discards."""
     after = Position.at_step(recipe, verdict.step, ended)
     first = Position.at_step(recipe, info.step, ended).consumed_sequences
     record = after.as_record(recipe)
     log.write({**record, "split": "rewound", "checkpoint": info.path.name, "first_sequence": first})
     log.info(
-        f"{record['stage']} goes back to {info.path.name} and on from sequence {after.consumed_sequences:,}; "
-        f"{first:,} to {after.consumed_sequences - 1:,} are stepped over"
+        f"{record['stage']} rolls back to {info.path.name} and continues with sequence {after.consumed_sequences:,}; "
+        f"{first:,} to {after.consumed_sequences - 1:,} are discarded by the rollback"
     )

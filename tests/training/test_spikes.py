@@ -1,4 +1,4 @@
-"""Steps that would do harm are skipped, told of, and gone back from; a continued run decides the same."""
+"""Harmful steps are skipped, logged and rolled back from; a continued run decides the same."""
 
 from __future__ import annotations
 
@@ -231,7 +231,8 @@ def test_too_many_in_a_row_go_back_to_a_checkpoint_and_over_the_data(
     spoil({9: math.nan, 10: 1000.0, 11: math.nan})
     run = tmp_path / "run"
     assert train(recipe_file, run) == 0
-    assert "pt goes back to step_00000008 and on from sequence 88; 64 to 87 are stepped over" in capsys.readouterr().out
+    printed = "pt rolls back to step_00000008 and continues with sequence 88; 64 to 87 are discarded by the rollback"
+    assert printed in capsys.readouterr().out
     lines = read_metrics(run)
     (back,) = [line for line in lines if line.get("split") == "rewound"]
     assert (back["step"], back["checkpoint"]) == (11, "step_00000008")
@@ -239,7 +240,7 @@ def test_too_many_in_a_row_go_back_to_a_checkpoint_and_over_the_data(
     assert [line["step"] for line in lines if "split" not in line] == [5, 10, 15, 18, 19]
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["step"], status["consumed_sequences"]) == ("finished", 19, 152)
-    # Weights do not move in a skipped step, so here going back changes nothing: the same run that never goes back.
+    # Weights do not move in a skipped step, so here a rollback changes nothing: the same run without one.
     spoil({9: math.nan, 10: math.nan, 11: math.nan})
     assert train(recipe_file, tmp_path / "patient", "spikes.skip_limit=9") == 0
     for step in (12, 18):
@@ -300,9 +301,12 @@ def test_a_stage_whose_last_step_is_stepped_over_ends_with_a_checkpoint(
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["spikes.rewind_limit=0"], r"9 to 11 were skipped \(grad_norm is nan\), and the stage has gone back 0 times"),
-        (["checkpoint.interval_steps=0"], "there is no checkpoint from before them to go back to"),
-        (["spikes.rewind_limit=1"], "steps 12 to 14 were skipped .*, and the stage has gone back 1 times"),
+        (
+            ["spikes.rewind_limit=0"],
+            r"9 to 11 were skipped \(grad_norm is nan\), and the stage was rolled back 0 times",
+        ),
+        (["checkpoint.interval_steps=0"], "there is no checkpoint from before them to roll back to"),
+        (["spikes.rewind_limit=1"], "steps 12 to 14 were skipped .*, and the stage was rolled back 1 times"),
     ],
 )
 def test_a_run_that_cannot_go_back_ends_with_a_sentence(

@@ -243,7 +243,7 @@ def _loss_totals(masked: MaskedBatch, normalizers: int, learned: int) -> np.ndar
     """Σ loss weight and number of labels, float64 [2, normalizers]: of all labels, or by their modality."""
     weights = masked.loss_weights.numpy()
     if normalizers == 1:
-        # NumPy, not torch: its threads would be started anew by each of ours.
+        # NumPy, not torch: each of our threads would start its own pool of them.
         return np.array([[weights.sum(dtype=np.float64)], [learned]], dtype=np.float64)
     # Slot 0 takes the positions that are not learned: their group is -1.
     slots = masked.group_ids.numpy().ravel() + 1

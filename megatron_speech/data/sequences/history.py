@@ -221,7 +221,7 @@ class Continuation:
         return Continuation(to_sequence, kept, epochs, taken)
 
     def begin(self, blend: Blend, tables: Sequence[DocumentTable]) -> dict[str, EpochPosition]:
-        """Where each stratum of a new blend goes on, by its name; those that begin anew are left out."""
+        """Where each stratum of a new blend continues, by its name; those that start from 0 are left out."""
         positions = {}
         for stratum in blend.strata:
             turns = self._turns_of(tables[stratum.dataset])[stratum.documents]

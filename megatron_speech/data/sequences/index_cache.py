@@ -141,7 +141,7 @@ def _unfinished() -> str:
 
 
 def _remedy(folder: Path) -> str:
-    return f"remove the folder {folder}; it is built anew"
+    return f"remove the folder {folder}; it is rebuilt"
 
 
 def _open_column(folder: Path, name: str, size: int) -> np.ndarray:

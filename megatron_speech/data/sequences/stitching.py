@@ -35,7 +35,7 @@ from megatron_speech.recipe.packing import StitchConfig
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("source_id", "speaker_id", "segment_order", "start_time", "end_time", "reference_sample_id")
-"""Columns of the documents table that tell which documents are adjacent."""
+"""Columns of the documents table that say which documents are adjacent."""
 
 _NEEDED = COLUMNS[:5]
 _TASKS = ("speech_lm", "tts")
@@ -45,7 +45,7 @@ _MAX_UNIT_TOKENS = np.iinfo(np.int32).max
 
 @dataclass(frozen=True)
 class Adjacency:
-    """What tells adjacent documents, as arrays of D elements: no strings.
+    """What identifies adjacent documents, as arrays of D elements: no strings.
 
     source, speaker: uint64, hashes of the names; order: int64 segment_order; start, end: float64 seconds; quotes:
     bool, documents that quote another segment; missing: how many documents that quote nothing have no value, by
@@ -151,7 +151,7 @@ def stitch(
         max_tokens: of a unit; longer documents stay alone.
 
     Raises:
-        InputError: the metadata cannot tell which documents are adjacent.
+        InputError: the metadata does not say which documents are adjacent.
     """
     adjacency = columns if isinstance(columns, Adjacency) else Adjacency.of(columns)
     documents = len(table.lengths)

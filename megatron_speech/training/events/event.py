@@ -49,7 +49,7 @@ class Boundary:
         stage_ended: the stage has had its last step.
         due: an event has something to do here that reads the device.
         stop: the run ends here, because it was asked to.
-        rolled_back: the run has gone back to an earlier checkpoint; nothing more happens at this boundary.
+        rolled_back: the run was rolled back to an earlier checkpoint; nothing more happens at this boundary.
         logged: the metrics of the interval were written.
         scores: of the validation made here, or None.
     """
@@ -85,7 +85,7 @@ class Event:
         """After every step."""
 
     def at_stage_end(self, stage: StageRun, boundary: Boundary) -> None:
-        """After the last step of a stage, behind `after_step`; also where that step was stepped over."""
+        """After the last step of a stage, behind `after_step`; also where that step was discarded by a rollback."""
 
     def state(self) -> dict[str, Any]:
         """What has to be in a checkpoint for the event to go on from it, by names of its own."""

@@ -1,4 +1,4 @@
-"""Steps that would do harm were skipped on the device: log them, and go back where there were too many."""
+"""Harmful steps were skipped on the device: log them, and roll back where there were too many."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class RollBackOnSpikes(Event):
     """Wherever the device is read anyway: log the steps skipped since the last time, roll back at `skip_limit`.
 
     After a rollback the run has the weights and the optimizer's state of an earlier checkpoint, and stands after the
-    step at which the limit was reached, whenever that was found out: the sequences in between are stepped over.
+    step at which the limit was reached, whenever that was found out: the sequences in between are not trained on again.
     """
 
     def __init__(self, run: Run, guard: SpikeGuard) -> None:
@@ -36,7 +36,7 @@ class RollBackOnSpikes(Event):
         run = self._run
         verdict = log_skipped_steps(self._guard, boundary.step, run.recipe, run.progress.ended, run.log)
         if verdict is not None:
-            with run.safety.progress.doing("going back to a checkpoint"):
+            with run.safety.progress.doing("rolling back to a checkpoint"):
                 self._roll_back(verdict)
             boundary.rolled_back = True
 

@@ -42,7 +42,7 @@ class SaveCheckpoint(Event):
             self._save(stage, boundary)
 
     def at_stage_end(self, stage: StageRun, boundary: Boundary) -> None:
-        """Every stage ends with a checkpoint, one whose last step was stepped over as well."""
+        """Every stage ends with a checkpoint, also one whose last step a rollback discarded."""
         self._save(stage, boundary)
 
     def _save(self, stage: StageRun, boundary: Boundary) -> None:

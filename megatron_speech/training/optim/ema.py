@@ -54,7 +54,7 @@ class Ema:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Begin anew from the weights as they are."""
+        """Restart the average from the current weights."""
         for average, master in zip(self._averages, self._owned, strict=True):
             average.copy_(master.values)
         self._updates.zero_()
