@@ -67,21 +67,27 @@ class Row {
     void learn(int64_t begin, int64_t start, int64_t end, const float* weights, int32_t group) {
         const uint64_t vocabulary = static_cast<uint64_t>(p_.vocabulary);
         const int32_t group_base = group * kModalities;
+        const uint8_t* const modality_of = p_.modality_table;
+        const int64_t* const following = tokens_ + streams();
+        int64_t* const labels = labels_;
+        float* const loss_weights = loss_weights_;
+        int64_t* const position_ids = position_ids_;
+        int32_t* const group_ids = group_ids_;
         int64_t learned_tokens = 0;
         bool all_valid = true;
         // One loop over the elements: nested loops over steps and streams cost one stream more than twice the time.
         for (int64_t at = begin * streams(); at < end * streams(); ++at) {
-            const int64_t next = tokens_[at + streams()];
+            const int64_t next = following[at];
             const bool known = static_cast<uint64_t>(next) < vocabulary;
-            const int modality = p_.modality_table[known ? next : 0];
+            const int modality = modality_of[known ? next : 0];
             all_valid &= known & (modality < kModalities);
             const float weight = weights[modality & 3];
             const bool learned = weight != 0.0f;
             learned_tokens += learned;
-            labels_[at] = learned ? next : kIgnoreLabel;
-            loss_weights_[at] = weight;
-            if (kSingle) position_ids_[at] = at - start;
-            group_ids_[at] = learned ? group_base + modality : kNoGroup;
+            labels[at] = learned ? next : kIgnoreLabel;
+            loss_weights[at] = weight;
+            if (kSingle) position_ids[at] = at - start;
+            group_ids[at] = learned ? group_base + modality : kNoGroup;
         }
         if (!kSingle) number(begin, start, end);
         valid &= all_valid;
@@ -168,8 +174,9 @@ void emulate(LossMaskProblem p, bool reversed) {
     });
 }
 
+// A function of its own for each instance: inlined into one, their values would not all find a register.
 template <bool kSingle>
-bool mask_rows(const LossMaskProblem& p) {
+[[gnu::noinline]] bool mask_rows(const LossMaskProblem& p) {
     const int64_t seq_length = p.seq_length;
     bool valid = true;
     std::fill_n(p.counts, static_cast<int>(kCounts), 0);
