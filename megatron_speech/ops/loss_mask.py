@@ -343,8 +343,8 @@ def _checked(
         )
     if not modality_table.shape[0]:
         raise InputError("loss_mask: modality_table is empty")
-    contiguous = [tensor.contiguous() for _, tensor, _, _ in expected]
-    return _Batch(*contiguous[:5], contiguous[5] if document_flags is not None else None)
+    ids, lengths, pointers, groups, table, *flags = (tensor.contiguous() for _, tensor, _, _ in expected)
+    return _Batch(ids, lengths, pointers, groups, table, flags[0] if flags else None)
 
 
 def _check_documents(batch: _Batch) -> None:
