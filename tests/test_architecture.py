@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import sys
@@ -112,6 +113,15 @@ def test_the_pictures_of_the_design_show_what_is_so(rooms: ModuleType, repositor
     assert shown.keys() == drawn.keys()
     for folder in drawn:
         assert shown[folder] == drawn[folder], f"docs/design.md, {folder}: put in what `python tools/rooms.py` prints"
+
+
+def test_no_two_classes_have_one_name(rooms: ModuleType) -> None:
+    named: dict[str, list[str]] = {}
+    for module, path in rooms.modules().items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                named.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in named.items() if len(modules) > 1} == {}
 
 
 def test_nothing_outside_of_the_package_is_installed(repository: Path) -> None:

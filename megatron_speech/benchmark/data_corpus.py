@@ -23,7 +23,7 @@ DOCUMENTS_PER_BLOCK = 2048
 
 
 @dataclass(frozen=True)
-class Profile:
+class TextProfile:
     """Lengths of a kind of document: log-normal, in words."""
 
     median_words: float
@@ -33,14 +33,14 @@ class Profile:
 
 
 PROFILES = {
-    "transcripts": Profile(15, 0.5, 2, 60),
-    "paragraphs": Profile(80, 0.6, 10, 500),
-    "pages": Profile(600, 0.8, 50, 8000),
+    "transcripts": TextProfile(15, 0.5, 2, 60),
+    "paragraphs": TextProfile(80, 0.6, 10, 500),
+    "pages": TextProfile(600, 0.8, 50, 8000),
 }
 
 
 @dataclass(frozen=True)
-class Script:
+class ScriptLetters:
     """Syllables to build words of, what ends a sentence, and whether words are set apart."""
 
     onsets: tuple[str, ...]
@@ -57,26 +57,30 @@ def _letters(first: int, last: int) -> tuple[str, ...]:
 
 
 SCRIPTS = {
-    "Latin": Script(
+    "Latin": ScriptLetters(
         (*tuple("t s r n l d c m p b f g h w v k".split()), "st", "tr", "ch", "th", "sh", "pl", "gr", ""),
         (*tuple("e e e a a i i o o u".split()), "ea", "ou", "io"),
         ("", "", "", "n", "r", "s", "t", "l", "nd", "ng"),
         0.6,
     ),
-    "Cyrillic": Script(
+    "Cyrillic": ScriptLetters(
         (*tuple("в н т с р л к м д п г з б ж ш ч".split()), "ст", "пр", ""),
         tuple("о а е и у ы я ю".split()),
         ("", "", "", "н", "т", "й", "ть", "л"),
         0.1,
     ),
-    "Devanagari": Script(_letters(0x0915, 0x0939), ("", "ा", "ि", "ी", "े", "ो", "ु"), ("", "", "ं", "्र"), 0.1, "।"),
-    "Arabic": Script(_letters(0x0628, 0x063A) + _letters(0x0641, 0x0648), ("", "", "ا", "و", "ي"), ("", "", "ة"), 0.08),
-    "Ethiopic": Script(_letters(0x1208, 0x1246), ("",), ("", "ን", "ም", "ት"), 0.05, "።", "፣"),
-    "Han": Script(_letters(0x4E00, 0x5A00), ("",), ("",), 0.07, "。", ",", ""),
+    "Devanagari": ScriptLetters(
+        _letters(0x0915, 0x0939), ("", "ा", "ि", "ी", "े", "ो", "ु"), ("", "", "ं", "्र"), 0.1, "।"
+    ),
+    "Arabic": ScriptLetters(
+        _letters(0x0628, 0x063A) + _letters(0x0641, 0x0648), ("", "", "ا", "و", "ي"), ("", "", "ة"), 0.08
+    ),
+    "Ethiopic": ScriptLetters(_letters(0x1208, 0x1246), ("",), ("", "ን", "ም", "ት"), 0.05, "።", "፣"),
+    "Han": ScriptLetters(_letters(0x4E00, 0x5A00), ("",), ("",), 0.07, "。", ",", ""),
 }
 
 
-def lexicon(script: Script, rng: np.random.Generator, words: int = LEXICON_WORDS) -> list[str]:
+def lexicon(script: ScriptLetters, rng: np.random.Generator, words: int = LEXICON_WORDS) -> list[str]:
     """`words` different words, the commonest first: each is as long as its rank allows."""
     found: dict[str, None] = {}
     while len(found) < words:

@@ -63,7 +63,7 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.epsilon)
 
 
-class _SwiGLU(torch.autograd.Function):
+class _TorchSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
@@ -91,7 +91,7 @@ class SwiGLU(torch.nn.Module):
         """[..., 2·ffn] → [..., ffn]."""
         if cpu_layers.usable(x):
             return cpu_layers.swiglu(x)
-        result: Tensor = _SwiGLU.apply(x)
+        result: Tensor = _TorchSwiGLU.apply(x)
         return result
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

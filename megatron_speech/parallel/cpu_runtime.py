@@ -43,7 +43,7 @@ class Stream:
     synchronize = wait_stream = wait_event = record_event = _nothing
 
 
-class Event:
+class CompletedEvent:
     """An event of the one stream has always happened already."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -115,7 +115,7 @@ SUPPLIED: tuple[Supplied, ...] = (
     Supplied("torch.cuda", "set_rng_state", _set_rng_state, "rerun machine, restoring a checkpoint"),
     Supplied("torch.cuda", "manual_seed", _manual_seed, "model_parallel_cuda_manual_seed"),
     Supplied("torch.cuda", "Stream", Stream, "DDP with overlapped communication"),
-    Supplied("torch.cuda", "Event", Event, "straggler and schedule timing"),
+    Supplied("torch.cuda", "Event", CompletedEvent, "straggler and schedule timing"),
     Supplied("torch.cuda", "stream", _stream, "gradient reduction on a side stream"),
     Supplied("torch.cuda", "current_stream", _current_stream, "gradient reduction, schedules"),
     Supplied("torch.cuda", "default_stream", _current_stream, "gradient reduction waits for the default stream"),

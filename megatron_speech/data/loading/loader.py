@@ -106,7 +106,7 @@ class _Rows(NamedTuple):
     joined: np.ndarray | None
 
 
-class _Documents(NamedTuple):
+class _MaskDocuments(NamedTuple):
     """The documents that the loss mask is given: length and stratum int32 [n], row_pointers int32 [rows + 1].
 
     gap: bool [n], documents that are the padding between those of a rectangle; None where there are none.
@@ -169,7 +169,7 @@ class RowSource:
         joined = None if table.joined is None else np.asarray(table.joined[chosen]).astype(bool)
         return _Rows(segments, np.asarray(table.stratum[chosen]), joined)
 
-    def _document_flags(self, documents: _Documents) -> torch.Tensor | None:
+    def _document_flags(self, documents: _MaskDocuments) -> torch.Tensor | None:
         """What the loss mask has to know of each document, uint8 [documents]; None where there is nothing."""
         flags = None
         if self.policy.prompt_end_id >= 0:
@@ -179,7 +179,7 @@ class RowSource:
             flags = gap if flags is None else flags | gap
         return None if flags is None else torch.from_numpy(flags)
 
-    def _documents(self, rows: _Rows, goes_on: np.ndarray) -> _Documents:
+    def _documents(self, rows: _Rows, goes_on: np.ndarray) -> _MaskDocuments:
         """Documents as the loss mask sees them; one that goes on beyond its row is longer than lies in it."""
         segments, stratum = rows.segments, rows.stratum
         length, pointers = segments.length + goes_on, segments.row_pointers
@@ -189,9 +189,9 @@ class RowSource:
             before = np.concatenate([[0], np.cumsum(heads)]).astype(np.int32)
             begins = np.flatnonzero(heads)
             length = np.add.reduceat(length, begins).astype(np.int32)
-            return _Documents(length, stratum[begins], before[pointers], None)
+            return _MaskDocuments(length, stratum[begins], before[pointers], None)
         if segments.strides is None:
-            return _Documents(length, stratum, pointers, None)
+            return _MaskDocuments(length, stratum, pointers, None)
         # After each document a gap up to the stride, but for the last of a row: what follows it is the row's end.
         gap = np.repeat(segments.strides, np.diff(pointers)) - length
         gap[pointers[1:][np.diff(pointers) > 0] - 1] = 0
@@ -199,7 +199,7 @@ class RowSource:
         both[0::2], both[1::2] = length, gap
         is_gap = np.zeros(len(both), dtype=bool)
         is_gap[1::2] = True
-        return _Documents(both, np.repeat(stratum, 2), pointers * 2, is_gap)
+        return _MaskDocuments(both, np.repeat(stratum, 2), pointers * 2, is_gap)
 
     def will_need(self, rows: np.ndarray) -> None:
         """Ask for what :meth:`chunk` of these sequences will read."""
@@ -259,7 +259,12 @@ def _by_modality(by_slot: np.ndarray) -> np.ndarray:
 
 
 def _split(
-    masked: MaskedBatch, tokens: torch.Tensor, rows: np.ndarray, found: _Rows, documents: _Documents, normalizers: int
+    masked: MaskedBatch,
+    tokens: torch.Tensor,
+    rows: np.ndarray,
+    found: _Rows,
+    documents: _MaskDocuments,
+    normalizers: int,
 ) -> Chunk:
     """The micro-batches of a chunk."""
     count, size = rows.shape

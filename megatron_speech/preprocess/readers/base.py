@@ -119,7 +119,7 @@ class RowReader(Protocol):
         ...
 
 
-class Run(RowBatch, Protocol):
+class RowRun(RowBatch, Protocol):
     """A batch of which a part can be taken."""
 
     def part(self, first: int, last: int) -> RowBatch:
@@ -134,7 +134,7 @@ class RunReader:
         self.path = path
         self.files: tuple[str, ...] = (path,)
 
-    def _runs(self) -> Iterator[Run]:
+    def _runs(self) -> Iterator[RowRun]:
         """All runs of the file."""
         raise NotImplementedError
 
@@ -158,11 +158,11 @@ class StreamReader(RunReader):
         super().__init__(path)
         self.known_rows: int | None = None
 
-    def _stream(self) -> Iterator[Run]:
+    def _stream(self) -> Iterator[RowRun]:
         """The runs, read from the file."""
         raise NotImplementedError
 
-    def _runs(self) -> Iterator[Run]:
+    def _runs(self) -> Iterator[RowRun]:
         rows = 0
         for run in self._stream():
             rows += run.rows
