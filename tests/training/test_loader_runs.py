@@ -14,7 +14,7 @@ from toy_runs import read_metrics, toy_recipe, without_timing, write_recipe
 from megatron_speech import cli
 from megatron_speech.data.dataset import staging
 from megatron_speech.data.loading.loader import StageLoader
-from megatron_speech.training import trainer
+from megatron_speech.training import loop
 
 
 def short_recipe(toy: Path, **data: Any) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def test_the_time_that_a_step_waits_for_data_is_what_next_took(
             return now[0]
 
     monkeypatch.setattr(StageLoader, "__next__", slow)
-    monkeypatch.setattr(trainer, "time", Clock)
+    monkeypatch.setattr(loop, "time", Clock)
     for workers in (1, 4):
         lines = train(tmp_path, f"waiting-{workers}", short_recipe(toy, workers=workers))
         waits = [line["data_wait_seconds"] for line in lines if "split" not in line]

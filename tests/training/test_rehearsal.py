@@ -138,11 +138,11 @@ def test_the_unavoidable_loss_is_the_entropy_of_what_follows_equal_beginnings() 
     loss = LossConfig()
     # Four documents begin alike and then differ: ln 4 once each, and nothing after that.
     apart = micro_batch([[1, 10 + i, 20 + i, 30] for i in range(4)])
-    assert unavoidable_loss([apart], loss, np.array([12.0])) == pytest.approx(4 * math.log(4) / 12)
+    assert unavoidable_loss([apart], loss, np.array([[12.0], [12.0]])) == pytest.approx(4 * math.log(4) / 12)
     # Over two micro-batches it is the same set; equal documents cost nothing more.
     twice = [micro_batch([[1, 5, 6]] * 3), micro_batch([[1, 7, 8]])]
     expected = -(3 * math.log(3 / 4) + math.log(1 / 4)) / 8
-    assert unavoidable_loss(twice, loss, np.array([8.0])) == pytest.approx(expected)  # type: ignore[list-item]
+    assert unavoidable_loss(twice, loss, np.array([[8.0], [8.0]])) == pytest.approx(expected)  # type: ignore[list-item]
     # A prompt that tells them apart is no loss.
     told = micro_batch([[1, 10 + i, 3, 20 + i] for i in range(4)], learned_from=2)
-    assert unavoidable_loss([told], loss, np.array([8.0])) == 0.0
+    assert unavoidable_loss([told], loss, np.array([[8.0], [8.0]])) == 0.0

@@ -54,7 +54,7 @@ def test_a_new_run_from_a_checkpoint_is_the_stage_that_would_have_followed_it(
     recipe["stages"][0]["carry_optimizer"] = carried
     assert train(write_recipe(tmp_path / "r.yaml", recipe), tmp_path / "run") == 0
     moments = mode == "fine-tune" and carried
-    rest = "the optimizer's moments too; schedules, data and steps begin anew" if moments else "starts afresh"
+    rest = "the optimizer's moments too; schedules, data and steps start at 0" if moments else "starts afresh"
     said = next(line for line in capsys.readouterr().out.splitlines() if f"{mode}: weights from {first}" in line)
     assert "(step 6 of a run, fp32)" in said and said.endswith(rest)
     assert lines(tmp_path / "run", "sft") == lines(both[moments], "sft")

@@ -119,7 +119,7 @@ def test_what_could_not_be_copied_is_copied_by_the_next_process_of_the_run(
     settings = "checkpoint.upload={url: 's3://later/run2', wait_minutes: 0, max_waiting: 2, keep_last: 1}"
     assert train(recipe_file, run, settings) == 0  # there is no such bucket
     error = capfd.readouterr().err
-    assert "ALARM: step_00000004, step_00000006: not copied yet; start the same command again" in error
+    assert "ALARM: step_00000004, step_00000006: not copied yet; run the same command again" in error
     assert "ALARM: step_00000002 is not copied: more than checkpoint.upload.max_waiting are waiting" in error
     # Not pruned, though only one is asked for: it waits.
     assert len(list((run / "checkpoints").glob("step_*"))) == 2

@@ -247,7 +247,7 @@ def test_a_stopped_rank_ends_the_others_in_seconds(faults: tuple[Path, dict[str,
     (sentence,) = [line for line in results["STOP"]["errors"][0].splitlines() if line.startswith("error: ")]
     assert "error: rank 1 on " in sentence and "has sent no heartbeat for" in sentence
     assert status(folder / "STOP")["state"] == "failed" and "rank 1 on" in status(folder / "STOP")["message"]
-    assert "_train_step" in (folder / "STOP" / "stacks" / "rank_0.txt").read_text()
+    assert "training/step.py" in (folder / "STOP" / "stacks" / "rank_0.txt").read_text()
 
 
 @pytest.mark.slow
