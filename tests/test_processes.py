@@ -87,6 +87,7 @@ def test_two_processes_under_torchrun_end_with_the_block_that_they_were_started_
     assert_end(members)
 
 
+@pytest.mark.slow
 def test_a_command_that_outstays_its_time_is_ended_and_leaves_nothing() -> None:
     reader, writer = os.pipe()
     shell = ["bash", "-c", 'setsid "$@" & setsid "$@" & wait', "bash", *PYTHON, "import signal; signal.pause()"]
@@ -98,6 +99,7 @@ def test_a_command_that_outstays_its_time_is_ended_and_leaves_nothing() -> None:
     os.close(reader)
 
 
+@pytest.mark.slow
 def test_a_daemon_that_a_finished_command_has_left_is_ended(ready: Workers) -> None:
     shell = ["bash", "-c", 'setsid "$@" &', "bash", *PYTHON, WORKER]
     with processes.started(shell) as command:

@@ -135,6 +135,7 @@ def test_greedy_speech_is_that_of_transformers(tmp_path: Path, imported: Import,
         assert space.encode_codes(result.codes).tolist() == [i for i in spoken if i != end]
 
 
+@pytest.mark.slow
 def test_tokenizer_and_generation_config_have_every_id(tmp_path: Path, imported: Import) -> None:
     for kind in ("llama", "qwen2"):
         make_backbone(tmp_path / kind, kind, tied=True)

@@ -216,6 +216,7 @@ def train(run, repository, tmp_path):
     return train
 
 
+@pytest.mark.slow
 def test_a_finished_run_ends_the_job_and_a_preempted_one_requeues_it(train, tmp_path):
     done, requeued = train("--through", "pt", STATE="paused")
     assert requeued is None
@@ -226,6 +227,7 @@ def test_a_finished_run_ends_the_job_and_a_preempted_one_requeues_it(train, tmp_
     assert requeued == "requeue 5\n" and "saved at step 7; back into the queue" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_failure_is_tried_again_only_after_progress(train):
     done, requeued = train(STATE="failed", STATUS="1", CHECKPOINT="step_00000010", expect=1)
     assert requeued == "requeue 5\n" and "after step_00000010; back into the queue" in done.stdout
@@ -240,6 +242,7 @@ def test_a_job_that_slurm_ends_is_neither_done_nor_requeued_by_itself(train):
     assert requeued is None and "SLURM ends this job; the run is preempted at step 7" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_gate_stands_before_the_first_start_only(train, tmp_path):
     train(STATE="finished", GATE="--dry-run")
     assert [line.endswith("--dry-run") for line in (tmp_path / "srun.calls").read_text().splitlines()] == [True, False]

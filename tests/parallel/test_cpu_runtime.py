@@ -129,6 +129,7 @@ def test_gradients_are_clipped_and_counted():
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.slow
 def test_a_checkpoint_saves_and_loads(tmp_path, asynchronous):
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue

@@ -60,6 +60,7 @@ def stopped(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return recipe, folder / "run"
 
 
+@pytest.mark.slow
 def test_the_stage_ends_with_a_checkpoint_and_the_next_one_begins(stopped: tuple[Path, Path]) -> None:
     _, run = stopped
     lines = read_metrics(run)

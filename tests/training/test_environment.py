@@ -32,6 +32,7 @@ def test_nvidias_apex_is_told_from_the_web_toolkit(
     assert environment.apex_kind() == ("nvidia" if nvidia else "foreign", str(package))
 
 
+@pytest.mark.slow
 def test_a_web_toolkit_named_apex_is_named_and_kept_from_megatron_core(tmp_path: Path) -> None:
     package = _fake_apex(tmp_path, nvidia=False)
     script = (

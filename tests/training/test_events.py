@@ -88,6 +88,7 @@ def test_events_are_called_in_order_and_only_where_the_device_is_read_are_they_d
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_event_goes_on_from_its_part_of_a_checkpoint(recipe_file: Path, tmp_path: Path) -> None:
     run_with(recipe_file, tmp_path / "run", Diary(), max_steps=3)
     second = Diary()
@@ -96,6 +97,7 @@ def test_an_event_goes_on_from_its_part_of_a_checkpoint(recipe_file: Path, tmp_p
     assert second.steps == 7
 
 
+@pytest.mark.slow
 def test_batches_may_come_from_another_source(recipe_file: Path, tmp_path: Path) -> None:
     """A source that gives every batch of the data twice, as one that replays rollouts would."""
     run = set_up(load_recipe(recipe_file, [f"run_dir={tmp_path / 'run'}"]), log_environment=False)
@@ -126,6 +128,7 @@ def test_batches_may_come_from_another_source(recipe_file: Path, tmp_path: Path)
     assert mine[0]["loss"] != plain[0]["loss"]  # the second step saw the first batch again
 
 
+@pytest.mark.slow
 def test_the_profiler_records_the_steps_that_the_recipe_names(recipe_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train(recipe_file, run, "profile.steps=[3,4]") == 0
@@ -142,11 +145,13 @@ def test_the_profiler_records_the_steps_that_the_recipe_names(recipe_file: Path,
     assert without_timing(read_metrics(run)) == without_timing(read_metrics(tmp_path / "plain"))
 
 
+@pytest.mark.slow
 def test_a_profile_of_steps_that_are_never_reached_leaves_no_file(recipe_file: Path, tmp_path: Path) -> None:
     assert train(recipe_file, tmp_path / "run", "profile.steps=[50,51]") == 0
     assert not (tmp_path / "run" / "profile").exists()
 
 
+@pytest.mark.slow
 def test_a_profile_that_the_run_ends_within_is_written(recipe_file: Path, tmp_path: Path) -> None:
     assert train(recipe_file, tmp_path / "run", "profile.steps=[6,90]") == 0
     assert (tmp_path / "run" / "profile" / "steps_6_to_90_rank_0.json.gz").is_file()

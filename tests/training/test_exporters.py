@@ -240,6 +240,7 @@ def test_the_console_line_says_what_matters() -> None:
     assert clock(59.6) == "1:00"
 
 
+@pytest.mark.slow
 def test_the_dashboard_shows_exactly_what_a_run_exports(
     toy: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

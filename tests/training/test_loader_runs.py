@@ -43,6 +43,7 @@ def test_threads_and_staging_change_no_number_of_a_run(toy: Path, tmp_path: Path
     assert list((tmp_path / "cache" / "indices").iterdir())
 
 
+@pytest.mark.slow
 def test_datasets_can_be_staged_before_a_run(toy: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", short_recipe(toy))
     command = [sys.executable, "-m", "megatron_speech.cli", "stage-datasets", str(recipe)]

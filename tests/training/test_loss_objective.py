@@ -192,6 +192,7 @@ def test_a_modality_that_a_batch_has_not_contributes_nothing(
         assert line["loss"] == pytest.approx(weighted_means(line), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_smoothing_and_z_loss_are_in_the_loss_alone_and_only_in_training(toy: Path, tmp_path: Path) -> None:
     loss = WEIGHTS | {"normalize": "modality", "label_smoothing": 0.2, "z_loss": 0.01}
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe_with(toy, loss))
