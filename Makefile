@@ -24,11 +24,12 @@ quick: venv
 
 venv: $(STAMP)
 
-# torch comes first and by its exact pin: every other package then finds its requirement met.
+# torch comes first and by its exact pin: every other package then finds its requirement met. Python compiles a module
+# when it is first imported: to compile all of them here would take as long as a tenth of the tests.
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[test,lint]'
 	touch $(STAMP)
 
 lint: venv
