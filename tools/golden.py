@@ -1,10 +1,9 @@
 """What this checkout makes of fixed inputs, as files that can be compared: `python tools/golden.py OUT [--fsdd JSONL]`.
 
 Run it in two checkouts on one machine and compare the two `golden.json`: where only the layout of the code differs,
-datasets, sequence indices, losses and generated ids are the same to the last bit. The package that is measured is
-the one of the checkout in which this file's `--repository` lies (PYTHONPATH is set for everything that is started).
-`--keep-runs` leaves the run directories behind, so that checkpoints of one checkout can be continued by the other
-(`--continue-from OUT`).
+datasets, sequence indices, losses and generated ids are the same to the last bit. What is run is the package of
+`--repository` (default: the checkout of this file). OUT keeps the run directories: `--continue-from OUT` of another
+checkout continues the runs that it left from their checkpoints at step 20.
 """
 
 from __future__ import annotations
