@@ -86,11 +86,14 @@ class Run:
     sources: list[BatchSource]
     engine: Engine
     spikes: SpikeGuard | None
-    step: TrainStep
     progress: RunProgress
     log: RunLog
     checkpoints: RunCheckpoints
     loaded: dict[str, Any] = field(default_factory=dict)
+    step: TrainStep = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.step = self.make_step(self.spikes)
 
     @property
     def is_main(self) -> bool:
@@ -104,7 +107,15 @@ class Run:
 
     def make_step(self, spikes: SpikeGuard | None) -> TrainStep:
         """What takes optimizer steps, with another guard than the recipe's."""
-        return _make_step(self.recipe, self.engine, self.device, self.dp_size, self.safety, self.checkpoints, spikes)
+        return TrainStep(
+            self.recipe,
+            self.engine,
+            self.device,
+            data_parallel=self.dp_size,
+            timer=self.safety.timer,
+            before_update=self.checkpoints.block_training_stream,
+            spikes=spikes,
+        )
 
     def write_status(self, state: str, message: str = "", *, force: bool = True) -> None:
         """Write status.json, see :meth:`RunLog.status`."""
@@ -228,7 +239,6 @@ def _assemble(recipe: Recipe, safety: Safety, *, log_environment: bool, resume: 
         ],
         engine=engine,
         spikes=spikes,
-        step=_make_step(recipe, engine, device, dp_size, safety, checkpoints, spikes),
         progress=progress,
         log=log,
         checkpoints=checkpoints,
@@ -267,26 +277,6 @@ def _open_directory(
             exporters = open_exporters(recipe, directory, progress.position.step) if active else []
         log = RunLog(directory, active=active, exporters=exporters)
     return log, RunCheckpoints(directory / "checkpoints", recipe, space, info=info, log=log)
-
-
-def _make_step(
-    recipe: Recipe,
-    engine: Engine,
-    device: torch.device,
-    dp_size: int,
-    safety: Safety,
-    checkpoints: RunCheckpoints,
-    spikes: SpikeGuard | None,
-) -> TrainStep:
-    return TrainStep(
-        recipe,
-        engine,
-        device,
-        data_parallel=dp_size,
-        timer=safety.timer,
-        before_update=checkpoints.block_training_stream,
-        spikes=spikes,
-    )
 
 
 def _log_plan(run: Run) -> None:
