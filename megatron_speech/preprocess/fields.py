@@ -509,7 +509,7 @@ def distinct_names(paths: Sequence[str]) -> dict[str, str]:
             else:
                 again.append(path)
         left, depth = again, depth + 1
-    return result
+    return {path: result[path] for path in parts}
 
 
 def _parts(path: str) -> list[str]:
