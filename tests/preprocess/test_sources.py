@@ -75,6 +75,7 @@ def documents(dataset: Any) -> pa.Table:
     return read_documents_table(Path(f"{dataset.prefix}.docs.parquet"), (), len(dataset))
 
 
+@pytest.mark.slow
 def test_the_recordings_of_one_archive_are_sources_of_their_own(make_corpus: Callable[[int], Any]) -> None:
     corpus = make_corpus(100)
     archive = of_codes(corpus, corpus.folder / "one" / "a.tar", range(100), lambda i: {"speaker": f"s{i % 5}"})
