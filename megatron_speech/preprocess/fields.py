@@ -111,6 +111,9 @@ _OTHERS = (
     "transcript_tagged",
 )
 
+# What encode_audio writes into every row, beside this project's names of all fields that it knew.
+_WRITTEN = frozenset(("codec", "codec_hash", "code_offset"))
+
 # Counts in a unit that only the file's own rate makes a time.
 _IN_SAMPLES = (
     "start_frame", "end_frame", "frame_offset", "start_sample", "end_sample", "sample_start", "sample_end",
@@ -214,15 +217,19 @@ class FieldNames:
             FieldError: field_conflict, unsupported_field, bad_segment.
         """
         present = self._watched.intersection(fields)
-        if not present:
+        written = fields.keys() >= _WRITTEN
+        if not present or (written and not self.given):
             return fields, []
-        self._refuse_foreign(fields)
+        if not written:
+            self._refuse_foreign(fields)
         found: dict[str, Any] = {}
         gone: set[str] = set()
         notices: list[str] = []
         foreign_start = False
         for step in self._plan(present):
             name = step.field.name
+            if written and step.given is None:
+                continue
             if name == "wav_path" and (fields.get("wav_offset") is not None or fields.get("wav_row") is not None):
                 continue  # the recording lies in a file with others; another path is that of where it once lay
             if step.given is not None:

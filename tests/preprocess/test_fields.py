@@ -138,6 +138,16 @@ def test_a_field_is_where_the_map_says_and_nowhere_else() -> None:
     assert chosen.of_row({"transcript": "ten", "text": "10"})[0] == {"transcript": "ten", "text": "10"}
 
 
+def test_what_encode_audio_wrote_has_its_names_already() -> None:
+    # A field that a map had not taken stays one of its own, and does not come back in the next stage.
+    row = {"transcript": "ten", "text": "10", "start": 1.0, "codec": "c", "codec_hash": "h", "code_offset": 0}
+    for use in ("encode", "speech"):
+        assert FieldNames(use).of_row(row) == (row, [])
+    renamed, notices = FieldNames("speech", (("transcript", "text"),)).of_row(row)
+    assert renamed["transcript"] == "10" and renamed["start"] == 1.0 and "start_time" not in renamed
+    assert notices == ["field:transcript not read", "field:text->transcript"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
