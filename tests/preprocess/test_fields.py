@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ REFUSED: dict[str, tuple[Fields, str, str]] = {
     "speed": ({"transforms": [{"name": "Speed", "factor": 1.1}]}, "unsupported_field", "field transforms"),
     "a translation": ({"source_lang": "en", "target_lang": "de", "text": "x"}, "unsupported_field", "a translation"),
     "numbers": ({"audio": {"array": [0.0], "sampling_rate": 8000}}, "unsupported_field", "samples as numbers"),
+    "several files": ({"audio_filepath": ["l.wav", "r.wav"]}, "unsupported_field", "the path of one recording"),
     "no length": ({"offset": 1.0, "duration": -1}, "bad_segment", "field duration is -1"),
 }  # fmt: skip
 
@@ -209,7 +211,18 @@ def test_no_name_means_two_things() -> None:
     for use in ("encode", "speech", "text"):
         names = [name for field in FIELDS if use in field.uses for name in (field.name, *field.same, *field.instead)]
         assert len(names) == len(set(names))
-    assert {field.name for field in FIELDS} <= {ours for ours, _ in parse_map([f"{f.name}=x" for f in FIELDS])}
+    ours = sorted({field.name for field in FIELDS})
+    assert parse_map([f"{name}=x" for name in ours]) == tuple((name, "x") for name in ours)
+
+
+def test_the_page_lists_the_table() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    section = page.partition("## Names of other projects")[2].partition("\n## ")[0]
+    rows = {match[1]: match[2] for match in re.finditer(r"^\| `(\w+)`[^|]*\|(.*)\|$", section, re.MULTILINE)}
+    for field in FIELDS:
+        if "encode" in field.uses:
+            same, instead = (set(re.findall(r"`(\w+)`", cell)) for cell in rows[field.name].split("|"))
+            assert (same - {"average"}, instead) == (set(field.same), set(field.instead)), field.name
 
 
 def test_a_name_does_not_hold_the_place_of_the_corpus(tmp_path: Path) -> None:

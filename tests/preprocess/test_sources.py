@@ -246,6 +246,17 @@ def test_inputs_of_several_formats_are_one(tmp_path: Path) -> None:
     ]
 
 
+def test_recordings_of_one_file_are_sources_of_their_own_whatever_says_where_they_lie(tmp_path: Path) -> None:
+    wavs = [packed(tone(i)) for i in range(3)]
+    (tmp_path / "all.bin").write_bytes(b"".join(wavs))
+    rows = [{"wav_path": "all.bin", "wav_offset": i * len(wavs[0]), "wav_bytes": len(wavs[0])} for i in range(3)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert encode(tmp_path / "out", tmp_path / "x.jsonl") == 0
+    found = lines(tmp_path / "out" / "samples.jsonl")
+    assert [row["sample_id"] for row in found] == [f"all.bin/{i * len(wavs[0])}" for i in range(3)]
+    assert [row["source_id"] for row in found] == [row["sample_id"] for row in found]
+
+
 def test_an_input_that_is_named_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     archive = write_tar(tmp_path / "c.tar", [("0.wav", packed(tone(2)))])
     assert encode(tmp_path / "out", archive, archive) == 2
