@@ -489,12 +489,15 @@ def warn_of_unused(given: Sequence[tuple[str, str]], notices: Mapping[str, int])
 
 # ---------------------------------------------------------------------------------------------------- sources
 
+OUTSIDE = "source_id:absolute path outside the list's folder"
+
 
 def local_name(name: str, folder: str) -> str:
     """A name without the place of the corpus: an absolute path or URL under `folder` relative to it.
 
     Others stay as they are. `folder` is that of the list which the name stands in.
     """
+    name, folder = _without_file(name), _without_file(folder)
     if is_url(name):
         if name.lower().startswith(("http://", "https://")):
             name = re.split(r"[?#]", name, maxsplit=1)[0]  # a signature is no part of what it names
@@ -510,12 +513,16 @@ def local_name(name: str, folder: str) -> str:
 
 def recording_name(path: str, folder: str) -> str:
     """What a recording is known by: its path as the list spells it, or relative to the list where it is absolute."""
-    name = local_name(path, folder)
+    name, folder = local_name(path, folder), _without_file(folder)
     if name.startswith("/") and not is_url(folder):
         base = os.path.abspath(folder or ".")
         if os.path.commonpath([base, name]) != "/":  # a corpus in several folders is moved as a whole
             return os.path.relpath(name, base)
     return name
+
+
+def _without_file(path: str) -> str:
+    return path[len("file://") :] if path[:7].lower() == "file://" else path
 
 
 @functools.lru_cache(maxsize=64)

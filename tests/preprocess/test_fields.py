@@ -255,6 +255,7 @@ def test_a_name_does_not_hold_the_place_of_the_corpus(tmp_path: Path) -> None:
     inside = str(corpus / "lists" / "wavs" / "a.wav")
     assert local_name(inside, str(corpus / "lists")) == "wavs/a.wav"
     assert local_name(inside, str(tmp_path / "link" / "lists")) == "wavs/a.wav"
+    assert local_name(f"file://{inside}", f"file://{corpus}/lists") == "wavs/a.wav"
     assert local_name("s3://b/c/wavs/a.wav", "s3://b/c") == "wavs/a.wav"
     assert local_name("https://h/a.wav?signature=1", "/x") == "https://h/a.wav"
     for name in ("talk", "wavs/a.wav", "/elsewhere/a.wav", "s3://b/cc/a.wav"):
