@@ -421,7 +421,7 @@ def _one_channel(name: str, value: Any) -> int | None:
     raise FieldError(
         "unsupported_field",
         f"field {name} is {_short(value)}{several}; needed is the number of one channel, from 0, or none for the "
-        "average of all",
+        "average of all (--map channel= reads no field as it)",
     )
 
 

@@ -140,6 +140,9 @@ def test_a_field_is_where_the_map_says_and_nowhere_else() -> None:
         "field:clean->transcript", "field:clip->wav_path", "field:start_time not read", "field:wav_path not read",
     ]  # fmt: skip
     assert names.of_row({"transcript": "no", "text": "no"})[0] == {"text": "no"}
+    assert FieldNames("encode", parse_map(["channel="])).of_row({"channel": "news", "wav_path": "a"})[0] == {
+        "wav_path": "a"
+    }
     chosen = FieldNames("encode", parse_map(["transcript=transcript"]))
     assert chosen.of_row({"transcript": "ten", "text": "10"})[0] == {"transcript": "ten", "text": "10"}
 
