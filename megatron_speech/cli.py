@@ -60,8 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(arguments)
     # argparse takes key=value overrides only where they follow the recipe at once; after an option is as clear.
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
-    if len(overrides) < len(rest) or (rest and not hasattr(args, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    unknown = [word for word in rest if word not in overrides or not hasattr(args, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         args.overrides = [*args.overrides, *overrides]
     return importlib.import_module(COMMANDS[args.command][0]).run(args)
