@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("megatron_speech.commands.train", "train the stages of a recipe, or continue a run"),
     "compare": ("megatron_speech.commands.compare", "two runs: losses, speed, memory, and whether one is worse"),
     "generate": ("megatron_speech.commands.generate", "speech from a checkpoint"),
+    "transcribe": ("megatron_speech.commands.transcribe", "the text of recordings, from a checkpoint of the task asr"),
     "evaluate": (
         "megatron_speech.commands.evaluate",
         "generate and score fixed canaries: report.json, report.html",
