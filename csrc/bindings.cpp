@@ -41,7 +41,7 @@ py::array_t<T> to_numpy(std::vector<T>&& values) {
 ms::LossMaskProblem problem_of(const Array<int64_t>& tokens, const Array<int32_t>& document_lengths,
                                const Array<int32_t>& row_pointers, const Array<int32_t>& document_groups,
                                const Array<uint8_t>& document_flags, const Array<uint8_t>& modality_table,
-                               int64_t prompt_end_id, const Array<float>& weights, Array<int64_t>& labels, Array<float>& loss_weights, Array<int64_t>& position_ids,
+                               int64_t prompt_end_id, int64_t text_prompt_end_id, const Array<float>& weights, Array<int64_t>& labels, Array<float>& loss_weights, Array<int64_t>& position_ids,
                                Array<int32_t>& group_ids, Array<int32_t>& cu_seqlens, Array<int64_t>& counts,
                                Array<int64_t>& invalid) {
     const bool grid = tokens.ndim() == 3;
@@ -78,6 +78,7 @@ ms::LossMaskProblem problem_of(const Array<int64_t>& tokens, const Array<int32_t
     p.documents = documents;
     p.vocabulary = modality_table.size();
     p.prompt_end_id = prompt_end_id;
+    p.text_prompt_end_id = text_prompt_end_id;
     for (int i = 0; i < 2 * ms::kModalities; ++i) p.weights[i] = weights.data()[i];
     p.labels = labels.mutable_data();
     p.loss_weights = loss_weights.mutable_data();
@@ -91,11 +92,11 @@ ms::LossMaskProblem problem_of(const Array<int64_t>& tokens, const Array<int32_t
 
 bool loss_mask(const Array<int64_t>& tokens, const Array<int32_t>& document_lengths, const Array<int32_t>& row_pointers,
                const Array<int32_t>& document_groups, const Array<uint8_t>& document_flags,
-               const Array<uint8_t>& modality_table, int64_t prompt_end_id, const Array<float>& weights,
+               const Array<uint8_t>& modality_table, int64_t prompt_end_id, int64_t text_prompt_end_id, const Array<float>& weights,
                Array<int64_t> labels, Array<float> loss_weights, Array<int64_t> position_ids, Array<int32_t> group_ids, Array<int32_t> cu_seqlens, Array<int64_t> counts,
                Array<int64_t> invalid) {
     const auto p = problem_of(tokens, document_lengths, row_pointers, document_groups, document_flags, modality_table,
-                              prompt_end_id, weights, labels, loss_weights, position_ids, group_ids, cu_seqlens, counts,
+                              prompt_end_id, text_prompt_end_id, weights, labels, loss_weights, position_ids, group_ids, cu_seqlens, counts,
                               invalid);
     // The row pointers are what a wrong address could come from.
     if (p.row_pointers[0] != 0 || p.row_pointers[p.rows] != p.documents) {
@@ -114,11 +115,11 @@ bool loss_mask(const Array<int64_t>& tokens, const Array<int32_t>& document_leng
 void loss_mask_emulated(const Array<int64_t>& tokens, const Array<int32_t>& document_lengths,
                         const Array<int32_t>& row_pointers, const Array<int32_t>& document_groups,
                         const Array<uint8_t>& document_flags, const Array<uint8_t>& modality_table,
-                        int64_t prompt_end_id, const Array<float>& weights, Array<int64_t> labels, Array<float> loss_weights, Array<int64_t> position_ids,
+                        int64_t prompt_end_id, int64_t text_prompt_end_id, const Array<float>& weights, Array<int64_t> labels, Array<float> loss_weights, Array<int64_t> position_ids,
                         Array<int32_t> group_ids, Array<int32_t> cu_seqlens, Array<int64_t> counts,
                         Array<int64_t> invalid, int threads, bool reversed) {
     const auto p = problem_of(tokens, document_lengths, row_pointers, document_groups, document_flags, modality_table,
-                              prompt_end_id, weights, labels, loss_weights, position_ids, group_ids, cu_seqlens, counts,
+                              prompt_end_id, text_prompt_end_id, weights, labels, loss_weights, position_ids, group_ids, cu_seqlens, counts,
                               invalid);
     py::gil_scoped_release release;
     ms::loss_mask_emulated(p, threads, reversed);
@@ -246,11 +247,11 @@ PYBIND11_MODULE(_C, m) {
     ms::register_text(m);
     const auto fixed = [](const char* name) { return py::arg(name).noconvert(); };
     m.def("loss_mask", &loss_mask, fixed("tokens"), fixed("document_lengths"), fixed("row_pointers"),
-          fixed("document_groups"), fixed("document_flags"), fixed("modality_table"), py::arg("prompt_end_id"),
+          fixed("document_groups"), fixed("document_flags"), fixed("modality_table"), py::arg("prompt_end_id"), py::arg("text_prompt_end_id"),
           fixed("weights"), fixed("labels"), fixed("loss_weights"), fixed("position_ids"), fixed("group_ids"),
           fixed("cu_seqlens"), fixed("counts"), fixed("invalid"), "False when a token has no modality: the outputs are not to be used.");
     m.def("loss_mask_emulated", &loss_mask_emulated, fixed("tokens"), fixed("document_lengths"), fixed("row_pointers"),
-          fixed("document_groups"), fixed("document_flags"), fixed("modality_table"), py::arg("prompt_end_id"),
+          fixed("document_groups"), fixed("document_flags"), fixed("modality_table"), py::arg("prompt_end_id"), py::arg("text_prompt_end_id"),
           fixed("weights"), fixed("labels"), fixed("loss_weights"), fixed("position_ids"), fixed("group_ids"),
           fixed("cu_seqlens"), fixed("counts"), fixed("invalid"), py::arg("threads"), py::arg("reversed"),
           "The code of the CUDA kernels, run thread by thread; for tests.");

@@ -40,8 +40,9 @@ class Row {
         const int64_t labelled = flags & kUnlearned ? start : (cut ? stop : stop - 1);
         int64_t prompted = start;                        // columns below it have a label in the prompt
         if (p_.prompt_end_id >= 0 && !(flags & kPromptless)) {
+            const int64_t prompt_end_id = prompt_end_of(p_, flags);
             int64_t prompt_end = start;
-            while (prompt_end < stop && tokens_[prompt_end * streams()] != p_.prompt_end_id) ++prompt_end;
+            while (prompt_end < stop && tokens_[prompt_end * streams()] != prompt_end_id) ++prompt_end;
             prompted = prompt_end == stop ? labelled : std::min(prompt_end, labelled);
             prompt_tokens += std::min(prompt_end + 1, stop) - start;
         }

@@ -84,6 +84,7 @@ extern "C" __attribute__((visibility("default"))) int megatron_speech_loss_mask(
                                          const int32_t* row_pointers, const int32_t* document_groups,
                                          const uint8_t* document_flags, const uint8_t* modality_table, int64_t rows,
                                          int64_t seq_length, int64_t streams, int64_t documents, int64_t vocabulary, int64_t prompt_end_id,
+                                         int64_t text_prompt_end_id,
                                          const float* weights, int64_t* labels, float* loss_weights,
                                          int64_t* position_ids, int32_t* group_ids, int32_t* cu_seqlens,
                                          int64_t* counts, int64_t* invalid, int32_t* prompt_ends, int32_t* row_is_cut,
@@ -91,6 +92,7 @@ extern "C" __attribute__((visibility("default"))) int megatron_speech_loss_mask(
     using namespace megatron_speech;
     LossMaskProblem p{tokens,     document_lengths, row_pointers, document_groups, document_flags, modality_table,
                       rows,       seq_length,       streams,      documents,       vocabulary,     prompt_end_id,
+                      text_prompt_end_id,
                       {},         labels,           loss_weights, position_ids,    group_ids,      cu_seqlens,
                       counts,     invalid,          prompt_ends,  row_is_cut};
     for (int i = 0; i < 2 * kModalities; ++i) p.weights[i] = weights[i];

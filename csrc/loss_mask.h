@@ -30,6 +30,7 @@ enum Count { kDocumentTokens, kPadTokens, kLossTokens, kPromptTokens, kCounts };
 // Bits of a document's flags.
 constexpr uint8_t kPromptless = 1;  // has no prompt: its labels weigh what they weigh outside one
 constexpr uint8_t kUnlearned = 2;   // nothing of it is learned
+constexpr uint8_t kTextTarget = 4;  // its prompt ends at `text_prompt_end_id`
 
 // Shapes: B rows, S = seq_length steps, K = streams, D documents, V = vocabulary. All arrays are dense and on one
 // device. A step holds K ids, one of each stream; documents, prompts and positions count steps.
@@ -47,6 +48,7 @@ struct LossMaskProblem {
     int64_t documents;
     int64_t vocabulary;
     int64_t prompt_end_id;             // -1: documents have no prompt
+    int64_t text_prompt_end_id;        // that of documents whose target is text; not looked at where the above is -1
     float weights[2 * kModalities];    // by modality of the label: outside the prompt, then inside it
     // Outputs.
     int64_t* labels;                   // [B, S, K]
@@ -135,6 +137,10 @@ MS_HOST_DEVICE RowDocuments row_documents(const LossMaskProblem& p, int64_t row)
 
 MS_HOST_DEVICE uint8_t flags_of(const LossMaskProblem& p, int32_t document) {
     return p.document_flags ? p.document_flags[document] : uint8_t{0};
+}
+
+MS_HOST_DEVICE int64_t prompt_end_of(const LossMaskProblem& p, uint8_t flags) {
+    return flags & kTextTarget ? p.text_prompt_end_id : p.prompt_end_id;
 }
 
 // First index in [low, high] whose end lies beyond `position`; the row's end, `ends[padding]`, always does.
@@ -266,9 +272,12 @@ struct PromptKernel {
         const int64_t* tokens = p.tokens + tile.row * (p.seq_length + 1) * p.streams;
         const int32_t base = static_cast<int32_t>(tile.row * p.seq_length);
         for (int32_t column = tile.begin + thread; column < tile.end; column += kThreads) {
-            if (tokens[column * p.streams] != p.prompt_end_id) continue;
+            const int64_t token = tokens[column * p.streams];
+            if (token != p.prompt_end_id && token != p.text_prompt_end_id) continue;
             const int32_t segment = segment_of(tile.ends, 0, tile.padding, base + column);
-            if (segment != tile.padding) atomic_min(&p.prompt_ends[tile.first_document + segment], column);
+            if (segment == tile.padding) continue;
+            const int32_t document = tile.first_document + segment;
+            if (token == prompt_end_of(p, flags_of(p, document))) atomic_min(&p.prompt_ends[document], column);
         }
     }
 };

@@ -28,7 +28,8 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # torchrun sets one thread per process unless told; on a node without GPUs the cores are shared out instead.
 if [[ $gpus -eq 0 ]]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + NPROC - 1) / NPROC ))}; fi
 
-"$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" -m megatron_speech.cli train "$@" &
+# The processes meet at the loopback address: the host's own name, torchrun's default, need not resolve.
+"$PYTHON" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$NPROC" -m megatron_speech.cli train "$@" &
 launcher=$!
 # torchrun itself would end on these: at once on USR1, and 30 s after TERM it kills what has not saved by then. Its
 # processes get the signal from here, save, and end as they should; torchrun ends with them.

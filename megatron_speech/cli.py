@@ -24,7 +24,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "stage-datasets": ("megatron_speech.commands.stage_datasets", "a recipe's datasets copied to this node's disk"),
     "estimate": ("megatron_speech.commands.estimate", "what each layout takes of a GPU's memory, without a GPU"),
     "train": ("megatron_speech.commands.train", "train the stages of a recipe, or continue a run"),
+    "compare": ("megatron_speech.commands.compare", "two runs: losses, speed, memory, and whether one is worse"),
     "generate": ("megatron_speech.commands.generate", "speech from a checkpoint"),
+    "transcribe": ("megatron_speech.commands.transcribe", "the text of recordings, from a checkpoint of the task asr"),
     "evaluate": (
         "megatron_speech.commands.evaluate",
         "generate and score fixed canaries: report.json, report.html",
@@ -60,8 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(arguments)
     # argparse takes key=value overrides only where they follow the recipe at once; after an option is as clear.
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
-    if len(overrides) < len(rest) or (rest and not hasattr(args, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    unknown = [word for word in rest if word not in overrides or not hasattr(args, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         args.overrides = [*args.overrides, *overrides]
     return importlib.import_module(COMMANDS[args.command][0]).run(args)

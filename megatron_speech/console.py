@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 def is_main_process() -> bool:
     """Whether this process is rank 0 according to its launcher; usable before process groups exist."""
-    return int(os.environ.get("RANK", "0")) == 0
+    rank = os.environ.get("RANK", "0")
+    return not rank.isdecimal() or int(rank) == 0  # one that is no number is refused, and somebody has to say so
 
 
 def output(text: str = "", *, end: str = "\n") -> None:

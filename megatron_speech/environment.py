@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_speech import __version__
+from megatron_speech.errors import InputError
 from megatron_speech.ops.extension import extension_status
 
 OPTIONAL = ("transformer-engine", "flash-attn", "wandb", "transformers", "tensorboard")
@@ -80,6 +81,28 @@ def prepare_imports() -> None:
 def host_name() -> str:
     """The name that an administrator knows this node by: SLURM's, else the system's."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """RANK and WORLD_SIZE of a launcher; (0, 1) without one.
+
+    Raises:
+        InputError: one without the other, no integers, or a rank outside the world.
+    """
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if rank is None and (size is None or size == "1"):
+        return 0, 1
+    if size is None or rank is None:
+        present, absent = ("RANK", "WORLD_SIZE") if size is None else ("WORLD_SIZE", "RANK")
+        raise InputError(
+            f"{present} is set and {absent} is not: a launcher (torchrun, srun) sets both; unset {present} to run one "
+            f"process, or set both"
+        )
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise InputError(
+            f"RANK is {rank!r} and WORLD_SIZE {size!r}; needed are integers, with RANK from 0 to WORLD_SIZE - 1"
+        )
+    return int(rank), int(size)
 
 
 def installed_version(distribution: str) -> str | None:

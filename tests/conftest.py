@@ -85,7 +85,7 @@ def collected(pytestconfig: pytest.Config) -> list[pytest.Item]:
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, None, None]:
     """Parallel groups end with the file of tests that brought them up: commands leave theirs to the process's end."""
     yield
-    if (nextitem is None or nextitem.path != item.path) and "torch" in sys.modules:
+    if (nextitem is None or nextitem.path != item.path) and "megatron.core" in sys.modules:
         from megatron_speech.parallel import groups
 
         groups.destroy()

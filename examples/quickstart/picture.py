@@ -15,6 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import soundfile
 from matplotlib.axes import Axes
 
 from megatron_speech.codecs.audio import read_audio
@@ -66,20 +67,25 @@ def draw_blend(axes: Axes, run: RunFiles) -> None:
     axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
 
 
-def draw_spectrogram(axes: Axes, path: Path, title: str) -> None:
-    """Spectrogram of a recording, frequency upwards."""
-    image = spectrogram(read_audio(path, SAMPLE_RATE_HZ), SAMPLE_RATE_HZ)
-    axes.imshow(image, origin="lower", aspect="auto", cmap="magma")
+def draw_spectrogram(axes: Axes, path: Path, title: str, longest: float) -> None:
+    """Spectrogram of a recording over seconds and kHz; all of a picture reach to `longest` seconds."""
+    audio = read_audio(path, SAMPLE_RATE_HZ)
+    image = spectrogram(audio, SAMPLE_RATE_HZ)
+    extent = (0.0, len(audio) / SAMPLE_RATE_HZ, 0.0, SAMPLE_RATE_HZ / 2000)
+    axes.imshow(image, origin="lower", aspect="auto", cmap="magma", extent=extent)
+    axes.set_xlim(0, longest)
     axes.set_title(title, fontsize=8)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set_xlabel("s", fontsize=7, labelpad=1)
+    axes.set_ylabel("kHz", fontsize=7, labelpad=1)
+    axes.tick_params(labelsize=6)
 
 
 def choose(items: list[dict[str, Any]], originals: dict[str, Path | None]) -> list[dict[str, Any]]:
-    """A few utterances that have an original, from every language in turn."""
-    usable = [item for item in items if originals.get(item["canary"]) is not None]
-    languages = sorted({item["language"] for item in usable})
-    queues = [[item for item in usable if item["language"] == language] for language in languages]
+    """A few utterances that have an original, from every language in turn; of each canary the first one."""
+    usable = {item["canary"]: item for item in reversed(items) if originals.get(item["canary"]) is not None}
+    ordered = [item for item in items if usable.get(item["canary"]) is item]
+    languages = sorted({item["language"] for item in ordered})
+    queues = [[item for item in ordered if item["language"] == language] for language in languages]
     in_turn = [queue[turn] for turn in range(COLUMNS) for queue in queues if turn < len(queue)]
     return in_turn[:COLUMNS]
 
@@ -111,8 +117,10 @@ def main() -> int:
     for column, item in enumerate(chosen):
         original = originals[item["canary"]]
         assert original is not None
-        draw_spectrogram(grid[0, column], original, f"{item['canary']}: recording")
-        draw_spectrogram(grid[1, column], args.report / item["wav_path"], "generated from its text")
+        files = {f"{item['canary']}: recording": original, "generated from its text": args.report / item["wav_path"]}
+        longest = max(soundfile.info(path).duration for path in files.values())
+        for row, (title, path) in enumerate(files.items()):
+            draw_spectrogram(grid[row, column], path, title, longest)
     with atomic_write(args.output) as handle:
         figure.savefig(handle, dpi=110, format="png")
     return 0

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from megatron_speech.console import is_main_process, message
+from megatron_speech.environment import rank_and_size
 from megatron_speech.errors import InputError, PeerError
 from megatron_speech.recipe.load import load_recipe
 from megatron_speech.recipe.recipe import Recipe
@@ -49,9 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, alone or as one process of torchrun or srun; continues what the run directory holds."""
     adopt_slurm_environment()
+    _, world_size = rank_and_size()
     try:
         recipe = load_recipe(args.recipe, args.overrides)
-        recipe.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
+        recipe.data_parallel_size(world_size)
         names = [stage.name for stage in recipe.stages]
         for name in ("overfit", "overfit_steps"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -155,11 +157,28 @@ def adopt_slurm_environment() -> None:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a SLURM list such as `gpu[003-006,9],login1`."""
-    name, bracket, rest = nodes.partition("[")
-    if not bracket or "," in name:
-        return nodes.split(",")[0]
-    return name + re.split(r"[-,\]]", rest)[0]
+    """The first host of a SLURM list such as `gpu[003-006,9],login1` or `rack[1-2]node[01-16]-ib`.
+
+    SLURM's own `scontrol show hostnames` reads the list where it is there; else each bracket of the first name gives
+    its first number, with its zeros.
+
+    Raises:
+        InputError: the list is none.
+    """
+    try:
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
+    except OSError:  # not in this container
+        shown = None
+    if shown is not None and shown.returncode == 0 and (names := shown.stdout.split()):
+        return names[0]
+    # A comma parts names only outside of brackets.
+    match = re.match(r"(?:[^\[\],]|\[[\d,-]+\])+", nodes)
+    if match is None or nodes[match.end() :][:1] not in ("", ","):
+        raise InputError(
+            f"SLURM_STEP_NODELIST is {nodes!r}, which is no list of hosts such as node[01-04],login1; set MASTER_ADDR "
+            "to the first host"
+        )
+    return re.sub(r"\[(\d+)[\d,-]*\]", r"\1", match[0])
 
 
 def _address_of(host: str) -> str:

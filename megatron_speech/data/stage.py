@@ -25,7 +25,13 @@ from megatron_speech.recipe.data import DataConfig
 from megatron_speech.recipe.stage import StageDataConfig
 from megatron_speech.remote import is_url
 from megatron_speech.tokens.space import TokenSpace
-from megatron_speech.tokens.templates import PROMPT_END, TEMPLATE_HASH
+from megatron_speech.tokens.templates import (
+    PROMPT_END,
+    PROMPTLESS_TASKS,
+    TEXT_PROMPT_END,
+    TEXT_TARGETS,
+    template_hash,
+)
 
 if TYPE_CHECKING:
     from megatron_speech.data.loading.loader import StageLoader
@@ -57,11 +63,12 @@ def open_datasets(
     _refuse_mixture(datasets)
     for dataset in datasets.values():
         dataset.check(space)
-        found = _manifest(dataset).template_hash
-        if found != TEMPLATE_HASH:
+        manifest = _manifest(dataset)
+        found, needed = manifest.template_hash, template_hash(manifest.task)
+        if found != needed:
             raise InputError(
-                f"{file_of(dataset.prefix, '.manifest.json')}: template_hash is {found}, needed {TEMPLATE_HASH} of "
-                "this version's task templates; make the dataset anew with preprocess/preprocess_data.py"
+                f"{file_of(dataset.prefix, '.manifest.json')}: template_hash is {found}, needed {needed} of "
+                f"this version's templates of {manifest.task}; make the dataset anew with preprocess/preprocess_data.py"
             )
     return datasets
 
@@ -76,7 +83,6 @@ def _refuse_mixture(datasets: Mapping[str, TokenDataset]) -> None:
     hashes = {
         "codec.hash": lambda manifest: manifest.codec.hash,
         "token_space_hash": lambda manifest: manifest.token_space_hash,
-        "template_hash": lambda manifest: manifest.template_hash,
         "streams": lambda manifest: manifest.streams,
     }
     first, *others = datasets.values()
@@ -235,14 +241,17 @@ class StageData:
         import torch
 
         from megatron_speech.data.loading.loader import RowSource
-        from megatron_speech.ops.loss_mask import LossPolicy
+        from megatron_speech.ops.loss_mask import PROMPTLESS, TEXT_TARGET, LossPolicy
+
+        def flags(task: str) -> int:
+            return PROMPTLESS if task in PROMPTLESS_TASKS else TEXT_TARGET if task in TEXT_TARGETS else 0
 
         loss, strata = self.stage.loss, self._content["strata"]
         return RowSource(
             table=self._table,
             datasets=list(self.datasets.values()),
             stratum_label=np.array([stratum["label"] for stratum in strata], dtype=np.int32),
-            promptless=np.array([stratum["task"] == "text_lm" for stratum in strata], dtype=bool),
+            document_flags=np.array([flags(stratum["task"]) for stratum in strata], dtype=np.uint8),
             seq_length=self.stage.seq_length,
             pad_id=self.space.special("<pad>"),
             modality_table=torch.from_numpy(self.space.modality_table()),
@@ -252,6 +261,7 @@ class StageData:
                 special=loss.special,
                 prompt=loss.prompt,
                 prompt_end_id=-1 if loss.prompt == 1.0 else self.space.special(PROMPT_END),
+                text_prompt_end_id=self.space.special(TEXT_PROMPT_END),
             ),
             normalizers=loss.normalizers,
             rectangular=self.stage.packing_mode == "bucket",

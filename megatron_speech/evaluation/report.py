@@ -33,6 +33,7 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .card b { display: block; font-size: 1.5rem; } .card small { opacity: .75; display: block; }
 .wide { overflow-x: auto; } img.plot { max-width: 100%; background: #fff; border-radius: .4rem; margin: .4rem 0; }
 img.spectrum { height: 72px; max-width: 260px; border-radius: 3px; display: block; image-rendering: auto; }
+.axes { border-left: 1px solid var(--line); padding-left: 3px; } .axes small { opacity: .6; font-size: .72rem; }
 audio { width: 220px; height: 32px; display: block; margin-bottom: .2rem; }
 .bad { color: var(--bad); } .good { color: var(--good); } ul.notes { background: var(--soft); padding: .6rem 2rem; }
 """
@@ -72,7 +73,9 @@ def _spectrum_image(audio: np.ndarray, sample_rate_hz: int, label: str) -> str:
     image.frombytes(index.tobytes())
     buffer = io.BytesIO()
     image.save(buffer, format="png", optimize=True)
-    return f'<img class="spectrum" alt="{html.escape(label)}" src="{_data_uri("image/png", buffer.getvalue())}">'
+    picture = f'<img class="spectrum" alt="{html.escape(label)}" src="{_data_uri("image/png", buffer.getvalue())}">'
+    seconds, top = len(audio) / sample_rate_hz, sample_rate_hz / 2000
+    return f'<div class="axes">{picture}<small>0 to {top:g} kHz, 0 to {seconds:.2f} s</small></div>'
 
 
 def _player(audio: np.ndarray, sample_rate_hz: int) -> str:

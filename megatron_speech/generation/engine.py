@@ -1,4 +1,4 @@
-"""Batched generation of speech: prompts in, codes out.
+"""Batched generation: of speech (prompts in, codes out) and of text (speech in, its transcript out).
 
 Requests of a batch have prompts of any length but stand at the same position of their *target*: the prompts are
 prefilled as one packed row, then every request takes one token per step, so each step has one short list of legal
@@ -29,7 +29,9 @@ from megatron_speech.errors import InputError
 from megatron_speech.generation.prompts import Utterance
 from megatron_speech.generation.requests import GenerationRequest
 from megatron_speech.generation.sampling import (
+    LegalCodes,
     LegalIds,
+    LegalText,
     SamplingConfig,
     illegal_share,
     probabilities,
@@ -69,6 +71,26 @@ class GenerationResult:
     """
 
     codes: np.ndarray
+    ended: bool
+    stop_reason: str
+    prompt_tokens: int
+    generated_tokens: int
+    invalid_token_rate: float
+    invalid_argmax_rate: float
+
+
+@dataclass(frozen=True)
+class Transcription:
+    """What a model of the task `asr` writes down of one recording.
+
+    Attributes:
+        text: of the recording.
+        ended: the model itself ended with `</target_text>`.
+        stop_reason: "end", "max_tokens" or "context" (no room left in the model's sequence length).
+        prompt_tokens, generated_tokens, invalid_token_rate, invalid_argmax_rate: as of :class:`GenerationResult`.
+    """
+
+    text: str
     ended: bool
     stop_reason: str
     prompt_tokens: int
@@ -147,28 +169,27 @@ def decode_batch(
     session: DecodingSession,
     prompts: Sequence[np.ndarray],
     seeds: Sequence[int],
-    frame_limits: Sequence[int],
+    unit_limits: Sequence[int],
     legal: LegalIds,
     config: SamplingConfig,
     device: torch.device,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Sample a batch of utterances to their ends.
+    """Sample a batch of utterances, or of their texts, to their ends.
 
     Args:
         session: fresh, for `len(prompts)` rows.
         prompts: int32 ids, each ending where the target begins.
         seeds: one per prompt.
-        frame_limits: frames after which a request is stopped, at least 1.
+        unit_limits: units (frames of speech, tokens of text) after which a request is stopped, at least 1.
         legal: the legal ids by position.
         config: how tokens are drawn.
         device: where the session's logits live.
 
     Returns:
-        ids int64 [B, max tokens] of audio (what lies past a row's length means nothing), lengths int64 [B] in
-        audio tokens, ended bool [B], and diagnostics float64 [B, 2]: sums over the sampled positions of illegal
-        mass and of illegal argmax.
+        ids int64 [B, max tokens] (what lies past a row's length means nothing), lengths int64 [B] in tokens, ended bool
+        [B], and diagnostics float64 [B, 2]: sums over the sampled positions of illegal mass and of illegal argmax.
 
-    The host waits for the device once per frame, to learn who has ended.
+    The host waits for the device once per unit, to learn who has ended.
 
     Raises:
         InputError: a row of the session takes several ids a step.
@@ -178,8 +199,8 @@ def decode_batch(
             f"the model takes {session.streams} ids a step (streams), but generation samples one; generate with a "
             "model of one stream"
         )
-    count, books = len(prompts), legal.codebook_count
-    limits_B = torch.tensor(frame_limits, device=device) * books
+    count = len(prompts)
+    limits_B = torch.tensor(unit_limits, device=device) * legal.unit_tokens
     ids_BT = torch.zeros(count, int(limits_B.max()), dtype=torch.int64, device=device)
     lengths_B = limits_B.clone()
     ended_B = torch.zeros(count, dtype=torch.bool, device=device)
@@ -200,7 +221,7 @@ def decode_batch(
         diagnostics_B2[rows_B] += found_B2 * live_B.unsqueeze(1)
         probs_Bn = probabilities(legal_Bn, config, None if seen_BV is None else seen_BV.index_select(1, legal_n))
         chosen_B = legal_n[sample(probs_Bn, uniform_noise(seeds_B, position))]
-        if position and legal.is_frame_edge(position):
+        if position and position % legal.unit_tokens == 0:
             ends_B = live_B & (chosen_B == legal.end_id)
             ended_B[rows_B[ends_B]] = True
             # Whoever has reached the limit could still say that it has ended, but nothing else.
@@ -227,7 +248,7 @@ def decode_batch(
 
 
 class SpeechGenerator:
-    """Speech from a model: text (and a reference voice) in, codes and audio out.
+    """Speech from a model: text (and a reference voice) in, codes and audio out; and the text of speech.
 
     Args:
         open_session: makes a :class:`DecodingSession` of so many rows, each of at most so many positions.
@@ -245,7 +266,7 @@ class SpeechGenerator:
         self.device = device
         self.checkpoint: dict[str, Any] = {}
         self._open_session = open_session
-        self._legal = LegalIds(space, device)
+        self._legal_codes, self._legal_text = LegalCodes(space, device), LegalText(space, device)
         self._codec: Codec | None = None
 
     @classmethod
@@ -371,34 +392,95 @@ class SpeechGenerator:
                 limits.append(self._frame_limit(prompts[-1], config))
             except InputError as error:
                 raise InputError(f"request {index}: {error}" if len(requests) > 1 else str(error)) from error
+        seeds = [request.seed for request in requests]
+        found = self._sample(prompts, seeds, limits, self._legal_codes, config, batch_size, progress)
+        return [GenerationResult(codes=self.space.decode_codes(ids), **more) for ids, more in found]
+
+    def transcribe(
+        self,
+        speech: Sequence[np.ndarray],
+        config: SamplingConfig | None = None,
+        *,
+        max_tokens: int = 1024,
+        seed: int = 0,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[Transcription]:
+        """Write down what is said in `speech`, in batches; results in its order. For a model of the task `asr`.
+
+        Args:
+            speech: codes of recordings, int [T, K] each.
+            config: how tokens are drawn; greedily if None. `max_seconds` is not used.
+            max_tokens: of text; what is longer is cut there (a stop failure).
+            seed: of the noise, the same for each recording.
+            batch_size: recordings in flight at once. Results do not depend on it.
+            progress: called with the number of recordings done, after each batch.
+
+        Raises:
+            InputError: speech that leaves no room for text, by its place; a token space without this task.
+        """
+        prompts, limits = [], []
+        for index, codes in enumerate(speech):
+            prompt = compile_prompt(self.space, "asr", code_ids=self.space.encode_codes(codes))
+            room = self.max_sequence_length - len(prompt)
+            if room < 1:
+                raise InputError(
+                    f"recording {index}: its {len(prompt):,} tokens leave no room for text in the model's sequence of "
+                    f"{self.max_sequence_length:,}; cut it into shorter ones"
+                )
+            prompts.append(prompt)
+            limits.append((max_tokens, "max_tokens") if max_tokens <= room else (room, "context"))
+        config = config or SamplingConfig(temperature=0.0)
+        found = self._sample(prompts, [seed] * len(prompts), limits, self._legal_text, config, batch_size, progress)
+        return [Transcription(text=self.space.decode_text(ids).strip(), **more) for ids, more in found]
+
+    def _sample(
+        self,
+        prompts: Sequence[np.ndarray],
+        seeds: Sequence[int],
+        limits: Sequence[tuple[int, str]],
+        legal: LegalIds,
+        config: SamplingConfig,
+        batch_size: int,
+        progress: Callable[[int], object] | None,
+    ) -> list[tuple[np.ndarray, dict[str, Any]]]:
+        """Of each prompt the ids that follow it, int64 [n], and the result's other fields.
+
+        `limits`: of each, the units after which it is stopped, and the name of that.
+        """
         # Prompts of like length share a batch: the cache is as long as the longest.
-        order = sorted(range(len(requests)), key=lambda i: len(prompts[i]))
-        results: list[GenerationResult | None] = [None] * len(requests)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        results: dict[int, tuple[np.ndarray, dict[str, Any]]] = {}
         with torch.inference_mode():
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                frames = [limits[i][0] for i in batch]
-                batch_prompts = [prompts[i] for i in batch]
-                capacity = max(len(prompts[i]) + limits[i][0] * self.space.codebook_count for i in batch)
-                session = self._open_session(len(batch), capacity)
+                capacity = max(len(prompts[i]) + limits[i][0] * legal.unit_tokens for i in batch)
                 ids, lengths, ended, diagnostics = decode_batch(
-                    session, batch_prompts, [requests[i].seed for i in batch], frames, self._legal, config, self.device
+                    self._open_session(len(batch), capacity),
+                    [prompts[i] for i in batch],
+                    [seeds[i] for i in batch],
+                    [limits[i][0] for i in batch],
+                    legal,
+                    config,
+                    self.device,
                 )
                 for row, i in enumerate(batch):
-                    # One position more than audio tokens was sampled: the end, or what the limit cut off.
+                    # One position more than tokens was sampled: the end, or what the limit cut off.
                     invalid_token_rate, invalid_argmax_rate = diagnostics[row] / (lengths[row] + 1)
-                    results[i] = GenerationResult(
-                        codes=self.space.decode_codes(ids[row, : lengths[row]]),
-                        ended=bool(ended[row]),
-                        stop_reason="end" if ended[row] else limits[i][1],
-                        prompt_tokens=len(prompts[i]),
-                        generated_tokens=int(lengths[row]) + int(ended[row]),
-                        invalid_token_rate=float(invalid_token_rate),
-                        invalid_argmax_rate=float(invalid_argmax_rate),
+                    results[i] = (
+                        ids[row, : lengths[row]],
+                        {
+                            "ended": bool(ended[row]),
+                            "stop_reason": "end" if ended[row] else limits[i][1],
+                            "prompt_tokens": len(prompts[i]),
+                            "generated_tokens": int(lengths[row]) + int(ended[row]),
+                            "invalid_token_rate": float(invalid_token_rate),
+                            "invalid_argmax_rate": float(invalid_argmax_rate),
+                        },
                     )
                 if progress is not None:
                     progress(len(batch))
-        return [result for result in results if result is not None]
+        return [results[i] for i in range(len(prompts))]
 
 
 def to_requests(generator: SpeechGenerator, utterances: Sequence[Utterance]) -> list[GenerationRequest]:

@@ -1,4 +1,4 @@
-"""Choosing the next audio token: legal ids, filters, and noise that belongs to one request.
+"""Choosing the next token: legal ids, filters, and noise that belongs to one request.
 
 Shapes: B requests in flight, V ids of the (padded) vocabulary, n legal ids at the present position,
 K codebooks, t the index of the token within the generated speech (frame t // K, codebook t % K).
@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_speech.errors import InputError
+from megatron_speech.modalities import MODALITY_TEXT
 from megatron_speech.tokens.space import TokenSpace
 
 # Constants of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014),
@@ -63,7 +66,36 @@ class SamplingConfig:
             raise InputError(f"max_seconds is {self.max_seconds}; it must be above 0")
 
 
-class LegalIds:
+class LegalIds(Protocol):
+    """The ids that may come at each position of what is generated, which ends with `end_id`.
+
+    It may end where a whole number of units of `unit_tokens` tokens precedes, but not before the first.
+    """
+
+    end_id: int
+    unit_tokens: int
+
+    def at(self, position: int) -> Tensor:
+        """Legal ids int64 [n] of token `position` (0 is the first token after the prompt)."""
+        ...
+
+
+class LegalText:
+    """The ids that may come in generated text: those of text, and after the first one `</target_text>`."""
+
+    unit_tokens = 1
+
+    def __init__(self, space: TokenSpace, device: torch.device) -> None:
+        self.end_id = space.special("</target_text>")
+        text = torch.from_numpy(np.flatnonzero(space.modality_table() == MODALITY_TEXT)).to(device)
+        self._first, self._later = text, torch.cat([text, torch.tensor([self.end_id], device=device)])
+
+    def at(self, position: int) -> Tensor:
+        """Legal ids int64 [n] of token `position` (0 is the first token after `<target_text>`)."""
+        return self._first if position == 0 else self._later
+
+
+class LegalCodes:
     """The ids that may come at each position of generated speech.
 
     Token t belongs to codebook t mod K. `<speech_end>` may come at a frame edge (t mod K = 0), but not at t = 0:
@@ -72,7 +104,7 @@ class LegalIds:
 
     def __init__(self, space: TokenSpace, device: torch.device) -> None:
         self.end_id = space.special("<speech_end>")
-        self.codebook_count = space.codebook_count
+        self.unit_tokens = space.codebook_count
         codebooks = [torch.from_numpy(c.ids.astype("int64")).to(device) for c in space.codebooks]
         self._first = codebooks[0]
         self._cycle = list(codebooks)
@@ -80,11 +112,7 @@ class LegalIds:
 
     def at(self, position: int) -> Tensor:
         """Legal ids int64 [n] of token `position` (0 is the first token after `<speech_start>`)."""
-        return self._first if position == 0 else self._cycle[position % self.codebook_count]
-
-    def is_frame_edge(self, position: int) -> bool:
-        """Whether a whole number of frames precedes token `position`."""
-        return position % self.codebook_count == 0
+        return self._first if position == 0 else self._cycle[position % self.unit_tokens]
 
 
 def illegal_share(logits_BV: Tensor, legal_Bn: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,5 +81,5 @@ def _open(path: Path) -> ctypes.CDLL:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     launch = library.megatron_speech_loss_mask
     launch.restype = ctypes.c_int
-    launch.argtypes = [pointer] * 6 + [integer] * 6 + [pointer] * 11
+    launch.argtypes = [pointer] * 6 + [integer] * 7 + [pointer] * 11
     return library

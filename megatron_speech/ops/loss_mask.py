@@ -38,6 +38,7 @@ _MAX_WEIGHT = 1e6  # products of two stay far inside float32
 # Bits of `document_flags`.
 PROMPTLESS = 1  # the document has no prompt: what it learns weighs as outside one
 UNLEARNED = 2  # nothing of the document is learned, as of padding between documents
+TEXT_TARGET = 4  # the document's prompt ends at `text_prompt_end_id`: its target is text
 _NO_PROMPT_END = torch.iinfo(torch.int64).max
 _NO_FLAGS = np.zeros(0, np.uint8)
 
@@ -54,9 +55,10 @@ class LossPolicy:
     text, audio, special: weight of a label of that modality; it may be negative. prompt: factor on labels inside the
     document's prompt, which is every step up to and including the first whose stream 0 is `prompt_end_id`; a document
     that holds none is all prompt, unless it is flagged `PROMPTLESS`. prompt_end_id: -1 when documents have no prompt.
+    text_prompt_end_id: takes its place in documents flagged `TEXT_TARGET`; not looked at where that is -1.
 
     Raises:
-        InputError: a weight is not a number or beyond 1e6 in size; prompt_end_id is below -1.
+        InputError: a weight is not a number or beyond 1e6 in size; a prompt end is below -1.
     """
 
     text: float = 1.0
@@ -64,6 +66,7 @@ class LossPolicy:
     special: float = 1.0
     prompt: float = 1.0
     prompt_end_id: int = -1
+    text_prompt_end_id: int = -1
 
     def __post_init__(self) -> None:
         for name in (*MODALITIES, "prompt"):
@@ -72,8 +75,9 @@ class LossPolicy:
                 raise InputError(
                     f"loss weight {name} is {value}; it must lie between {-_MAX_WEIGHT:g} and {_MAX_WEIGHT:g}"
                 )
-        if self.prompt_end_id < -1:
-            raise InputError(f"prompt_end_id is {self.prompt_end_id}; it must be a token id, or -1 for no prompts")
+        for name in ("prompt_end_id", "text_prompt_end_id"):
+            if getattr(self, name) < -1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be a token id, or -1 for no prompts")
 
     @functools.cached_property
     def weights(self) -> np.ndarray:
@@ -203,8 +207,8 @@ def loss_mask(
         modality_table: uint8 [V], the modality of each id (0 text, 1 audio, 2 special); ids with any other value
             must not occur.
         policy: the weights.
-        document_flags: uint8 [D], `PROMPTLESS` | `UNLEARNED` of each document, other bits are not looked at; None
-            where no document has any.
+        document_flags: uint8 [D], `PROMPTLESS` | `UNLEARNED` | `TEXT_TARGET` of each document, other bits are not
+            looked at; None where no document has any.
         implementation: "auto" takes CUDA for tensors on a GPU and C++ on the CPU, else (said once) the reference.
         out: filled and returned when given (see `MaskedBatch.allocate`); else new tensors are made. After an
             InputError its content is undefined.
@@ -262,7 +266,7 @@ def _arrays(batch: _Batch, policy: LossPolicy) -> list[object]:
     inputs = (batch.tokens, batch.document_lengths, batch.row_pointers, batch.document_groups)
     flags = _NO_FLAGS if batch.document_flags is None else batch.document_flags.numpy()
     arrays = [*(tensor.numpy() for tensor in inputs), flags, batch.modality_table.numpy()]
-    return [*arrays, policy.prompt_end_id, policy.weights]
+    return [*arrays, policy.prompt_end_id, policy.text_prompt_end_id, policy.weights]
 
 
 def _choose(implementation: str, device: torch.device) -> str:
@@ -444,7 +448,11 @@ def _reference(batch: _Batch, policy: LossPolicy, out: MaskedBatch) -> None:
     # The first prompt end of each document, in stream 0; a document without one is all prompt.
     in_prompt = next_in_prompt = torch.zeros_like(in_document)
     if policy.prompt_end_id >= 0:
-        is_prompt_end = tokens[:, :seq_length, 0].reshape(-1) == policy.prompt_end_id
+        first = tokens[:, :seq_length, 0].reshape(-1)
+        is_prompt_end = first == policy.prompt_end_id
+        if batch.document_flags is not None:
+            is_text_target = (flags & TEXT_TARGET)[segments] != 0
+            is_prompt_end = torch.where(is_text_target, first == policy.text_prompt_end_id, is_prompt_end)
         prompt_ends = torch.full((documents + rows,), _NO_PROMPT_END, device=device)
         prompt_ends.scatter_reduce_(0, segments, torch.where(is_prompt_end, positions, _NO_PROMPT_END), "amin")
         in_prompt = has_prompt & (positions <= prompt_ends[segments])
@@ -510,6 +518,7 @@ def _cuda(batch: _Batch, policy: LossPolicy, out: MaskedBatch) -> None:
             batch.documents,
             batch.modality_table.shape[0],
             policy.prompt_end_id,
+            policy.text_prompt_end_id,
             policy.weights.ctypes.data,
             *(tensor.data_ptr() for tensor in out.tensors().values()),
             workspace.data_ptr(),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from megatron_speech.environment import rank_and_size
 from megatron_speech.errors import InputError
-from megatron_speech.parallel import cpu_runtime
+from megatron_speech.parallel import cpu_runtime, rendezvous
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def initialize(
     backend: str | None = None,
     init_method: str | None = None,
     timeout_minutes: float = 30.0,
+    stopped: Callable[[], bool] | None = None,
 ) -> Layout:
     """Start torch.distributed and megatron-core's parallel state, and seed this rank's generators.
 
@@ -59,26 +62,29 @@ def initialize(
         backend: "nccl" or "gloo"; by default whichever the device needs.
         init_method: torch.distributed init method (e.g. `file:///path`) instead of MASTER_ADDR and MASTER_PORT.
         timeout_minutes: of a collective.
+        stopped: whether a signal has asked this process to end; while it waits for others, signals end it.
 
     Raises:
-        InputError: the layout does not divide the world size, or needs what this machine lacks.
+        InputError: the layout does not divide the world size, or needs what this machine lacks; the processes do not
+            find each other.
     """
     cpu_runtime.install()
     from megatron.core import parallel_state, tensor_parallel
 
     if parallel_state.model_parallel_is_initialized():
         raise RuntimeError("parallel groups exist already: call destroy() first")
-    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = dist.get_world_size() if dist.is_initialized() else rank_and_size()[1]
     check_layout(world_size, tensor, pipeline, context, virtual_pipeline)
-    start(backend=backend, init_method=init_method, timeout_minutes=timeout_minutes)
+    start(backend=backend, init_method=init_method, timeout_minutes=timeout_minutes, stopped=stopped)
     rank = dist.get_rank()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        virtual_pipeline_model_parallel_size=virtual_pipeline,
-        context_parallel_size=context,
-        distributed_timeout_minutes=max(1, round(timeout_minutes)),
-    )
+    with rendezvous.watched(f"the {world_size} processes form groups", timedelta(minutes=timeout_minutes), stopped):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            virtual_pipeline_model_parallel_size=virtual_pipeline,
+            context_parallel_size=context,
+            distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        )
     # Sampled streams (dropout) must differ between pipeline stages; megatron-core adds the tensor rank itself.
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(
@@ -87,27 +93,30 @@ def initialize(
     return Layout(world_size, rank, tensor, pipeline, virtual_pipeline, context)
 
 
-def start(*, backend: str | None = None, init_method: str | None = None, timeout_minutes: float = 30.0) -> None:
+def start(
+    *,
+    backend: str | None = None,
+    init_method: str | None = None,
+    timeout_minutes: float = 30.0,
+    stopped: Callable[[], bool] | None = None,
+) -> None:
     """Start torch.distributed, where it is not up yet, and take this process's device; :func:`initialize` does it too.
 
     Args: as those of :func:`initialize`.
     """
     cpu_runtime.install()
-    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else rank_and_size()
     if torch.cuda.is_available():
         # Under `srun --gpus-per-task=1` a process sees one GPU, whatever its number on the node.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
     if dist.is_initialized():
         return
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     timeout = timedelta(minutes=timeout_minutes)
     if world_size == 1 and init_method is None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(
-            backend, init_method=init_method or "env://", rank=rank, world_size=world_size, timeout=timeout
-        )
+        rendezvous.join(backend, rank, world_size, init_method=init_method, timeout=timeout, stopped=stopped)
 
 
 def check_layout(

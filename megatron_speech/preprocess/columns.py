@@ -235,7 +235,7 @@ class _Columns:
             sample_id = self._or(sample_id, [template % number for number in self.rows.number])
         native = self.texts("transcript")
         texts: Sequence[Sequence[str]] = Constant((), count)
-        if self.rules.task == "tts":
+        if self.rules.needs_transcripts:
             texts = list(zip(self._transcripts(), strict=True))
         elif self.rules.task == "text_lm":
             texts = self._documents()

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_speech.ragged import Ragged, runs
 from megatron_speech.tokens.space import TokenSpace
-from megatron_speech.tokens.templates import CODES, PROMPT_CODES, PROMPT_END, REF_CODES, REF_TEXT, TEXT, templates
+from megatron_speech.tokens.templates import CODES, PROMPT_CODES, REF_CODES, REF_TEXT, TEXT, prompt_end, templates
 
 AUDIO_FIELDS = (CODES, PROMPT_CODES, REF_CODES)
 TEXT_FIELDS = (TEXT, REF_TEXT)
@@ -58,12 +58,12 @@ class _Template:
 
 @functools.lru_cache(maxsize=64)
 def _template(
-    sequences: tuple[tuple[str, tuple[int, ...]], ...], names: tuple[str, ...], append_eod: bool
+    sequences: tuple[tuple[str, tuple[int, ...]], ...], names: tuple[str, ...], end: str, append_eod: bool
 ) -> _Template:
     ids = dict(sequences)
     if append_eod and names[-1] != "<eos>":
         names = (*names, "<eos>")
-    after = names[names.index(PROMPT_END) + 1 :] if PROMPT_END in names else []
+    after = names[names.index(end) + 1 :] if end in names else []
     parts: list[np.ndarray | str] = []
     for is_field, group in itertools.groupby(names, lambda name: name.startswith("{")):
         if is_field:
@@ -91,7 +91,7 @@ def compile_batch(
 
     Args:
         space: the id space that the ids belong to.
-        task: "speech_lm", "tts" or "text_lm".
+        task: one of `TASKS`.
         forms: of each document, the name of its form in `templates`.
         fields: field of a template → int32 ids for each document; anything for one whose form has no such field.
         append_eod: end every document with `<eos>` where its template does not.
@@ -103,7 +103,7 @@ def compile_batch(
     known = templates(space, task)
     kinds = []  # of the forms that there are: the template, and its documents
     for form in sorted(set(forms)):
-        template = _template(sequences, known[form], append_eod)
+        template = _template(sequences, known[form], prompt_end(task), append_eod)
         at = np.flatnonzero([name == form for name in forms])
         kinds.append((template, at))
         for name in template.fields:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import mmap
 import pickle
 from collections import Counter
@@ -16,6 +17,7 @@ import pyarrow as pa
 
 from megatron_speech.data.dataset.documents_table import SCHEMA, derive_columns
 from megatron_speech.data.dataset.manifest import Totals
+from megatron_speech.data.dataset.split import name_hash
 from megatron_speech.errors import InputError
 from megatron_speech.files import sha256_hex
 from megatron_speech.preprocess.batch import Batch, split_at_duplicate
@@ -24,12 +26,22 @@ from megatron_speech.preprocess.columns import Constant, Samples, pick, read_sam
 from megatron_speech.preprocess.compile_batch import Column, CompiledBatch, compile_batch
 from megatron_speech.preprocess.filters import Filters
 from megatron_speech.preprocess.readers.base import RowBatch
-from megatron_speech.preprocess.references import Keys
+from megatron_speech.preprocess.references import COVERED, Keys, mix
 from megatron_speech.preprocess.samples import CodesAt, SampleRules
 from megatron_speech.ragged import edges, runs
 from megatron_speech.tokens.normalization import NORMALIZATION_VERSION
 from megatron_speech.tokens.space import TokenSpace
-from megatron_speech.tokens.templates import CODES, PROMPT_CODES, REF_CODES, REF_TEXT, TEXT, TURNS, turn_ids
+from megatron_speech.tokens.templates import (
+    CODES,
+    PROMPT_CODES,
+    REF_CODES,
+    REF_TEXT,
+    SEGMENTS,
+    TEXT,
+    TURNS,
+    segment_ids,
+    turn_ids,
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,8 @@ class ConversionJob:
     rules: SampleRules
     references: int = 0  # references (or prompts) per sample; 0: plain documents only
     drop_without_reference: bool = False  # what becomes of a sample without one: dropped, or a plain document
+    interleave: int = 0  # segments of a recording in a document of the task interleaved
+    seed: int = 0
     append_eod: bool = False
     records: Records | None = None
     filters: Filters = field(default_factory=Filters)
@@ -55,7 +69,7 @@ class ConversionJob:
     @property
     def needs_index(self) -> bool:
         """Whether the whole input is indexed before the first document is made."""
-        return self.references > 0 or self.filters.has_duplicate_rule
+        return self.references > 0 or self.interleave > 0 or self.filters.has_duplicate_rule
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,18 @@ class Reference:
     source_id: str
     text_ids: np.ndarray | None
     code_ids: np.ndarray
+    text: str | None = None
+
+
+@dataclass
+class _Interleaved:
+    """A document of the segments of a recording, and its counts."""
+
+    segments: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    transcripts: list[str] = field(default_factory=list)  # of all segments, spoken ones too
+    characters: int = 0  # of text segments
+    text: int = 0  # ids of text segments
+    audio: int = 0  # ids of speech segments
 
 
 class Converter:
@@ -154,9 +180,13 @@ class Converter:
         if self.duplicate is not None:
             content = batch.content_hashes(self.duplicate.of or "codes")
             batch.apply(self.rules_after)
+        if self.job.interleave:
+            # A document needs all of its segments: what cannot be used has to be known before they are chosen.
+            batch.load_codes(batch.alive())
+            batch.encode_texts()
         alive = batch.alive()
         records = [b""] * len(batch.samples)
-        if self.job.references:
+        if self.job.references or self.job.interleave:
             samples = batch.samples
             for row in alive:
                 place = samples.codes[row]
@@ -200,7 +230,37 @@ class Converter:
         for record, ids in zip(records, codes.ids, strict=True):
             text_ids = next(texts) if record.text is not None else None
             usable = ids is not None and (text_ids is None or len(text_ids) > 0)
-            result.append(Reference(record.sample_id, record.source_id, text_ids, ids) if usable else None)  # type: ignore[arg-type]
+            result.append(
+                Reference(record.sample_id, record.source_id, text_ids, ids, record.text)  # type: ignore[arg-type]
+                if usable
+                else None
+            )
+        return result
+
+    def following(self, candidates: np.ndarray) -> dict[int, list[Reference]]:
+        """The segments that follow the first one of each document, by its row.
+
+        Args:
+            candidates: int64 [rows, segments], see :func:`references.following_segments`.
+
+        Raises:
+            InputError: a segment cannot be read any more.
+        """
+        heads = np.flatnonzero(candidates[:, 0] >= 0)
+        wanted = candidates[heads]
+        counts = (wanted >= 0).sum(axis=1).tolist()
+        numbers = [int(number) for number in wanted.ravel() if number >= 0]
+        loaded = iter(zip(numbers, self._load_references(numbers), strict=True))
+        result: dict[int, list[Reference]] = {}
+        for head, count in zip(heads.tolist(), counts, strict=True):
+            result[head] = []
+            for number, reference in itertools.islice(loaded, count):
+                if reference is None:
+                    raise InputError(
+                        f"row {number + 1} of the input could be read when it was indexed, and cannot be now: its "
+                        "codes have changed; start again with --restart"
+                    )
+                result[head].append(reference)
         return result
 
     # ---- documents
@@ -214,6 +274,14 @@ class Converter:
         batch.encode_texts()
         rows = batch.alive()
         references: list[list[Reference]] | None = None
+        if self.job.interleave:
+            assert work.candidates is not None
+            usable = np.zeros(len(batch.samples), dtype=bool)
+            usable[rows] = True
+            candidates = np.where(usable[:, None], work.candidates, -1)
+            plan = _Plan(self, batch)
+            plan.add_interleaved(rows, candidates, self.following(candidates))
+            return plan.finish()
         if work.candidates is not None:
             usable = np.zeros(len(batch.samples), dtype=bool)
             usable[rows] = True
@@ -256,6 +324,7 @@ class _Plan:
         self.row, self.begin, self.end = nothing, nothing, nothing
         self.form: list[str] = []
         self.reference: list[Reference | None] = []
+        self.interleaved: list[_Interleaved] = []
         self.kept: list[int] = []
 
     def add_plain(self, rows: list[int]) -> None:
@@ -282,7 +351,7 @@ class _Plan:
             elif not found:
                 self.notices["rows_without_reference"] += 1
                 if self.job.drop_without_reference:
-                    self.batch.dropped["no_reference"] += 1
+                    self.batch.drop(row, "no_reference", "no other recording of the speaker can be its reference")
                     continue
                 found = [None]
             self.kept.append(row)
@@ -293,6 +362,45 @@ class _Plan:
         self.row = np.array(chosen, dtype=np.int64)
         self._find_texts()
 
+    def add_interleaved(self, rows: list[int], candidates: np.ndarray, following: dict[int, list[Reference]]) -> None:
+        """Documents of the segments of a recording; a row without a neighbour gives none."""
+        covered = candidates[:, 0] == COVERED
+        chosen = []
+        for row in rows:
+            if row in following:
+                chosen.append(row)
+            elif not covered[row]:
+                self.batch.drop(row, "no_neighbour", "no segment of its source follows it or comes before it")
+                continue
+            self.kept.append(row)
+        self.row = np.array(chosen, dtype=np.int64)
+        self.form = ["plain"] * len(chosen)
+        self._find_texts()
+        sources = name_hash(pa.array([self.batch.samples.source_id[row] for row in chosen], pa.string()))
+        # Half of the recordings begin with text. A recording's documents all do, or none.
+        begins_with_text = (mix(sources, self.job.seed, 5) & np.uint64(1)).astype(bool)
+        self.interleaved = [
+            self._interleaved(row, following[row], begins_with_text=text)
+            for row, text in zip(chosen, begins_with_text.tolist(), strict=True)
+        ]
+
+    def _interleaved(self, row: int, following: list[Reference], *, begins_with_text: bool) -> _Interleaved:
+        texts, codes = self.batch.texts, self.batch.codes[row]
+        assert texts is not None and codes is not None
+        head = Reference("", "", texts.ids[int(texts.rows[row])], codes, self.batch.samples.texts[row][0])
+        result = _Interleaved()
+        for k, segment in enumerate([head, *following]):
+            assert segment.text_ids is not None and segment.text is not None
+            result.transcripts.append(segment.text)
+            if (k % 2 == 0) == begins_with_text:
+                result.segments.append(("text", segment.text_ids))
+                result.characters += len(segment.text)
+                result.text += len(segment.text_ids)
+            else:
+                result.segments.append(("speech", segment.code_ids))
+                result.audio += len(segment.code_ids)
+        return result
+
     def _find_texts(self) -> None:
         texts = self.batch.texts
         of_row = texts.rows if texts is not None else np.zeros(len(self.batch.samples) + 1, dtype=np.int64)
@@ -301,6 +409,8 @@ class _Plan:
     def _fields(self) -> dict[str, Column]:
         task, batch = self.job.rules.task, self.batch
         fields: dict[str, Column] = {}
+        if task == "interleaved":
+            return {SEGMENTS: [segment_ids(self.space, document.segments) for document in self.interleaved]}
         if self.job.rules.needs_codes:
             fields[CODES] = self._of_rows(batch.codes)
         if batch.texts is not None:
@@ -332,6 +442,8 @@ class _Plan:
     def _text_columns(self) -> dict[str, np.ndarray]:
         """Of each document's own text: characters, tokens made of them, and unknown ones. Given ids count as none."""
         texts = self.batch.texts
+        if self.job.interleave:
+            return self._interleaved_text_columns()
         if texts is None:
             zero = np.zeros(len(self.row), dtype=np.int64)
             return {"characters": zero, "target_text_tokens": zero, "unknown_tokens": zero}
@@ -346,6 +458,20 @@ class _Plan:
             "unknown_tokens": total(np.where(texts.given, 0, texts.unknown)),
         }
 
+    def _interleaved_text_columns(self) -> dict[str, np.ndarray]:
+        unknown = self.space.unknown_id
+        columns = {
+            "characters": [document.characters for document in self.interleaved],
+            "target_text_tokens": [document.text for document in self.interleaved],
+            "unknown_tokens": [
+                sum(int((ids == unknown).sum()) for kind, ids in document.segments if kind == "text")
+                if unknown is not None
+                else 0
+                for document in self.interleaved
+            ],
+        }
+        return {name: np.array(values, dtype=np.int64) for name, values in columns.items()}
+
     def finish(self) -> Documents:
         """All documents, as the writer takes them."""
         rules, batch = self.job.rules, self.batch
@@ -357,15 +483,23 @@ class _Plan:
             turns = np.array([form == "turns" for form in self.form])
             text = np.where(turns, counts["target_text_tokens"], text)
         frames = np.zeros(len(self.row), dtype=np.int64)
-        if rules.needs_codes:
+        audio, target = compiled.audio, compiled.target
+        if self.job.interleave:
+            text = counts["target_text_tokens"]
+            audio = np.array([document.audio for document in self.interleaved], dtype=np.int64)
+            # What follows the first <speech_start>: <bos>, and the text before it if there is any, are the prompt.
+            before = [2 + (len(d.segments[0][1]) if d.segments[0][0] == "text" else 0) for d in self.interleaved]
+            target = compiled.tokens - np.array(before, dtype=np.int64)
+            frames += audio // self.space.codebook_count
+        elif rules.needs_codes:
             frames += compiled.lengths[CODES] // self.space.codebook_count
         counts |= {
             "documents": np.ones(len(self.row), dtype=np.int64),
             "frames": frames,
             "tokens": compiled.tokens,
-            "audio_tokens": compiled.audio,
+            "audio_tokens": audio,
             "text_tokens": text,
-            "target_tokens": compiled.target,
+            "target_tokens": target,
         }
         if rules.needs_codes:
             without = sum(batch.samples.codec_hash[row] is None for row in self.kept)
@@ -395,6 +529,11 @@ class _Plan:
             columns["code_len"] = counts["frames"].astype(np.int32)
             columns["duration_seconds"] = counts["frames"] / codec.frame_rate_hz
             columns["checksum"] = self._of_rows(batch.checksums)
+        if self.job.interleave:
+            # The first segment's own, which are not the document's.
+            for name in ("checksum", "end_time", "transcript_romanized"):
+                columns[name] = Constant(None, count)
+            columns["transcript_native"] = [" ".join(document.transcripts) for document in self.interleaved]
         if any(self.reference):
             columns["reference_sample_id"] = [reference and reference.sample_id for reference in self.reference]
             columns["reference_source_id"] = [reference and reference.source_id for reference in self.reference]

@@ -29,6 +29,8 @@ from megatron_speech.errors import InputError
 from megatron_speech.files import canonical_json, sha256_hex
 from megatron_speech.preprocess.columns import Samples
 from megatron_speech.preprocess.readers.base import RowRejected
+from megatron_speech.preprocess.samples import TRANSCRIBED
+from megatron_speech.tokens.templates import TASKS
 from megatron_speech.wording import suggestion
 
 Value = TypeVar("Value")
@@ -70,7 +72,7 @@ class FilterRule(BaseModel):
 
     rule: str
     name: str = Field(default="", pattern=r"^[a-z0-9_.-]*$", description="what drops are counted under; default: rule")
-    tasks: ClassVar[tuple[str, ...]] = ("speech_lm", "tts", "text_lm")
+    tasks: ClassVar[tuple[str, ...]] = TASKS
 
     @model_validator(mode="after")
     def _default_name(self) -> FilterRule:
@@ -237,7 +239,7 @@ class CharactersPerSecond(_Range):
     max: float | None = None
     by_language: dict[str, Rate] = Field(default_factory=dict, description="bounds in place of min and max")
     missing: Missing = "drop"
-    tasks: ClassVar[tuple[str, ...]] = ("tts", "text_lm")
+    tasks: ClassVar[tuple[str, ...]] = (*TRANSCRIBED, "text_lm")
 
     @model_validator(mode="after")
     def _ordered(self) -> CharactersPerSecond:
@@ -266,7 +268,7 @@ class CodeLength(_Range):
     rule: Literal["code_length"]
     min_frames: int | None = None
     max_frames: int | None = None
-    tasks: ClassVar[tuple[str, ...]] = ("speech_lm", "tts")
+    tasks: ClassVar[tuple[str, ...]] = ("speech_lm", *TRANSCRIBED)
 
     def prepare(self, batch: BatchView) -> None:
         """Lengths that the rows do not state are those of their codes."""
@@ -286,7 +288,7 @@ class TextLength(_Range):
     rule: Literal["text_length"]
     min_characters: int | None = None
     max_characters: int | None = None
-    tasks: ClassVar[tuple[str, ...]] = ("tts", "text_lm")
+    tasks: ClassVar[tuple[str, ...]] = (*TRANSCRIBED, "text_lm")
 
     def reason(self, batch: BatchView, row: int) -> str | None:
         """Why the row is dropped."""
@@ -335,7 +337,7 @@ class Script(FilterRule):
     by_language: dict[str, list[str]] = Field(default_factory=dict, description="scripts in place of allow")
     min_share: float = Field(default=1.0, ge=0, le=1, description="of letters and marks that have to be of them")
     without_letters: Missing = Field(default="keep", description="what becomes of a text without letters")
-    tasks: ClassVar[tuple[str, ...]] = ("tts", "text_lm")
+    tasks: ClassVar[tuple[str, ...]] = (*TRANSCRIBED, "text_lm")
 
     @field_validator("allow", "by_language")
     @classmethod
@@ -391,7 +393,7 @@ class Unsupported(FilterRule):
 
     rule: Literal["unsupported"]
     max_share: float = Field(default=0.0, ge=0, le=1)
-    tasks: ClassVar[tuple[str, ...]] = ("tts", "text_lm")
+    tasks: ClassVar[tuple[str, ...]] = (*TRANSCRIBED, "text_lm")
 
     def prepare(self, batch: BatchView) -> None:
         """Texts as ids."""

@@ -50,13 +50,13 @@ from megatron_speech.preprocess.pool import available_cores, interrupt_on_sigter
 from megatron_speech.preprocess.prepass import index_input
 from megatron_speech.preprocess.readers.base import BATCH_ROWS, ReadOptions
 from megatron_speech.preprocess.readers.open import InputFiles, input_entries
-from megatron_speech.preprocess.references import fraction_of, previous_segment, same_speaker
+from megatron_speech.preprocess.references import following_segments, fraction_of, previous_segment, same_speaker
 from megatron_speech.preprocess.resume import report_resume
-from megatron_speech.preprocess.samples import TRANSCRIPTS, SampleRules
+from megatron_speech.preprocess.samples import TRANSCRIBED, TRANSCRIPTS, SampleRules
 from megatron_speech.preprocess.tally import Tally
 from megatron_speech.tokens.normalization import NORMALIZATION_VERSION
 from megatron_speech.tokens.space import TokenSpace
-from megatron_speech.tokens.templates import TASKS, TEMPLATE_HASH, render, templates
+from megatron_speech.tokens.templates import TASKS, render, template_hash, templates
 
 # Raise it when the same arguments and input come to mean other bytes: unfinished work is then not gone on with.
 CONVERSION_VERSION = 2
@@ -111,8 +111,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--json-keys", nargs="+", default=["text"], metavar="KEY", help="fields with text, a document each"
     )
+    add(
+        "--transcript",
+        choices=tuple(TRANSCRIPTS),
+        default="native",
+        help=f"which transcript is the text of {', '.join(TRANSCRIBED)} (%(default)s)",
+    )
     tts = parser.add_argument_group("tts")
-    tts.add_argument("--transcript", choices=tuple(TRANSCRIPTS), default="native", help="which transcript is the text")
     tts.add_argument(
         "--cloning",
         choices=("none", "same-speaker"),
@@ -126,6 +131,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("plain", "drop"),
         default="plain",
         help="samples whose speaker has no other recording: a plain document, or none",
+    )
+    interleaved = parser.add_argument_group("interleaved")
+    interleaved.add_argument(
+        "--interleave",
+        type=int,
+        default=4,
+        metavar="N",
+        help="segments of a recording (segment_order) in a document, in turn as text and as speech (%(default)s)",
     )
     speech = parser.add_argument_group("speech_lm")
     speech.add_argument(
@@ -155,7 +168,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             f"--first-rows {arguments.first_rows} is only for --dry-run, and needs 1 or more; leave it out"
         )
     shares = [(name, 0, 1) for name in ("max_rejected", "max_unknown", "plain_fraction")]
-    ranges = (*shares, ("workers", 1, 4096), ("references", 1, 64))
+    ranges = (*shares, ("workers", 1, 4096), ("references", 1, 64), ("interleave", 2, 64))
     for name, low, high in ranges:
         value = getattr(arguments, name)
         if not low <= value <= high:
@@ -163,7 +176,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     cloning = arguments.cloning != "none"
     for flag, given, allowed, where in (
         ("--json-keys", arguments.json_keys != ["text"], arguments.task == "text_lm", "--task text_lm"),
-        ("--transcript", arguments.transcript != "native", arguments.task == "tts", "--task tts"),
+        ("--transcript", arguments.transcript != "native", arguments.task in TRANSCRIBED, "tasks with transcripts"),
+        ("--interleave", arguments.interleave != 4, arguments.task == "interleaved", "--task interleaved"),
         ("--cloning", cloning, arguments.task == "tts", "--task tts"),
         ("--references", arguments.references != 1, cloning, "--cloning same-speaker"),
         ("--plain-fraction", arguments.plain_fraction != 0, cloning, "--cloning same-speaker"),
@@ -192,6 +206,8 @@ def make_job(arguments: argparse.Namespace, space: TokenSpace, inputs: InputFile
         rules,
         references=references,
         drop_without_reference=drop,
+        interleave=arguments.interleave if arguments.task == "interleaved" else 0,
+        seed=arguments.seed,
         append_eod=arguments.append_eod,
         filters=arguments.filters,
     )
@@ -228,6 +244,8 @@ def choose(arguments: argparse.Namespace, inputs: InputFiles, job: ConversionJob
         duplicates = find_duplicates(keys.content_low, keys.content_high)
         keys = replace(keys, usable=keys.usable & ~duplicates)
     choices = Choices(rows=len(keys), records=indexed.records, duplicates=duplicates)
+    if job.interleave:
+        return replace(choices, candidates=following_segments(keys, job.interleave))
     if not job.references:
         return choices
     pick = previous_segment if arguments.continuation else same_speaker
@@ -278,6 +296,10 @@ def make_manifest(arguments: argparse.Namespace, inputs: InputFiles, space: Toke
         options["json_keys"] = arguments.json_keys
     elif arguments.task == "speech_lm":
         options["continuation"] = arguments.continuation
+    elif arguments.task == "asr":
+        options["transcript"] = arguments.transcript
+    elif arguments.task == "interleaved":
+        options |= {"transcript": arguments.transcript, "interleave": arguments.interleave}
     else:
         for name in ("transcript", "cloning", "references", "plain_fraction", "without_reference"):
             options[name] = getattr(arguments, name)
@@ -288,7 +310,7 @@ def make_manifest(arguments: argparse.Namespace, inputs: InputFiles, space: Toke
         documents=tally.documents,
         tokens=sum(part.tokens for part in groups.values()),
         token_space_hash=space.hash,
-        template_hash=TEMPLATE_HASH,
+        template_hash=template_hash(arguments.task),
         codec=CodecEntry(
             name=space.codec.name, hash=space.codec.hash, frame_rate_hz=rate, codebooks=space.codebook_count
         ),
@@ -326,7 +348,7 @@ def convert(
     """
     job = make_job(arguments, space, inputs)
     choices = choose(arguments, inputs, job, folder) if job.needs_index else None
-    if choices is not None and job.references:
+    if choices is not None and (job.references or job.interleave):
         job = replace(job, records=choices.records)
     first, stop = shard_rows(arguments, inputs, choices)
     rows = None if stop is None else stop - first
@@ -372,7 +394,7 @@ def fingerprint(arguments: argparse.Namespace, inputs: InputFiles, space: TokenS
         "inputs": {str(entry["path"]): entry for entry in inputs.fingerprints()},
         "token_space": space.hash,
         "filters": arguments.filters.hash,
-        "templates": TEMPLATE_HASH,
+        "templates": template_hash(arguments.task),
         "normalization": NORMALIZATION_VERSION,
         "columns": sha256_hex(str(SCHEMA).encode()),
     }
@@ -397,6 +419,7 @@ def convert_input(arguments: argparse.Namespace) -> int:
     arguments = _checked(arguments)
     space = TokenSpace.load(arguments.token_space)
     space.require_one_stream("preprocess_data")
+    templates(space, arguments.task)  # refuses a task that models of another layout do not know
     if arguments.cloning != "none" and "cloning" not in templates(space, "tts"):
         raise InputError(
             f"--cloning {arguments.cloning}: token space {arguments.token_space} has the layout of {space.layout}, "

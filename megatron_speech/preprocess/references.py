@@ -177,6 +177,54 @@ def previous_segment(keys: Keys, count: int, seed: int) -> np.ndarray:
     return result
 
 
+# Of a row that is part of another row's document, in the first column of :func:`following_segments`.
+COVERED = -2
+
+
+def following_segments(keys: Keys, count: int) -> np.ndarray:
+    """Which segments of a recording are one document: of its first row the rows that follow.
+
+    Segments follow each other where they are of one source and `segment_order` rises by one. A recording is cut into
+    documents of `count` segments; a last segment that would be left alone joins the document before it. Variants of a
+    segment go with the variants of its neighbours that have their place among them.
+
+    Returns:
+        int64 [rows, count]: of the first row of a document the numbers of the others, then -1; of those
+        :data:`COVERED`, then -1; of a row without a neighbour, and of one that is not usable, -1 alone.
+    """
+    result = np.full((len(keys), count), -1, dtype=np.int64)
+    rows = np.flatnonzero(keys.usable & (keys.order != NO_ORDER) & (keys.source != 0))
+    if not len(rows):
+        return result
+    rows = rows[np.lexsort((keys.sample[rows], keys.order[rows], keys.source[rows]))]
+    source, order = keys.source[rows], keys.order[rows]
+    unit_start = _run_starts(source, order)  # a unit: the variants of one segment
+    unit_size = np.diff(unit_start, append=len(rows))
+    begins = np.ones(len(unit_start), dtype=bool)
+    here, before = unit_start[1:], unit_start[:-1]
+    begins[1:] = (source[here] != source[before]) | (order[here] != order[before] + 1)
+    chain_start = np.flatnonzero(begins)
+    chain_size = np.diff(chain_start, append=len(unit_start))
+    place = np.arange(len(unit_start)) - np.repeat(chain_start, chain_size)  # in its chain
+    size = np.repeat(chain_size, chain_size)
+    window = place // count
+    window -= (size % count == 1) & (place == size - 1) & (size > 1)
+    first = np.concatenate([[True], (window[1:] != window[:-1]) | begins[1:]])
+    window_start = np.flatnonzero(first)
+    window_size = np.diff(window_start, append=len(unit_start))
+    unit = np.repeat(np.arange(len(unit_start)), unit_size)
+    variant = np.arange(len(rows)) - unit_start[unit]
+    of_window = np.repeat(window_start, window_size)[unit]
+    members = np.repeat(window_size, window_size)[unit]
+    heads = np.flatnonzero((of_window == unit) & (members > 1))
+    for k in range(count):
+        found = heads[members[heads] > k + 1]
+        there = unit[found] + k + 1
+        result[rows[found], k] = rows[unit_start[there] + variant[found] % unit_size[there]]
+    result[np.unique(result[result >= 0]), 0] = COVERED
+    return result
+
+
 def _run_starts(*columns: np.ndarray) -> np.ndarray:
     """Positions at which any of the sorted columns changes."""
     changed = np.ones(len(columns[0]), dtype=bool)

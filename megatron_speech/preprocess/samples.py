@@ -70,6 +70,10 @@ class Sample:
     extra: str | None = None
 
 
+# Tasks of speech with its transcript.
+TRANSCRIBED = ("tts", "asr", "interleaved")
+
+
 @dataclass(frozen=True)
 class SampleRules:
     """How rows become samples."""
@@ -90,7 +94,12 @@ class SampleRules:
     @property
     def needs_codes(self) -> bool:
         """Whether the task is made of speech."""
-        return self.task in ("speech_lm", "tts")
+        return self.task in ("speech_lm", *TRANSCRIBED)
+
+    @property
+    def needs_transcripts(self) -> bool:
+        """Whether its speech comes with what is said in it."""
+        return self.task in TRANSCRIBED
 
     def sample(self, row: Row, path: str) -> Sample:
         """The sample in `row` of the file `path`.
@@ -127,7 +136,7 @@ class SampleRules:
         )
         if self.needs_codes:
             sample.codes = _codes_at(fields, source.folder(path))
-        if self.task == "tts":
+        if self.needs_transcripts:
             sample.texts = (_transcript(fields, TRANSCRIPTS[self.transcript]),)
         elif self.task == "text_lm" and fields.get(TEXT_IDS) is not None:
             sample.text_ids = _text_ids(fields[TEXT_IDS])

@@ -154,7 +154,9 @@ def _apply_override(config: DictConfig, override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise InputError(f"override {override!r} is not of the form key=value, such as stages.0.tokens=1000")
+        raise InputError(
+            f"{override!r} is not of the form key=value, such as stages.0.tokens=1000; give it a value, or take it out"
+        )
     stages = config.get("stages")
     if parts[0] == "stages" and len(parts) > 1 and isinstance(stages, ListConfig) and not parts[1].isdigit():
         names = [stage.get("name") for stage in stages]

@@ -16,16 +16,17 @@ from megatron_speech.files import canonical_json, sha256_hex
 from megatron_speech.tokens.layouts import OWN
 from megatron_speech.tokens.space import TokenSpace
 
-TASKS = ("speech_lm", "tts", "text_lm")
+TASKS = ("speech_lm", "tts", "text_lm", "asr", "interleaved")
 
-# The fields of a template. CODES is always the target: what generation produces and SFT learns.
-TEXT, CODES, PROMPT_CODES, REF_TEXT, REF_CODES, TURNS = (
+# The fields of a template. What follows `prompt_end` is the target: what generation produces and SFT learns.
+TEXT, CODES, PROMPT_CODES, REF_TEXT, REF_CODES, TURNS, SEGMENTS = (
     "{text}",
     "{codes}",
     "{prompt_codes}",
     "{ref_text}",
     "{ref_codes}",
     "{turns}",
+    "{segments}",
 )
 
 TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -55,20 +56,56 @@ TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
         "plain": ("<bos>", TEXT, "<eos>"),
         "turns": ("<bos>", TURNS),
     },
+    # Begins as speech alone does: what was learned of speech serves it.
+    "asr": {
+        "plain": ("<bos>", "<speech_start>", CODES, "<speech_end>", "<target_text>", TEXT, "</target_text>"),
+    },
+    # Segments of one recording that follow each other, each as text or as speech (`segment_ids`). Text stands bare: in
+    # `<target_text>` it would be what the speech after it says.
+    "interleaved": {
+        "plain": ("<bos>", SEGMENTS, "<eos>"),
+    },
 }
 
 # Other projects' models know no marks of a reference: a speaker is cloned by continuing the reference's speech
 # (`compile_prompt`).
 _KNOWN_LAYOUTS_TTS = {"plain": TEMPLATES["tts"]["plain"]}
 
-# SFT learns what follows this special; everything up to and including it is the prompt.
+# SFT learns what follows this special; everything up to and including its first one is the prompt.
 PROMPT_END = "<speech_start>"
+# In tasks whose target is text it is this one.
+TEXT_PROMPT_END = "<target_text>"
+TEXT_TARGETS = ("asr",)
+# Tasks of which every token is learned, whatever a stage's loss.prompt says.
+PROMPTLESS_TASKS = ("text_lm",)
 
 ROLES = ("user", "assistant")
 
-TEMPLATE_HASH = sha256_hex(canonical_json({"templates": TEMPLATES, "prompt_end": PROMPT_END, "roles": list(ROLES)}))
+# The tasks that there were first share a hash: datasets of them stay what they are when others come.
+_FIRST_TASKS = ("speech_lm", "tts", "text_lm")
+TEMPLATE_HASH = sha256_hex(
+    canonical_json(
+        {
+            "templates": {task: TEMPLATES[task] for task in _FIRST_TASKS},
+            "prompt_end": PROMPT_END,
+            "roles": list(ROLES),
+        }
+    )
+)
 
 Ids = np.ndarray
+
+
+def prompt_end(task: str) -> str:
+    """The special that ends the prompt of a task's documents."""
+    return TEXT_PROMPT_END if task in TEXT_TARGETS else PROMPT_END
+
+
+def template_hash(task: str) -> str:
+    """What a dataset's documents of this task are made by: equal hashes mean equal templates."""
+    if task in _FIRST_TASKS:
+        return TEMPLATE_HASH
+    return sha256_hex(canonical_json({"templates": TEMPLATES[task], "prompt_end": prompt_end(task)}))
 
 
 def templates(space: TokenSpace, task: str) -> dict[str, tuple[str, ...]]:
@@ -80,6 +117,11 @@ def templates(space: TokenSpace, task: str) -> dict[str, tuple[str, ...]]:
     space.require_one_stream("a task template")
     if task not in TEMPLATES:
         raise InputError(f"task {task!r} is unknown; needed: one of {', '.join(TASKS)}")
+    if space.layout != OWN and task not in _FIRST_TASKS:
+        raise InputError(
+            f"task {task} is made for the project's own id space, and this one has the layout of {space.layout}, whose "
+            f"models know no such documents; needed: one of {', '.join(_FIRST_TASKS)}"
+        )
     return _KNOWN_LAYOUTS_TTS if task == "tts" and space.layout != OWN else TEMPLATES[task]
 
 
@@ -109,6 +151,27 @@ def turn_ids(space: TokenSpace, turns: Sequence[tuple[str, Ids]]) -> Ids:
     return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
 
+def segment_ids(space: TokenSpace, segments: Sequence[tuple[str, Ids]]) -> Ids:
+    """Segments of a recording end to end: what fills the field SEGMENTS, int32 [n].
+
+    Args:
+        space: the id space.
+        segments: ("text", ids of its transcript) or ("speech", ids of its codes), in the recording's order.
+
+    Raises:
+        InputError: another kind of segment.
+    """
+    parts: list[Ids | tuple[int, ...]] = []
+    for kind, ids in segments:
+        if kind == "speech":
+            parts += [space.sequence("<speech_start>"), ids, space.sequence("<speech_end>")]
+        elif kind == "text":
+            parts.append(ids)
+        else:
+            raise InputError(f"segment {kind!r} is unknown; needed: text or speech")
+    return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+
+
 def _fields(
     space: TokenSpace,
     text_ids: Ids | None,
@@ -117,6 +180,7 @@ def _fields(
     ref_text_ids: Ids | None,
     ref_code_ids: Ids | None,
     turns: Sequence[tuple[str, Ids]] | None,
+    segments: Sequence[tuple[str, Ids]] | None = None,
 ) -> dict[str, Ids]:
     values = {
         TEXT: text_ids,
@@ -125,6 +189,7 @@ def _fields(
         REF_TEXT: ref_text_ids,
         REF_CODES: ref_code_ids,
         TURNS: None if turns is None else turn_ids(space, turns),
+        SEGMENTS: None if segments is None else segment_ids(space, segments),
     }
     return {name: np.asarray(value, dtype=np.int32) for name, value in values.items() if value is not None}
 
@@ -139,26 +204,28 @@ def compile_document(
     ref_text_ids: Ids | None = None,
     ref_code_ids: Ids | None = None,
     turns: Sequence[tuple[str, Ids]] | None = None,
+    segments: Sequence[tuple[str, Ids]] | None = None,
     append_eod: bool = False,
 ) -> Ids:
     """One document of `task`, int32 [n].
 
     Which fields are given decides the form: `speech_lm` takes code_ids (plain) or prompt_code_ids + code_ids
     (continuation); `tts` takes text_ids + code_ids (plain), with ref_text_ids + ref_code_ids too (cloning);
-    `text_lm` takes text_ids, or turns of (role, ids).
+    `text_lm` takes text_ids, or turns of (role, ids); `asr` takes code_ids + text_ids; `interleaved` takes segments.
 
     Args:
         space: the id space that the ids belong to.
-        task: "speech_lm", "tts" or "text_lm".
+        task: one of `TASKS`.
         text_ids, ref_text_ids: `space.encode_text` output, int [n].
         code_ids, prompt_code_ids, ref_code_ids: `space.encode_codes` output, int [frames * codebooks].
         turns: (role, ids) with role "user" or "assistant".
+        segments: (kind, ids) with kind "text" or "speech".
         append_eod: end the document with `<eos>` where the template does not.
 
     Raises:
         InputError: unknown task or role, or a set of fields that no form of the task has.
     """
-    fields = _fields(space, text_ids, code_ids, prompt_code_ids, ref_text_ids, ref_code_ids, turns)
+    fields = _fields(space, text_ids, code_ids, prompt_code_ids, ref_text_ids, ref_code_ids, turns, segments)
     _, template = _variant(space, task, set(fields))
     parts = [fields[part] if part.startswith("{") else space.sequence(part) for part in template]
     if append_eod and template[-1] != "<eos>":
@@ -171,21 +238,23 @@ def compile_prompt(
     task: str,
     *,
     text_ids: Ids | None = None,
+    code_ids: Ids | None = None,
     prompt_code_ids: Ids | None = None,
     ref_text_ids: Ids | None = None,
     ref_code_ids: Ids | None = None,
 ) -> Ids:
-    """The part of a document before its target codes, int32 [n]: what generation starts from.
+    """The part of a document before its target, int32 [n]: what generation starts from.
 
-    Takes the fields of :func:`compile_document` without `code_ids`. For `tts` it ends with `<speech_start>`, for a
-    continuation with `<speech_sep>`.
+    Takes the fields of :func:`compile_document` without the target: codes, or in the task `asr` text. For `tts` it
+    ends with `<speech_start>`, for a continuation with `<speech_sep>`, for `asr` with `<target_text>`.
 
     Raises:
-        InputError: a task that has no target codes, or a set of fields that no form of the task has.
+        InputError: a task that has no target, or a set of fields that no form of the task has.
     """
-    fields = _fields(space, text_ids, None, prompt_code_ids, ref_text_ids, ref_code_ids, None)
-    _, template = _variant(space, task, {*fields, CODES})
-    head = template[: template.index(CODES)]
+    fields = _fields(space, text_ids, code_ids, prompt_code_ids, ref_text_ids, ref_code_ids, None)
+    target = TEXT if task in TEXT_TARGETS else CODES
+    _, template = _variant(space, task, {*fields, target})
+    head = template[: template.index(target)]
     parts = [fields[part] if part.startswith("{") else space.sequence(part) for part in head]
     return np.concatenate(parts).astype(np.int32, copy=False)
 
@@ -208,9 +277,9 @@ def compile_cloning_prompt(space: TokenSpace, text: str, ref_text: str, ref_code
     return np.concatenate([head, np.asarray(ref_code_ids, dtype=np.int32)])
 
 
-def count_target_tokens(space: TokenSpace, document: Ids) -> int:
-    """Tokens after the first `<speech_start>`: what SFT learns. 0 for a document without speech."""
-    found = np.flatnonzero(document == space.special(PROMPT_END))
+def count_target_tokens(space: TokenSpace, document: Ids, task: str = "tts") -> int:
+    """Tokens after the first end of a prompt of `task`: what SFT learns. 0 for a document without one."""
+    found = np.flatnonzero(document == space.special(prompt_end(task)))
     return int(len(document) - 1 - found[0]) if len(found) else 0
 
 

@@ -150,6 +150,7 @@ def set_up(
         parallel.context,
         virtual_pipeline=parallel.virtual_pipeline,
         seed=recipe.seed,
+        stopped=None if stop is None else lambda: stop.requested,
     )
     random.seed(recipe.seed)
     np.random.seed(recipe.seed)

@@ -54,3 +54,9 @@ def test_a_full_disk_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert capsys.readouterr().err == (
         "error: No space left on device; free some space and run the same command again\n"
     )
+
+
+def test_a_word_that_is_no_override_is_named_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["blend", "r.yaml", "a=1", "--stage", "pt", "b=2", "seed", "c=3"])
+    assert capsys.readouterr().err.endswith("unrecognized arguments: seed\n")

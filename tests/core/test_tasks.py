@@ -70,7 +70,7 @@ def test_append_eod_ends_every_document_with_one_eos() -> None:
 @pytest.mark.parametrize(
     ("task", "fields", "words"),
     [
-        ("asr", {"text_ids": TEXT}, "speech_lm, tts, text_lm"),
+        ("asr", {"text_ids": TEXT}, "plain: {codes} {text}"),
         ("tts", {"text_ids": TEXT}, "plain"),
         ("tts", {"text_ids": TEXT, "code_ids": CODES, "ref_text_ids": REF_TEXT}, "cloning"),
         ("text_lm", {"turns": [("robot", TEXT)]}, "role 'robot'"),

@@ -13,7 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_speech.commands import inspect as inspect_command
-from megatron_speech.data.dataset.distributions import QUANTILES, Distribution
+from megatron_speech.data.dataset.distributions import (
+    QUANTILES,
+    Distribution,
+    bulk_limit,
+    length_bins,
+    mass_curve,
+)
 from megatron_speech.errors import InputError
 from megatron_speech.tokens.space import TokenSpace
 
@@ -30,6 +36,39 @@ def test_a_distribution_in_pieces_has_the_quantiles_of_the_whole(values: list[in
     assert np.allclose(distribution.quantiles(QUANTILES), np.quantile(values, QUANTILES))
     edges = np.array([0, 7, 20, 41])
     assert distribution.histogram(edges).tolist() == np.histogram(values, edges)[0].tolist()
+
+
+def distribution_of(values: list[int]) -> Distribution:
+    distribution = Distribution()
+    distribution.add(np.array(values))
+    return distribution
+
+
+def test_an_outlier_does_not_squeeze_the_bins() -> None:
+    lengths = [*range(100, 200), 50_000]
+    bins = length_bins(distribution_of(lengths))
+    assert bulk_limit(distribution_of(lengths)) == 199
+    assert len(bins) == 12
+    assert sum(entry["documents"] for entry in bins) == 101
+    assert [entry["documents"] for entry in bins[:-1]] == [8, 8, 9, 8, 8, 9, 8, 8, 9, 8, 8]
+    assert bins[-1]["below"] == 50_001
+
+
+@settings(max_examples=100, deadline=None)
+@given(values=st.lists(st.integers(0, 10**6), min_size=1, max_size=60))
+def test_bins_hold_every_document_and_nine_tenths_lie_within_the_limit(values: list[int]) -> None:
+    distribution = distribution_of(values)
+    assert sum(entry["documents"] for entry in length_bins(distribution)) == len(values)
+    assert sum(value <= bulk_limit(distribution) for value in values) >= 0.9 * (len(values) - 1)
+
+
+def test_the_curve_of_the_mass_ends_at_one() -> None:
+    found = distribution_of([10, 10, 20, 1000])
+    curve = mass_curve(found, 20.0)
+    assert curve is not None
+    assert curve[0].tolist() == [10, 20, 20]
+    assert np.allclose(curve[1], [20 / 1040, 40 / 1040, 1.0])
+    assert mass_curve(distribution_of([0, 0]), 1.0) is None
 
 
 def inspect(*arguments: object) -> int:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from megatron_speech.errors import InputError
 from megatron_speech.generation.sampling import (
-    LegalIds,
+    LegalCodes,
+    LegalText,
     SamplingConfig,
     illegal_share,
     probabilities,
@@ -114,14 +115,22 @@ def test_noise_is_uniform_over_seeds_and_over_positions() -> None:
 def test_legal_ids_cycle_through_the_codebooks_and_end_only_at_a_frame_edge() -> None:
     codec = CodecDescription("toy", "0" * 64, 8000, 25.0, ("a", "b", "c"), (5, 3, 4))
     space = TokenSpace.build("bytes", codec)
-    legal = LegalIds(space, torch.device("cpu"))
+    legal = LegalCodes(space, torch.device("cpu"))
     end = space.special("<speech_end>")
     for position in range(9):
         book = space.codebooks[position % 3]
         codes = list(range(book.offset, book.offset + book.size))
         may_end = position > 0 and position % 3 == 0
         assert legal.at(position).tolist() == codes + [end] * may_end
-        assert legal.is_frame_edge(position) == (position % 3 == 0)
+    assert legal.unit_tokens == 3
+
+
+def test_text_is_of_text_ids_and_ends_after_one_of_them() -> None:
+    space = TokenSpace.build("bytes", CodecDescription("toy", "0" * 64, 8000, 25.0, ("a",), (5,)))
+    legal = LegalText(space, torch.device("cpu"))
+    assert legal.at(0).tolist() == list(range(256))
+    assert legal.at(1).tolist() == legal.at(2).tolist() == [*range(256), space.special("</target_text>")]
+    assert legal.unit_tokens == 1
 
 
 def test_illegal_share_is_the_softmax_mass_outside_the_legal_ids() -> None:

@@ -21,17 +21,19 @@ from toy_runs import make_dataset, make_token_space, spoken, toy_recipe, write_r
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run in which every letter is spoken as three codes of its own."""
+    """A finished run in which every letter is spoken as three codes of its own, and such codes are written down."""
     folder = tmp_path_factory.mktemp("trained")
     space = make_token_space(folder / "ts.json")
-    make_dataset(folder / "tts", space, "tts", documents=2000)
+    for task in ("tts", "asr"):
+        make_dataset(folder / task, space, task, documents=2000)
     stage = {
-        "name": "sft", "task_mass": {"tts": 1.0}, "tokens": 200 * 1024, "seq_length": 64, "micro_batch_size": 16,
+        "name": "sft", "task_mass": {"tts": 0.6, "asr": 0.4}, "tokens": 350 * 1024,
+        "seq_length": 64, "micro_batch_size": 16,
         "global_batch_tokens": 1024, "max_epochs": 1000, "lr": {"peak": 1e-2, "end": 1e-4, "warmup": 10},
         "loss": {"prompt": 0.0},
     }  # fmt: skip
     recipe = toy_recipe(folder, stages=[stage], checkpoint={"interval_steps": 1000, "keep_last": 1})
-    recipe["data"]["datasets"] = [str(folder / "tts")]
+    recipe["data"]["datasets"] = [str(folder / "tts"), str(folder / "asr")]
     recipe["validation"] = {"interval_steps": 1000, "tokens": 1024}
     run = folder / "run"
     assert cli.main(["train", str(write_recipe(folder / "recipe.yaml", recipe)), f"run_dir={run}"]) == 0
@@ -49,7 +51,23 @@ def test_a_trained_model_says_what_it_is_asked_and_stops(run: Path) -> None:
         assert np.mean(right) >= 0.75, [result.codes[:, 0].tolist() for result in results]
         assert all(result.ended for result, good in zip(results, right, strict=True) if good)
         assert max(result.invalid_token_rate for result in results) < 0.1
-    assert generator.checkpoint["step"] == 200
+    assert generator.checkpoint["step"] == 350
+
+
+@pytest.mark.slow
+def test_a_trained_model_writes_down_what_it_hears_and_stops(run: Path) -> None:
+    generator = SpeechGenerator.from_checkpoint(run)
+    words = ["ab", "bad", "face", "cafe", "hag", "egg", "bead", "dab"]
+    results = generator.transcribe([spoken(word) for word in words], batch_size=3)
+    right = [result.text == word for result, word in zip(results, words, strict=True)]
+    assert np.mean(right) >= 0.75, [result.text for result in results]
+    assert all(result.ended for result, good in zip(results, right, strict=True) if good)
+    assert [result.prompt_tokens for result in results] == [len(spoken(word)) + 4 for word in words]
+    assert max(result.invalid_token_rate for result in results) < 0.1
+    short = generator.transcribe([spoken("face")], max_tokens=2)[0]
+    assert short.stop_reason == "max_tokens" and not short.ended and short.generated_tokens == 2
+    with pytest.raises(InputError, match=r"recording 1: its \d+ tokens leave no room for text"):
+        generator.transcribe([spoken("a"), np.zeros((64, 1), np.int32)])
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_speech.ops.loss_mask import PROMPTLESS, UNLEARNED, LossPolicy, MaskedBatch
+from megatron_speech.ops.loss_mask import PROMPTLESS, TEXT_TARGET, UNLEARNED, LossPolicy, MaskedBatch
 
 
 @dataclass
@@ -80,7 +80,8 @@ def random_case(rng: np.random.Generator, *, max_rows: int = 4, max_seq_length: 
     # Many weights are 0 or 1, as in real policies, and some are below 0; prompt ends are frequent, rare, outside the
     # table, or not used.
     weights = np.where(rng.random(4) < 0.5, rng.integers(0, 2, 4), rng.uniform(-0.5, 1, 4)).tolist()
-    policy = LossPolicy(*weights, prompt_end_id=int(rng.integers(-1, vocabulary + 2)))
+    ends = rng.integers(-1, vocabulary + 2, 2).tolist()
+    policy = LossPolicy(*weights, prompt_end_id=ends[0], text_prompt_end_id=ends[1])
     documents = sum(map(len, rows))
     streams = [None, None, 1, 2, 3, 8][int(rng.integers(6))]
     return make_case(
@@ -90,7 +91,7 @@ def random_case(rng: np.random.Generator, *, max_rows: int = 4, max_seq_length: 
         tokens=rng.integers(0, vocabulary, (len(rows), seq_length + 1, streams or 1)),
         modality_table=rng.integers(0, 3, vocabulary),
         groups=rng.integers(0, 50, documents),
-        flags=rng.integers(0, 4, documents) if rng.random() < 0.5 else None,
+        flags=rng.integers(0, 8, documents) if rng.random() < 0.5 else None,
         streams=streams,
     )
 
@@ -99,7 +100,7 @@ PATHS = (
     "no row", "an empty row", "padding", "an empty document", "a cut document", "a document that ends at the edge",
     "a document behind the edge", "a document of several blocks of 4", "a border of documents inside a block of 4",
     "no prompt end", "a prompt end", "two prompt ends in a document", "a prompt end in the look-ahead",
-    "a document without a prompt end",
+    "a document without a prompt end", "a prompt end of a text target", "a prompt end of the other kind",
 )  # fmt: skip
 
 
@@ -108,15 +109,23 @@ def paths(case: Case) -> set[str]:
     seq_length, end = case.tokens.shape[1] - 1, case.policy.prompt_end_id
     first = case.tokens if case.tokens.dim() == 2 else case.tokens[..., 0]  # of several streams, this one ends prompts
     pointers, lengths = case.row_pointers.tolist(), case.document_lengths.tolist()
+    flags = [0] * len(lengths) if case.document_flags is None else case.document_flags.tolist()
+    ends_of = (end, case.policy.text_prompt_end_id)
     taken = {"no prompt end" if end < 0 else "a prompt end"}
     if not len(first):
         taken.add("no row")
     for row, tokens in enumerate(first.tolist()):
         begins = 0
-        for length in lengths[pointers[row] : pointers[row + 1]]:
+        for document in range(pointers[row], pointers[row + 1]):
+            length, is_text = lengths[document], bool(flags[document] & TEXT_TARGET)
             ends = begins + length
+            own, other = (
+                tokens[begins : min(ends, seq_length)].count(ends_of[which]) for which in (is_text, not is_text)
+            )
             inside = tokens[begins : min(ends, seq_length)].count(end)
             found = {
+                "a prompt end of a text target": end >= 0 and is_text and own > 0,
+                "a prompt end of the other kind": end >= 0 and ends_of[0] != ends_of[1] and other > 0,
                 "an empty document": length == 0,
                 "a cut document": begins < seq_length < ends,
                 "a document that ends at the edge": begins < seq_length == ends,
@@ -162,7 +171,9 @@ def oracle(case: Case) -> dict[str, list]:
                 document = owner[column]
                 has_prompt = document is not None and not flags[document] & PROMPTLESS
                 in_prompt[column] = has_prompt and document not in closed
-                if tokens[column][0] == policy.prompt_end_id and column < seq_length:
+                is_text = document is not None and flags[document] & TEXT_TARGET
+                end = policy.text_prompt_end_id if is_text else policy.prompt_end_id
+                if tokens[column][0] == end and column < seq_length:
                     closed.add(document)
         for column in range(seq_length):
             document = owner[column]

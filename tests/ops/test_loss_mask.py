@@ -10,7 +10,15 @@ from loss_mask_cases import PATHS, Case, differences, make_case, oracle, paths, 
 
 from megatron_speech.errors import InputError
 from megatron_speech.ops.extension import extension, extension_status
-from megatron_speech.ops.loss_mask import PROMPTLESS, UNLEARNED, LossPolicy, MaskedBatch, _emulate_cuda, loss_mask
+from megatron_speech.ops.loss_mask import (
+    PROMPTLESS,
+    TEXT_TARGET,
+    UNLEARNED,
+    LossPolicy,
+    MaskedBatch,
+    _emulate_cuda,
+    loss_mask,
+)
 
 needs_extension = pytest.mark.skipif(extension() is None, reason=f"compiled extension {extension_status()}")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -226,6 +234,18 @@ def test_a_promptless_document_learns_everything_and_its_neighbours_keep_their_p
     out = run(case, implementation)
     assert out.labels.tolist() == [[TEXT, -100, -100, AUDIO, -100, -100, -100]]
     assert out.counts.tolist() == [7, 0, 2, 4]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_document_with_a_text_target_learns_what_follows_its_own_prompt_end(implementation):
+    # <speech_start>, a code, <target_text>, text, </target_text>; beside it a document whose target is speech.
+    row = [PROMPT_END, AUDIO, SPEECH_END, TEXT, TEXT + 1, SPEECH_END, TEXT, PROMPT_END, AUDIO, PAD]
+    policy = dataclasses.replace(SFT, text_prompt_end_id=TEXT)
+    case = case_of([row], [[6, 3]], policy)
+    case.document_flags = torch.tensor([TEXT_TARGET, 0], dtype=torch.uint8)
+    out = run(case, implementation)
+    assert out.labels.tolist() == [[-100, -100, -100, TEXT + 1, SPEECH_END, -100, -100, AUDIO, -100]]
+    assert out.counts.tolist() == [9, 0, 3, 6]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

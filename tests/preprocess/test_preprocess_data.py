@@ -158,7 +158,11 @@ def test_samples_without_a_partner_are_plain_or_dropped(corpus: Any) -> None:
     manifest = corpus.convert("tts", "--cloning", "same-speaker", "--without-reference", "drop").manifest
     assert manifest.forms == {"cloning": 58}
     assert manifest.filters.dropped == {"no_reference": 2} and manifest.filters.kept == 58
-    assert "rejected.jsonl" not in corpus.files()
+    listed = [json.loads(line) for line in corpus.files()["rejected.jsonl"].splitlines()]
+    assert [(row["sample_id"], row["rule"], row["filtered"]) for row in listed] == [
+        ("s0", "no_reference", True),
+        ("s1", "no_reference", True),
+    ]
 
 
 def test_an_unusable_reference_is_replaced_by_another(corpus: Any) -> None:

@@ -18,7 +18,7 @@ from megatron_speech.data.dataset.dataset_writer import DatasetWriter
 from megatron_speech.data.dataset.documents_table import SCHEMA, derive_columns
 from megatron_speech.data.dataset.manifest import CodecEntry, FilterStatistics, Manifest, Totals
 from megatron_speech.tokens.space import CodecDescription, TokenSpace
-from megatron_speech.tokens.templates import TEMPLATE_HASH, compile_document
+from megatron_speech.tokens.templates import compile_document, template_hash
 
 if TYPE_CHECKING:
     import pytest
@@ -57,7 +57,7 @@ def make_dataset(prefix: Path, space: TokenSpace, task: str, *, documents: int =
             ids, audio, target = compile_document(space, task, code_ids=codes), len(codes), len(codes) + 1
         else:
             ids = compile_document(space, task, text_ids=text, code_ids=codes)
-            audio, target = len(codes), len(codes) + 1
+            audio, target = len(codes), len(text if task == "asr" else codes) + 1
         flat.append(ids)
         rows.append(
             {
@@ -74,7 +74,7 @@ def make_dataset(prefix: Path, space: TokenSpace, task: str, *, documents: int =
         documents=0,
         tokens=0,
         token_space_hash=space.hash,
-        template_hash=TEMPLATE_HASH,
+        template_hash=template_hash(task),
         codec=CodecEntry(name=CODEC.name, hash=space.codec.hash, frame_rate_hz=25.0, codebooks=1),
         tokenizer_version="1",
         normalization_version="1",

@@ -23,7 +23,7 @@ from megatron_speech.data.dataset.document_columns import DocumentTable
 from megatron_speech.data.dataset.indexed import TokenDataset, file_of
 from megatron_speech.errors import InputError
 from megatron_speech.recipe.stage import StageDataConfig, StratumConfig
-from megatron_speech.tokens.templates import TASKS
+from megatron_speech.tokens.templates import PROMPTLESS_TASKS, TASKS
 from megatron_speech.wording import suggestion
 
 # A leaf per value of `dataset_source` and language: a corpus name, not a file name. More than this is a mistake.
@@ -64,7 +64,7 @@ def check_stage(stage: StageDataConfig) -> list[StratumConfig]:
                 "(leave out what is not wanted)"
             )
         filtering.parse(group.where, f"{where}: stratum {group_name(group)}: where")
-        if stage.is_sft and group.task == "text_lm" and not stage.allow_text_in_sft:
+        if stage.is_sft and group.task in PROMPTLESS_TASKS and not stage.allow_text_in_sft:
             raise InputError(
                 f"{where}: text_lm has mass {group.mass:g} in a stage whose loss.prompt is 0 (SFT); text-only data "
                 "belongs in pretraining: take it out, or set allow_text_in_sft: true"

@@ -62,11 +62,24 @@ def distributions(dataset: TokenDataset) -> dict[str, Distribution]:
     return result
 
 
+def bulk_limit(distribution: Distribution) -> float:
+    """Up to where a histogram has bins of its own; what lies beyond goes into its last one.
+
+    The 99.5 % quantile, or less where that is an outlier itself, as in a few hundred documents: at most eight
+    interquartile ranges above the upper quartile, but never below nine tenths of the values.
+    """
+    lower, upper, nine_tenths, top = distribution.quantiles((0.25, 0.75, 0.9, 0.995)).tolist()
+    fence = upper + 8 * max(upper - lower, 0.05 * upper)
+    within = distribution.values[distribution.values <= max(min(top, fence), nine_tenths)]
+    return float(within[-1])
+
+
 def length_bins(distribution: Distribution) -> list[dict[str, int]]:
-    """Documents by length in ids, in bins of equal width; the last one also holds the longest 0.5 %."""
+    """Documents by length in ids, in bins of equal width; the last one also holds those beyond :func:`bulk_limit`."""
     if not distribution.total:
         return []
-    bottom, top, longest = (int(value) for value in distribution.quantiles((0.0, 0.995, 1.0)))
+    bottom, longest = (int(value) for value in distribution.quantiles((0.0, 1.0)))
+    top = int(bulk_limit(distribution))
     edges = np.unique(np.linspace(bottom, max(top + 1, bottom + 1), HISTOGRAM_BINS + 1).astype(np.int64))
     counts = distribution.histogram(edges)
     ends = [*edges[1:-1].tolist(), longest + 1]
@@ -74,6 +87,18 @@ def length_bins(distribution: Distribution) -> list[dict[str, int]]:
         {"from": start, "below": end, "documents": count}
         for start, end, count in zip(edges[:-1].tolist(), ends, counts.tolist(), strict=True)
     ]
+
+
+def mass_curve(distribution: Distribution, edge: float) -> tuple[np.ndarray, np.ndarray] | None:
+    """(lengths, share of all ids or seconds in documents up to that length), each float64 [points]; None without mass.
+
+    What lies beyond `edge` is in the picture's last bar, so the curve ends there, and at 1.
+    """
+    mass = np.cumsum(distribution.values * distribution.counts)
+    if mass[-1] <= 0:
+        return None
+    shown = distribution.values <= edge
+    return np.append(distribution.values[shown], edge), np.append(mass[shown] / mass[-1], 1.0)
 
 
 PLOT_BINS = 60
@@ -103,17 +128,20 @@ def plot(path: str, dataset: TokenDataset, found: dict[str, Distribution]) -> No
         if not distribution.total:
             axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes)
             continue
-        bottom, top = (float(value) for value in distribution.quantiles((0.0, 0.995)))
+        bottom, top = float(distribution.values[0]), bulk_limit(distribution)
         edges = np.linspace(bottom, max(top, bottom + 1e-9 + (name != "duration_seconds")), PLOT_BINS + 1)
         axes.bar(edges[:-1], distribution.histogram(edges), np.diff(edges), align="edge", color="tab:blue")
         axes.set_ylabel("documents", fontsize=8)
-        mass = np.cumsum(distribution.values * distribution.counts)
-        shown = distribution.values <= edges[-1]
-        if mass[-1] > 0:
+        beyond = int(distribution.counts[distribution.values > edges[-1]].sum())
+        if beyond:
+            axes.set_xlabel(
+                f"the last bar also holds {beyond:,} longer ones, up to {distribution.values[-1]:,.6g}", fontsize=8
+            )
+        if (curve := mass_curve(distribution, float(edges[-1]))) is not None:
             share = axes.twinx()
-            share.plot(distribution.values[shown], mass[shown] / mass[-1], color="tab:orange", linewidth=1)
-            share.set_ylim(0, 1)
+            share.plot(*curve, color="tab:orange", linewidth=1)
+            share.set_ylim(0, 1.02)
             share.set_ylabel("share of the mass up to here", fontsize=8, color="tab:orange")
-    figure.suptitle(f"{dataset.prefix}: {len(dataset):,} documents (longest 0.5 % in the last bar)", fontsize=10)
+    figure.suptitle(f"{dataset.prefix}: {len(dataset):,} documents", fontsize=10)
     with atomic_write(path) as handle:
         figure.savefig(handle, format=form)

@@ -16,6 +16,7 @@ from megatron_speech.data.dataset.split import SplitCount, SplitSides, is_held_o
 from megatron_speech.errors import InputError
 from megatron_speech.recipe.data import DataConfig
 from megatron_speech.recipe.stage import StageDataConfig
+from megatron_speech.tokens.templates import PROMPTLESS_TASKS
 
 UNKNOWN_LANGUAGE = "und"  # BCP-47 for "undetermined"
 UNKNOWN_SOURCE = "unknown"
@@ -49,7 +50,7 @@ class DocumentTable:
 
     def counted(self, stage: StageDataConfig) -> np.ndarray:
         """Steps that a document counts for in the proportions of `stage`, int32 [D]."""
-        return self.targets if stage.is_sft and self.task != "text_lm" else self.lengths
+        return self.targets if stage.is_sft and self.task not in PROMPTLESS_TASKS else self.lengths
 
 
 class _Codes:

@@ -38,6 +38,7 @@ RULES = {
     "llasa_truncated": "speech cut off when the memmap was made",
     "llasa_shape": "ids that are not text, speech, padding",
     "no_reference": "no other recording to refer to",
+    "no_neighbour": "no segment of the recording beside it",
 }
 
 

@@ -235,8 +235,9 @@ def _rejected(result: Verification, manifest: Manifest) -> None:
     elif file_of(result.prefix, suffix).exists():
         result.add(suffix, "is there, but the manifest names none: it is of another dataset")
         return
-    # A sample that is left out because it has no reference is not at fault, and not listed.
-    for rule in sorted({*rules, *manifest.filters.dropped} - {"no_reference"}):
+    # Earlier versions counted samples without a reference and did not list them.
+    unlisted = set() if rules["no_reference"] else {"no_reference"}
+    for rule in sorted({*rules, *manifest.filters.dropped} - unlisted):
         stated = manifest.filters.dropped.get(rule, 0)
         if rules[rule] != stated:
             result.add(suffix, f"holds {rules[rule]:,} rows of rule {rule}, but the manifest says {stated:,}")

@@ -32,7 +32,7 @@ from megatron_speech.data.loading.gathering import Gatherer, Segments
 from megatron_speech.data.sequences.packing import SegmentTable
 from megatron_speech.errors import InputError
 from megatron_speech.modalities import MODALITIES
-from megatron_speech.ops.loss_mask import PROMPTLESS, UNLEARNED, LossPolicy, MaskedBatch, loss_mask
+from megatron_speech.ops.loss_mask import UNLEARNED, LossPolicy, MaskedBatch, loss_mask
 
 # Ids of a chunk, at most (one micro-batch may be more): its arrays, 40 bytes an id, fit a core's cache.
 _CHUNK_IDS = 1 << 16
@@ -122,8 +122,9 @@ class _MaskDocuments(NamedTuple):
 class RowSource:
     """Everything that turns sequence numbers into micro-batches; shared by the threads, never changed.
 
-    stratum_label: int32 [strata], the document group of each stratum; promptless: bool [strata], strata whose
-    documents have no prompt (text): all of their tokens are learned whatever `policy.prompt` says; normalizers: 1 for
+    stratum_label: int32 [strata], the document group of each stratum; document_flags: uint8 [strata], `PROMPTLESS`
+    where documents have no prompt (text: all of their tokens are learned whatever `policy.prompt` says), `TEXT_TARGET`
+    where the target is text (asr); normalizers: 1 for
     the totals of all labels of a batch, 3 for those by modality; rectangular: the documents of a row lie at
     multiples of the longest of them (packing mode bucket); pin_memory: make tensors that the GPU can fetch by itself.
     """
@@ -131,7 +132,7 @@ class RowSource:
     table: SegmentTable
     datasets: Sequence[TokenDataset]
     stratum_label: np.ndarray
-    promptless: np.ndarray
+    document_flags: np.ndarray
     seq_length: int
     pad_id: int
     modality_table: torch.Tensor
@@ -173,7 +174,7 @@ class RowSource:
         """What the loss mask has to know of each document, uint8 [documents]; None where there is nothing."""
         flags = None
         if self.policy.prompt_end_id >= 0:
-            flags = self.promptless[documents.stratum] * np.uint8(PROMPTLESS)
+            flags = self.document_flags[documents.stratum]
         if documents.gap is not None:
             gap = documents.gap * np.uint8(UNLEARNED)
             flags = gap if flags is None else flags | gap

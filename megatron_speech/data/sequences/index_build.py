@@ -29,6 +29,7 @@ from megatron_speech.data.sequences.packing import PackedRun, pack
 from megatron_speech.files import canonical_json, sha256_hex
 from megatron_speech.recipe.data import DataConfig
 from megatron_speech.recipe.stage import StageDataConfig
+from megatron_speech.tokens.templates import PROMPTLESS_TASKS
 
 Report = dict[str, Any]
 Split = Literal["train", "validation"]
@@ -229,7 +230,7 @@ def _targets(documents: OrderedDocuments, stratum_dataset: np.ndarray, tables: S
     targets = documents.length.copy()
     dataset = stratum_dataset[documents.stratum]
     for index, table in enumerate(tables):
-        if table.task != "text_lm":
+        if table.task not in PROMPTLESS_TASKS:
             chosen = np.flatnonzero(dataset == index)
             targets[chosen] = table.targets[documents.document[chosen]]
     return targets
