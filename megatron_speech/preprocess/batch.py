@@ -157,6 +157,10 @@ class Batch:
                 bad = int(ids[(ids < 0) | (ids >= self.space.text_size)][0])
                 reason = f"field text_ids holds {bad}, needed 0 to {self.space.text_size - 1}: another tokenizer's?"
                 self.reject(row, RowRejected("text_id_outside_tokenizer", reason))
+            elif (control := self.space.control_ids[ids]).any():
+                bad = int(ids[control][0])
+                reason = f"field text_ids holds {bad}, a control token of the token space, which text never becomes"
+                self.reject(row, RowRejected("text_id_is_control", reason))
             else:
                 result[row] = ids
         return result
