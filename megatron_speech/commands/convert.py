@@ -39,6 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     back.add_argument(
         "--precision", choices=("fp32", "bf16"), help="of the checkpoint; default: as the folder's weights are"
     )
+    back.add_argument(
+        "--unwrap",
+        action="store_true",
+        help="names of tensors have parts of wrappers (_orig_mod of torch.compile, module of DDP): leave them out",
+    )
+    back.add_argument(
+        "--no-probe",
+        action="store_true",
+        help="do not compare the logits of a few tokens with those of transformers (done where it is installed and 4 "
+        "bytes a parameter of memory are free)",
+    )
     out = ways.add_parser("export-hf", help="a checkpoint → a folder that `transformers` loads")
     out.add_argument(
         "--checkpoint", required=True, type=Path, metavar="CKPT", help="a checkpoint, or a run directory (its newest)"
@@ -72,6 +83,8 @@ def _convert(args: argparse.Namespace) -> int:
             new_rows=args.new_rows,
             seed=args.seed,
             precision=args.precision,
+            unwrap=args.unwrap,
+            compare_logits=not args.no_probe,
         )
         output(import_hf.describe(done, args.output))
         return 0
