@@ -56,7 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     out.add_argument("--output", required=True, type=Path, metavar="HF", help="the folder to write")
     out.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="largest safetensors file, in KB, MB or GB (5GB)"
+        "--max-shard-size", default="4GB", metavar="SIZE", help="largest safetensors file, in KB, MB or GB (4GB)"
+    )
+    out.add_argument(
+        "--max-position-embeddings",
+        type=int,
+        metavar="TOKENS",
+        help="longest sequence that config.json names; default: the backbone's own, or the run's longest if that is "
+        "longer or there was no backbone",
     )
     out.add_argument("--ema", action="store_true", help="the moving average of the weights, where the run kept one")
 
@@ -91,6 +98,12 @@ def _convert(args: argparse.Namespace) -> int:
     from megatron_speech.convert import export_hf
 
     size = parse_size(args.max_shard_size)
-    written = export_hf.export_hf(args.checkpoint, args.output, max_shard_bytes=size, ema=args.ema)
+    written = export_hf.export_hf(
+        args.checkpoint,
+        args.output,
+        max_shard_bytes=size,
+        ema=args.ema,
+        max_position=args.max_position_embeddings,
+    )
     output(export_hf.describe(written, args.output))
     return 0
