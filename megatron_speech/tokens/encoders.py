@@ -113,12 +113,14 @@ class HuggingFaceEncoder:
         self.unknown_id: int | None = self._vocabulary.unknown_id
         self.control_ids = _table(self.size, self._vocabulary.control - ({self.unknown_id} - set(control_ids)))
         hidden = self._vocabulary.without_control()
-        self._tokenizer = self._whole if hidden is None else tokenizers.Tokenizer.from_str(hidden.decode("utf-8"))
+        # The compiled kernel where it takes the tokenizer: the same ids, ten times as fast.
+        self._kernel = byte_level.make(payload if hidden is None else hidden)
+        self._tokenizer = self._whole
+        if hidden is not None and self._kernel is None:
+            self._tokenizer = tokenizers.Tokenizer.from_str(hidden.decode("utf-8"))
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        # The compiled kernel where it takes the tokenizer: the same ids, ten times as fast.
-        self._kernel = byte_level.make(payload if hidden is None else hidden)
 
     def encode_batch(self, texts: Sequence[str]) -> Ragged:
         """Ids of each text, int32 [n]."""

@@ -274,18 +274,18 @@ def test_documents_of_every_task_hold_the_specials_of_their_template_and_no_othe
         assert [i for i in found if i in codes] == codes
 
 
-def test_given_ids_of_text_are_no_control_tokens_either(based: Path, tmp_path: Path) -> None:
+def test_given_ids_of_text_hold_no_special_of_the_space(based: Path, tmp_path: Path) -> None:
     from megatron_speech.preprocess.preprocess_data import main as preprocess
 
     TokenSpace.build(based, CODEC, base=based).save(tmp_path / "ts.json")
-    bad = ids_of(based, ("<think>",))["<think>"]
-    rows = [{"sample_id": str(i), "text_ids": ids} for i, ids in enumerate(([1, 2, 3], [1, bad]))]
+    ids = ids_of(based, ("<think>", "<|im_start|>"))  # the first is <eos> here, the other a mark of the backbone's
+    rows = [{"sample_id": str(i), "text_ids": [1, ids[token]]} for i, token in enumerate(ids)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--task", "text_lm", "--input", str(tmp_path / "rows.jsonl"), "--token-space"]
     arguments += [str(tmp_path / "ts.json"), "--output-prefix", str(tmp_path / "out"), "--max-rejected", "1"]
     assert preprocess(arguments) == 0
-    rejected = "".join(path.read_text() for path in tmp_path.rglob("*rejected*"))
-    assert "text_id_is_control" in rejected and str(bad) in rejected
+    (line,) = [line for path in tmp_path.rglob("*rejected*") for line in path.read_text().splitlines()]
+    assert json.loads(line)["rule"] == "text_id_is_special" and str(ids["<think>"]) in line
 
 
 def test_a_start_that_is_a_text_token_of_the_base_is_not_taken_over(
