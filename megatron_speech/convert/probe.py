@@ -67,8 +67,10 @@ def reference(
     needed, free = 4 * (parameters + largest), _free_bytes()
     if needed > free:
         return f"that takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
-    import transformers
-
+    try:
+        import transformers
+    except ImportError as error:
+        return f"transformers cannot be imported ({error})"
     if int(transformers.__version__.split(".")[0]) < 5 and config.get("rope_parameters"):
         return f"transformers {transformers.__version__} does not read rope_parameters; version 5 does"
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
