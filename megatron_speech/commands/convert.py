@@ -39,13 +39,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     back.add_argument(
         "--precision", choices=("fp32", "bf16"), help="of the checkpoint; default: as the folder's weights are"
     )
+    back.add_argument(
+        "--unwrap",
+        action="store_true",
+        help="names of tensors have parts of wrappers (_orig_mod of torch.compile, module of DDP): leave them out",
+    )
+    back.add_argument(
+        "--no-probe",
+        action="store_true",
+        help="do not compare the logits of a few tokens with those of transformers (done where it is installed and 4 "
+        "bytes a parameter of memory are free)",
+    )
     out = ways.add_parser("export-hf", help="a checkpoint → a folder that `transformers` loads")
     out.add_argument(
         "--checkpoint", required=True, type=Path, metavar="CKPT", help="a checkpoint, or a run directory (its newest)"
     )
     out.add_argument("--output", required=True, type=Path, metavar="HF", help="the folder to write")
     out.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="largest safetensors file, in KB, MB or GB (5GB)"
+        "--max-shard-size", default="4GB", metavar="SIZE", help="largest safetensors file, in KB, MB or GB (4GB)"
+    )
+    out.add_argument(
+        "--max-position-embeddings",
+        type=int,
+        metavar="TOKENS",
+        help="longest sequence that config.json names; default: the backbone's own, or the run's longest if that is "
+        "longer or there was no backbone",
     )
     out.add_argument("--ema", action="store_true", help="the moving average of the weights, where the run kept one")
 
@@ -72,12 +90,20 @@ def _convert(args: argparse.Namespace) -> int:
             new_rows=args.new_rows,
             seed=args.seed,
             precision=args.precision,
+            unwrap=args.unwrap,
+            compare_logits=not args.no_probe,
         )
         output(import_hf.describe(done, args.output))
         return 0
     from megatron_speech.convert import export_hf
 
     size = parse_size(args.max_shard_size)
-    written = export_hf.export_hf(args.checkpoint, args.output, max_shard_bytes=size, ema=args.ema)
+    written = export_hf.export_hf(
+        args.checkpoint,
+        args.output,
+        max_shard_bytes=size,
+        ema=args.ema,
+        max_position=args.max_position_embeddings,
+    )
     output(export_hf.describe(written, args.output))
     return 0

@@ -43,13 +43,21 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
             "(other architectures are other models, or have no language-model head)"
         )
     architecture = names[0]
+    model_type = ARCHITECTURES[architecture][0]
+    if config.get("model_type", model_type) != model_type:
+        raise InputError(
+            f"{path}: architectures is {architecture}, but model_type is {config['model_type']!r}, which is what "
+            f"transformers goes by; needed: {model_type!r}"
+        )
     given = {key: value for key, value in config.items() if value is not None}
     fields = {**_DEFAULTS, **ARCHITECTURES[architecture][1], **given}
-    rope = {**(given.get("rope_scaling") or {}), **(given.get("rope_parameters") or {})}
+    rope = _rope(path, config)
     _refuse_others(path, architecture, fields, rope)
     missing = [name for name in _NEEDED if name not in fields]
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}, without which the model's shape is not known")
+    if "num_key_value_heads" in config:  # null: as many as heads, in every architecture
+        fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     if architecture != "LlamaForCausalLM" and "num_key_value_heads" not in fields:
         raise InputError(f"{path} lacks num_key_value_heads, without which the model's shape is not known")
     values = {
@@ -60,11 +68,12 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         "num_query_groups": fields.get("num_key_value_heads"),
         "kv_channels": fields.get("head_dim"),
         "rope_base": rope.get("rope_theta", fields["rope_theta"]),
-        "rope_scaling": _rope_scaling(path, rope),
+        "rope_scaling": _rope_scaling(path, rope, fields),
         "norm_epsilon": fields["rms_norm_eps"],
         "qk_norm": architecture == "Qwen3ForCausalLM",
         "qkv_bias": architecture == "Qwen2ForCausalLM",
         "tie_embeddings": fields["tie_word_embeddings"],
+        "max_position_embeddings": fields["max_position_embeddings"],
         "init_std": fields.get("initializer_range", 0.02),
     }
     try:
@@ -75,22 +84,38 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise InputError(f"{path}: {where + ': ' if where else ''}{problem['msg']}") from error
 
 
-def _rope_scaling(path: Path, rope: dict[str, Any]) -> dict[str, Any] | None:
+def _rope(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary parameters that count: those of transformers 5 (`RotaryEmbeddingConfigMixin`).
+
+    `rope_scaling` takes the place of `rope_parameters` as a whole where both stand there, unless it is empty.
+    """
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = config.get(name) or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: {name} is {rope!r}; needed: a mapping with rope_type, and what that type needs")
+    nested = [key for key, value in rope.items() if isinstance(value, dict)]
+    if nested:
+        raise InputError(
+            f"{path}: {name} holds rotary parameters of their own for {', '.join(nested)}; supported: the same for all "
+            "layers, which stand in it directly"
+        )
+    return {key: value for key, value in rope.items() if value is not None}
+
+
+def _rope_scaling(path: Path, rope: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any] | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
     if kind != "llama3":
         raise InputError(f"{path}: the rotary scaling is of type {kind!r}; supported: none, and llama3")
-    names = {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position": "original_max_position_embeddings",
-    }
-    missing = [theirs for theirs in names.values() if theirs not in rope]
+    factors = ("factor", "low_freq_factor", "high_freq_factor")
+    missing = [name for name in factors if name not in rope]
     if missing:
         raise InputError(f"{path}: the rotary scaling of type llama3 lacks {', '.join(missing)}")
-    return {ours: rope[theirs] for ours, theirs in names.items()}
+    # A field of config.json itself comes before the scaling's own, and without either it is the longest text.
+    original = "original_max_position_embeddings"
+    first_training = fields.get(original, rope.get(original, fields["max_position_embeddings"]))
+    return {**{name: rope[name] for name in factors}, "original_max_position": first_training}
 
 
 def _refuse_others(path: Path, architecture: str, fields: dict[str, Any], rope: dict[str, Any]) -> None:
@@ -110,7 +135,7 @@ def _refuse_others(path: Path, architecture: str, fields: dict[str, Any], rope: 
     if architecture == "LlamaForCausalLM" and fields.get("sliding_window") is not None:
         raise InputError(f"{path}: sliding_window is {fields['sliding_window']}; needed: attention over the whole text")
     for name, default, good, needed in checks:
-        value = kinds if name == "layer_types" else fields.get(name, rope.get(name, default))
+        value = kinds if name == "layer_types" else rope.get(name, fields.get(name, default))
         if not good(value):
             raise InputError(f"{path}: {name} is {value!r}; supported: {needed}")
 
@@ -147,7 +172,7 @@ def write_config(
         model: shape.
         vocab_size: rows of the tables as they are exported.
         dtype: of the weights, "float32" or "bfloat16".
-        max_position: longest sequence that it was trained on, in tokens.
+        max_position: longest sequence that it is for, in tokens.
         special_ids: the token space's.
     """
     architecture = architecture_of(model)

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from megatron_speech.convert.architectures import architecture_of, write_config
-from megatron_speech.convert.export_tokenizer import special_tokens, write_tokenizer
+from megatron_speech.convert.export_guide import write_guide
+from megatron_speech.convert.export_tokenizer import write_tokenizer
 from megatron_speech.convert.safetensors_folder import write_shards
 from megatron_speech.convert.tensors import slots
 from megatron_speech.errors import InputError
@@ -32,6 +33,7 @@ class Exported:
         tensors, shards: how many.
         rows: of its tables: the ids of the token space, without the padding.
         tokenizer: what was written of it.
+        max_position, trained: longest sequence that the folder is for, and that the checkpoint's run had, in tokens.
     """
 
     architecture: str
@@ -40,9 +42,18 @@ class Exported:
     shards: int
     rows: int
     tokenizer: str
+    max_position: int
+    trained: int
 
 
-def export_hf(checkpoint: Path, output: Path, *, max_shard_bytes: int = 5 * 10**9, ema: bool = False) -> Exported:
+def export_hf(
+    checkpoint: Path,
+    output: Path,
+    *,
+    max_shard_bytes: int = 4 * 10**9,
+    ema: bool = False,
+    max_position: int | None = None,
+) -> Exported:
     """Write the model of `checkpoint` as the Hugging Face folder `output`, whole or not at all.
 
     Args:
@@ -50,16 +61,21 @@ def export_hf(checkpoint: Path, output: Path, *, max_shard_bytes: int = 5 * 10**
         output: folder that does not exist yet.
         max_shard_bytes: of a safetensors file.
         ema: the moving average of the weights instead.
+        max_position: `max_position_embeddings` of the folder, in tokens. None: what the backbone was for
+            (`model.max_position_embeddings`), or the run's longest sequence if that is longer or all that is known.
 
     Raises:
         InputError: there is no sound checkpoint, or no Hugging Face architecture computes what it does.
     """
     if output.exists():
         raise InputError(f"--output {output} exists; name a folder that does not, or remove it")
+    if max_position is not None and max_position < 1:
+        raise InputError(f"--max-position-embeddings is {max_position}; needed: 1 or more, in tokens")
     info, space = open_checkpoint(checkpoint)
     model = ModelConfig.model_validate(info.fields["model"])
     architecture = architecture_of(model)
-    longest = int(info.fields["max_seq_length"])
+    trained = int(info.fields["max_seq_length"])
+    longest = max_position or max(trained, model.max_position_embeddings or 0)
     precision: Precision = "fp32" if info.fields["precision"] == "fp32" else "bf16"  # parameters of fp8 are bf16
     if not torch.distributed.is_initialized():
         groups.initialize()
@@ -67,7 +83,7 @@ def export_hf(checkpoint: Path, output: Path, *, max_shard_bytes: int = 5 * 10**
         model,
         space.padded_size,
         precision=precision,
-        max_sequence_length=longest,
+        max_sequence_length=trained,
         seed=None,
         valid_vocab_size=space.size,
         backend="torch",
@@ -86,8 +102,8 @@ def export_hf(checkpoint: Path, output: Path, *, max_shard_bytes: int = 5 * 10**
             model, vocab_size=space.size, dtype=dtype, max_position=longest, special_ids=space.special_ids
         )
         write_json(building / "config.json", config)
-        write_json(building / "generation_config.json", special_tokens(space))
-        written = write_tokenizer(building, space, longest, architecture)
+        written, names = write_tokenizer(building, space, longest, architecture)
+        write_guide(building, space, names, architecture=architecture, max_position=longest, trained=trained)
         space.save(building / "token_space.json")
         for path in building.iterdir():
             fsync_path(path)
@@ -97,7 +113,7 @@ def export_hf(checkpoint: Path, output: Path, *, max_shard_bytes: int = 5 * 10**
         shutil.rmtree(building, ignore_errors=True)
         raise
     fsync_path(output.parent)
-    return Exported(architecture, dtype, len(wanted), shards, space.size, written)
+    return Exported(architecture, dtype, len(wanted), shards, space.size, written, longest, trained)
 
 
 def describe(found: Exported, output: Path) -> str:
@@ -105,5 +121,6 @@ def describe(found: Exported, output: Path) -> str:
     files = "one file" if found.shards == 1 else f"{found.shards} files"
     return (
         f"{output}: {found.architecture}, {found.tensors} tensors in {found.dtype} in {files}, {found.rows:,} rows; "
-        f"{found.tokenizer}"
+        f"{found.tokenizer}; for up to {found.max_position:,} tokens (this run's sequences had {found.trained:,}); "
+        f"speak.py and README.md say how it speaks"
     )

@@ -15,10 +15,14 @@ from megatron_speech.tokens.layouts import CODE_TOKEN, OWN, known_layout
 from megatron_speech.tokens.space import TokenSpace
 
 QWEN = 2  # of byte_level.PATTERNS
+_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
 
 
-def write_tokenizer(folder: Path, space: TokenSpace, max_length: int, architecture: str) -> str:
-    """Write the files of the tokenizer; returns one sentence on what was written.
+def write_tokenizer(folder: Path, space: TokenSpace, max_length: int, architecture: str) -> tuple[str, dict[int, str]]:
+    """Write the files of the tokenizer; returns one sentence on what was written, and the token of each id.
+
+    A backbone's own token that plays the part of a special (`<|begin_of_text|>` of `<bos>`) keeps its name; text that
+    has the special's name is turned into it by the normaliser, since a tokenizer has one name per id.
 
     Args:
         folder: of the model.
@@ -35,7 +39,7 @@ def write_tokenizer(folder: Path, space: TokenSpace, max_length: int, architectu
         return (
             "the text tokenizer is a sentencepiece model, written as tokenizer.model without the tokens of specials "
             "and codes: AutoTokenizer does not give their ids, token_space.json does"
-        )
+        ), {}
     payload = _byte_tokenizer() if space.text_kind == "bytes" else space.text_payload
     spec = json.loads(payload)
     before = tokenizers.Tokenizer.from_str(payload.decode("utf-8")).get_vocab(with_added_tokens=True)
@@ -56,6 +60,8 @@ def write_tokenizer(folder: Path, space: TokenSpace, max_length: int, architectu
                     "special": number in special,
                 }
             )
+    cuts_as_qwen = _cuts_as_qwen(spec)
+    aliases = _take_own_names(spec, added, space, before)
     spec["added_tokens"] = sorted(added, key=lambda token: int(token["id"]))
     text = json.dumps(spec, ensure_ascii=False)
     after = tokenizers.Tokenizer.from_str(text)
@@ -77,12 +83,42 @@ def write_tokenizer(folder: Path, space: TokenSpace, max_length: int, architectu
         },
     )
     written = f"{len(added):,} added tokens"
-    if architecture == "Qwen2ForCausalLM" and not _cuts_as_qwen(spec):
+    if architecture == "Qwen2ForCausalLM" and not cuts_as_qwen:
         written += (
             "; AutoTokenizer of transformers 5 cuts text as Qwen does beside any Qwen2 model, which this tokenizer "
             "does not: open it with PreTrainedTokenizerFast"
         )
-    return written
+    elif architecture == "Qwen2ForCausalLM" and aliases:
+        written += (
+            f"; AutoTokenizer of transformers 5 has Qwen's normaliser beside any Qwen2 model, and does not know "
+            f"{' and '.join(aliases)}: write {' and '.join(aliases.values())}, or open it with PreTrainedTokenizerFast"
+        )
+    return written, {number: token for token, number in after.get_vocab(with_added_tokens=True).items()}
+
+
+def _take_own_names(
+    spec: dict[str, Any], added: list[dict[str, Any]], space: TokenSpace, taken: dict[str, int]
+) -> dict[str, str]:
+    """Let the names of specials stand for the backbone's tokens that play their part; returns name → token.
+
+    The tokens are found after the normaliser then, which turns the one into the other.
+    """
+    if space.layout != OWN:
+        return {}
+    tokens = {number: token for token, number in taken.items()}
+    kept = {name: tokens[i] for name, i in space.special_ids.items() if i in tokens and name not in taken}
+    if not kept:
+        return {}
+    by_content = {token["content"]: token for token in added}
+    for token in kept.values():
+        if token not in by_content:  # of the vocabulary alone
+            added.append({"id": taken[token], "content": token, **_FLAGS, "special": True})
+        else:
+            by_content[token]["normalized"] = True
+    stages = [{"type": "Replace", "pattern": {"String": name}, "content": token} for name, token in kept.items()]
+    own = spec.get("normalizer")
+    spec["normalizer"] = {"type": "Sequence", "normalizers": [*([own] if own else []), *stages]}
+    return kept
 
 
 def _cuts_as_qwen(spec: dict[str, Any]) -> bool:
@@ -116,12 +152,3 @@ def _names(space: TokenSpace, taken: dict[str, int]) -> dict[int, str]:
         if number not in names:
             names[number] = name if name not in taken else f"<|{name.strip('<>')}|>"
     return names
-
-
-def special_tokens(space: TokenSpace) -> dict[str, Any]:
-    """The `generation_config.json` of a speech model: it ends with `<speech_end>`, or a text with `<eos>`."""
-    return {
-        "bos_token_id": space.special("<bos>"),
-        "eos_token_id": [space.special("<speech_end>"), space.special("<eos>")],
-        "pad_token_id": space.special("<pad>"),
-    }

@@ -32,28 +32,34 @@ class TensorEntry:
     path: Path
     shape: tuple[int, ...]
     dtype: str
+    stored: str
+    """Its name in the file, which is another where the parts that wrappers add are left out."""
+
+
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def unwrapped(name: str) -> str:
+    """The name of a tensor without the parts that torch.compile, DDP, FSDP and recomputation add to it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 class TensorFolder:
     """The tensors of a Hugging Face folder: all headers are read and checked at once, tensors on demand.
 
+    Args:
+        folder: as `save_pretrained` writes it.
+        unwrap: read names without the parts that wrappers add (:func:`unwrapped`).
+
     Raises:
-        InputError: there are no safetensors files, one is damaged, or the index names what is not there.
+        InputError: there are no safetensors files, one is damaged, the index names what is not there, or transformers
+            would read other weights.
     """
 
-    def __init__(self, folder: Path) -> None:
-        if (folder / INDEX).is_file():
-            index = read_json(folder / INDEX, "index of the weights")
-            where: Any = index.get("weight_map") if isinstance(index, dict) else None
-            if not isinstance(where, dict) or not where:
-                raise InputError(f"{folder / INDEX} is no index: it has no weight_map")
-            names = sorted(set(where.values()))
-        elif (folder / SINGLE).is_file():
-            where, names = None, [SINGLE]
-        else:
-            raise InputError(
-                f"{folder} holds neither {SINGLE} nor {INDEX}; save the model with save_pretrained, which writes them"
-            )
+    def __init__(self, folder: Path, *, unwrap: bool = False) -> None:
+        self.folder, self.unwrap = folder, unwrap
+        where = _weight_map(folder)
+        names = [SINGLE] if where is None else sorted(set(where.values()))
         self.entries: dict[str, TensorEntry] = {}
         for name in names:
             for entry in self._header(folder / name):
@@ -63,37 +69,104 @@ class TensorFolder:
         if where is not None:
             astray = [tensor for tensor, name in where.items() if self._file_of(tensor) != name]
             if astray:
-                raise InputError(f"{folder / INDEX}: {astray[0]} is not in {where[astray[0]]}, where the index has it")
+                raise InputError(
+                    f"{folder / INDEX}: {astray[0]} is not in {where[astray[0]]}, where the index has it: it is the "
+                    f"index of other files; {_without_index(folder)}"
+                )
 
     def _file_of(self, tensor: str) -> str | None:
-        entry = self.entries.get(tensor)
+        entry = self.entries.get(unwrapped(tensor) if self.unwrap else tensor)
         return None if entry is None else entry.path.name
 
     def _header(self, path: Path) -> Iterator[TensorEntry]:
         with _opened(path) as file:
             for name in file.keys():
                 part = file.get_slice(name)
-                yield TensorEntry(name, path, tuple(part.get_shape()), part.get_dtype())
-
-    def dtypes(self) -> set[str]:
-        """Types of the tensors, as safetensors calls them."""
-        return {entry.dtype for entry in self.entries.values()}
+                known = unwrapped(name) if self.unwrap else name
+                yield TensorEntry(known, path, tuple(part.get_shape()), part.get_dtype(), name)
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor), file by file; only one tensor is in memory unless the caller keeps it."""
-        by_file: dict[Path, list[str]] = {}
+        by_file: dict[Path, list[TensorEntry]] = {}
         for entry in self.entries.values():
-            by_file.setdefault(entry.path, []).append(entry.name)
-        for path, names in by_file.items():
+            by_file.setdefault(entry.path, []).append(entry)
+        for path, entries in by_file.items():
             with _opened(path) as file:
-                for name in names:
-                    yield name, file.get_tensor(name)
+                for entry in entries:
+                    yield entry.name, file.get_tensor(entry.stored)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor."""
         with _opened(self.entries[name].path) as file:
-            result: Tensor = file.get_tensor(name)
+            result: Tensor = file.get_tensor(self.entries[name].stored)
         return result
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """Which file each tensor is in, by the index; None for a folder of one file.
+
+    transformers reads `model.safetensors` where it is there, whatever an index says, and other programs the index: a
+    folder with both is two models, unless the index names that file alone.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{folder} holds adapter_config.json: a model and an adapter, which transformers adds to it where peft is "
+            "installed; save the merged model (peft's merge_and_unload), or delete that file"
+        )
+    single, index = folder / SINGLE, folder / INDEX
+    if not index.is_file():
+        if not single.is_file():
+            raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}; {_what_to_save(folder)}")
+        return None
+    content = read_json(index, "index of the weights")
+    where: Any = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+        raise InputError(f"{index} is no index: it has no weight_map; {_without_index(folder)}")
+    named = sorted(set(where.values()))
+    outside = [name for name in named if Path(name).name != name]
+    if outside:
+        raise InputError(f"{index} names {outside[0]!r}, which is not a file of its folder; {_without_index(folder)}")
+    missing = [name for name in named if not (folder / name).is_file()]
+    if single.is_file() and named != [SINGLE]:
+        if missing:
+            raise InputError(
+                f"{folder} holds {SINGLE} and {INDEX}, and the index is out of date: it names {_some(missing)}, which "
+                f"{'does' if len(missing) == 1 else 'do'} not exist; delete {index}"
+            )
+        raise InputError(
+            f"{folder} holds two models: {SINGLE}, which transformers reads, and the files of {INDEX} "
+            f"({_some(named)}), which other programs read; delete {single}, or {index}"
+        )
+    if missing:
+        raise InputError(
+            f"{index} names {_some(missing)}, which {'does' if len(missing) == 1 else 'do'} not exist; copy the folder "
+            "again, or save the model with save_pretrained into an empty one"
+        )
+    return where
+
+
+def _without_index(folder: Path) -> str:
+    """What helps against an index that is not the files'."""
+    if (folder / SINGLE).is_file():
+        return f"delete {folder / INDEX}: {SINGLE} is read without"
+    return "copy the folder again, or save the model with save_pretrained into an empty one"
+
+
+def _what_to_save(folder: Path) -> str:
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if shards:
+        return f"it holds {_some(shards)}, which need their index; copy {INDEX} too, or save the model again"
+    if pickled:
+        return (
+            f"{pickled[0]} is a pickle, which is not read: load it with transformers and save it with save_pretrained, "
+            f"which writes {SINGLE}"
+        )
+    return "save the model with save_pretrained, which writes them"
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 @contextlib.contextmanager
@@ -101,8 +174,6 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist, but the index names it; copy the folder again") from error
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a readable safetensors file ({error}); copy it again") from error
 

@@ -157,6 +157,10 @@ class Batch:
                 bad = int(ids[(ids < 0) | (ids >= self.space.text_size)][0])
                 reason = f"field text_ids holds {bad}, needed 0 to {self.space.text_size - 1}: another tokenizer's?"
                 self.reject(row, RowRejected("text_id_outside_tokenizer", reason))
+            elif (special := np.isin(ids, list(self.space.special_ids.values()))).any():
+                bad = int(ids[special][0])
+                reason = f"field text_ids holds {bad}, a special of the token space: text, without its marks, is needed"
+                self.reject(row, RowRejected("text_id_is_special", reason))
             else:
                 result[row] = ids
         return result

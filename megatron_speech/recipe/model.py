@@ -127,6 +127,11 @@ class ModelConfig(BaseModel):
     qk_norm: bool = Field(False, description="RMSNorm of every query and key head (Qwen3)")
     qkv_bias: bool = Field(False, description="bias of the query, key and value projection (Qwen2)")
     tie_embeddings: bool = Field(True, description="the output head is the embedding table")
+    max_position_embeddings: int | None = Field(
+        None,
+        gt=0,
+        description="tokens that a backbone is for, as an export says; bounds nothing in training",
+    )
     init_std: float = Field(0.02, gt=0)
     backend: Literal["auto", "torch", "te"] = Field("auto", description="attention and layer implementation")
 

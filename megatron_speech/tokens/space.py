@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import logging
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,8 @@ from megatron_speech.files import canonical_json, read_json, sha256_hex, write_j
 from megatron_speech.modalities import MODALITY_AUDIO, MODALITY_SPECIAL, MODALITY_TEXT
 from megatron_speech.tokens.encoders import HuggingFaceEncoder, TextEncoder, encoder_of, open_text_tokenizer
 from megatron_speech.tokens.layouts import OWN, known_layout, resolve
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 
@@ -218,14 +221,13 @@ class TokenSpace:
             raise InputError(
                 f"codec {codec.name} has {codec.codebook_count} codebooks; the layout {layout} has one code per frame"
             )
-        plain = HuggingFaceEncoder(payload, lambda token: not token.get("special"))
         found = resolve(
             known,
             SPECIALS,
             codec.codebook_sizes[0],
             token_id=encoder.token_id,
             vocabulary_size=encoder.size,
-            encode=lambda text: plain.encode_batch([text])[0].tolist(),
+            encode=lambda text: encoder.encode_batch([text])[0].tolist(),
             where=f"text tokenizer {source}",
         )
         size = found.size
@@ -344,18 +346,13 @@ class TokenSpace:
 
     @functools.cached_property
     def _encoder(self) -> TextEncoder:
-        if self.layout == OWN:
-            return encoder_of(self.text_kind, self.text_payload, "the token space's text tokenizer")
-        # A transcript that holds "<|s_7|>" is text, not a code; tokens that are not special ones would be found in it.
-        specials = set(self.special_ids.values())
-        return HuggingFaceEncoder(
-            self.text_payload,
-            lambda token: token["id"] >= self.text_size or (token["id"] in specials and not token.get("special")),
-        )
+        # Marks and codes that the tokenizer has tokens for: a transcript that holds "<|s_7|>" is text, not a code.
+        control = {*self.special_ids.values(), *range(self.text_size, self.size)}
+        return encoder_of(self.text_kind, self.text_payload, "the token space's text tokenizer", control)
 
     def __getstate__(self) -> dict[str, Any]:
         # Worker processes build their own encoder: a sentencepiece or tokenizers object need not travel.
-        return {key: value for key, value in self.__dict__.items() if key != "_encoder"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_encoder", "control_ids")}
 
     def encode_text(self, text: str) -> np.ndarray:
         """Ids of one text, int32 [n]; no specials are added or recognised."""
@@ -368,6 +365,15 @@ class TokenSpace:
     def decode_text(self, ids: Iterable[int]) -> str:
         """Text of ids of the text range."""
         return self._encoder.decode([int(i) for i in ids])
+
+    @functools.cached_property
+    def control_ids(self) -> np.ndarray:
+        """Ids of the text range that text never becomes , bool [text_size]."""
+        table = np.zeros(self.text_size, dtype=bool)
+        own = self._encoder.control_ids[: self.text_size]
+        table[: len(own)] = own
+        table[[number for number in self.special_ids.values() if number < self.text_size]] = True
+        return table
 
     @property
     def unknown_id(self) -> int | None:
@@ -543,8 +549,15 @@ def _base_layout(base: Path, encoder: TextEncoder) -> tuple[int, dict[str, int]]
         found = config.get(key)
         if isinstance(found, list):  # LLaMA-3 Instruct lists several ends of turn; the first is the end of text
             found = found[0] if found else None
-        if isinstance(found, int) and 0 <= found < vocab_size:
-            kept[name] = found
+        if not isinstance(found, int) or not 0 <= found < vocab_size:
+            continue
+        if encoder.is_text(found) or found == encoder.unknown_id:
+            logger.warning(
+                "%s: %s is %d, which is %r in the tokenizer, not a control token: %s gets an id of its own",
+                base / "config.json", key, found, encoder.decode([found]), name,
+            )  # fmt: skip
+            continue
+        kept[name] = found
     if len(set(kept.values())) < len(kept):  # Qwen's base models use one id for both; a start must not look like an end
         del kept["<bos>"]
     # Embedding tables are often padded past the tokenizer: new ids begin after the last existing row.

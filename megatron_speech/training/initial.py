@@ -24,7 +24,7 @@ from megatron_speech.training.checkpoint.store import CheckpointInfo
 from megatron_speech.training.optim.optimizer import Optimizer
 
 # Fields of `model` that do not change what the weights mean.
-_FREE = ("preset", "init_std", "backend")
+_FREE = ("preset", "init_std", "backend", "max_position_embeddings")
 
 
 def start_from(

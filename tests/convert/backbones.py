@@ -75,8 +75,8 @@ def make_backbone(
     """Save a model of random weights, large enough that every part of it counts in the logits; returns it."""
     shape: dict[str, Any] = {
         "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 256, "bos_token_id": 280,
-        "eos_token_id": 281, "tie_word_embeddings": tied,
+        "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 256, "bos_token_id": 290,
+        "eos_token_id": 291, "tie_word_embeddings": tied,
     }  # fmt: skip
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6}
     if kind == "llama":

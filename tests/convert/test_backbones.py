@@ -216,6 +216,6 @@ def test_what_a_tokenizer_cannot_keep_is_said(
         minloglevel=2,
     )
     space = TokenSpace.build(tmp_path / "spm.model", CODEC)
-    assert "token_space.json" in write_tokenizer(tmp_path, space, 64, "LlamaForCausalLM")
+    assert "token_space.json" in write_tokenizer(tmp_path, space, 64, "LlamaForCausalLM")[0]
     assert (tmp_path / "tokenizer.model").read_bytes() == space.text_payload
     assert not (tmp_path / "tokenizer.json").exists()

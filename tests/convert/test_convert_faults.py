@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_speech import cli
 from megatron_speech.tokens.space import TokenSpace
+from megatron_speech.training.checkpoint.load import load_for_inference
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,7 @@ def tied_head_of_its_own(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
 
 
+FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
 Q = "model.layers.1.self_attn.q_proj.weight"
 FAULTS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "a missing tensor": (lambda f: rewrite(f, lambda t: t.pop(Q)), [Q, "lacks"]),
@@ -78,7 +81,47 @@ FAULTS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "another activation": (lambda f: edit_config(f, hidden_act="gelu"), ["hidden_act", "'gelu'"]),
     "quantised": (lambda f: edit_config(f, quantization_config={"bits": 4}), ["quantization_config"]),
     "other biases": (
-        lambda f: edit_config(f, architectures=["LlamaForCausalLM"], attention_bias=True), ["attention_bias"],
+        lambda f: edit_config(f, architectures=["LlamaForCausalLM"], model_type="llama", attention_bias=True),
+        ["attention_bias"],
+    ),
+    "another type than architecture": (
+        lambda f: edit_config(f, architectures=["LlamaForCausalLM"]), ["LlamaForCausalLM", "model_type", "'qwen2'"],
+    ),
+    "rotary parameters by layer type": (
+        lambda f: edit_config(f, rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4}}),
+        ["rope_parameters", "full_attention", "same for all layers"],
+    ),
+    "a scaling that is a word": (lambda f: edit_config(f, rope_scaling="llama3"), ["rope_scaling", "'llama3'"]),
+    "weights of another file": (
+        lambda f: edit_config(f, transformers_weights="other.safetensors"), ["transformers_weights", "'other.saf"],
+    ),
+    "a weight that is not a number": (
+        lambda f: rewrite(f, lambda t: t[Q].view(-1)[:2].fill_(float("nan"))), [Q, "2 of 4,096", "not finite"],
+    ),
+    "a weight without bound": (
+        lambda f: rewrite(f, lambda t: t["model.norm.weight"][3:4].fill_(float("-inf"))),
+        ["model.norm.weight", "1 of 64", "not finite"],
+    ),
+    "rotary frequencies of another base": (
+        lambda f: rewrite(f, lambda t: t.update({FREQUENCIES: 1 / 1e4 ** (torch.arange(8) / 8)})),
+        [FREQUENCIES, "1e+06", "rope_theta", "take the tensor out"],
+    ),
+    "rotary frequencies of another width": (
+        lambda f: rewrite(f, lambda t: t.update({FREQUENCIES: torch.ones(4)})), [FREQUENCIES, "1e+06"],
+    ),
+    "an adapter beside the model": (
+        lambda f: (f / "adapter_config.json").write_text("{}"), ["adapter_config.json", "merge_and_unload"],
+    ),
+    "an adapter for a model": (
+        lambda f: save_file({"base_model.model.layers.0.x.lora_A.weight": torch.ones(2)}, f / "model.safetensors"),
+        ["lora_A", "merge_and_unload"],
+    ),
+    "a pickle": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), ["pytorch_model.bin", "pickle"],
+    ),
+    "shards without their index": (
+        lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
+        ["model-00001-of-00002.safetensors", "need their index"],
     ),
     "no shape": (lambda f: edit_config(f, intermediate_size=None), ["intermediate_size"]),
     "an impossible shape": (lambda f: edit_config(f, num_key_value_heads=3), ["num_query_groups"]),
@@ -124,6 +167,79 @@ def test_an_index_that_names_what_is_not_there_is_refused(
     index.write_text(json.dumps(value))
     (folder / first).unlink()
     assert first in refused()
+
+
+def imports(folder: Path, output: Path, good: Path, *flags: str) -> bool:
+    arguments = ["--input", str(folder), "--token-space", str(good.parent / "ts.json"), "--output", str(output)]
+    return cli.main(["convert", "import-hf", *arguments, *flags]) == 0
+
+
+@pytest.mark.parametrize("stale", [True, False], ids=["an index out of date", "two whole models"])
+def test_two_models_in_one_folder_are_refused_and_the_advice_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], good: Path, stale: bool
+) -> None:
+    folder = tmp_path / "hf"
+    make_backbone(folder, "qwen2", tied=True, max_shard_size="100KB")
+    for path in (folder / "model.safetensors", folder / "config.json"):
+        path.write_bytes((good / path.name).read_bytes())
+    index = folder / "model.safetensors.index.json"
+    if stale:
+        for path in folder.glob("model-*.safetensors"):
+            path.unlink()
+    assert not imports(folder, tmp_path / "no", good)
+    error = capsys.readouterr().err
+    assert "model.safetensors" in error and str(index) in error
+    assert error.rstrip().endswith(f"delete {index}" if stale else f"{folder / 'model.safetensors'}, or {index}")
+    (index if stale else folder / "model.safetensors").unlink()
+    assert imports(folder, tmp_path / "yes", good)
+    assert "those of transformers" in capsys.readouterr().out
+
+
+def test_an_index_of_the_one_file_is_no_second_model(tmp_path: Path, good: Path) -> None:
+    shutil.copytree(good, tmp_path / "hf")
+    names = load_file(good / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert imports(tmp_path / "hf", tmp_path / "out", good)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rotary_frequencies_that_follow_from_the_base_are_left_aside(
+    tmp_path: Path, good: Path, dtype: torch.dtype
+) -> None:
+    shutil.copytree(good, tmp_path / "hf")
+    frequencies = 1 / 1e6 ** (torch.arange(0, 16, 2) / 16)
+    names = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(2)]
+    rewrite(tmp_path / "hf", lambda t: t.update({name: frequencies.to(dtype, copy=True) for name in names}))
+    assert imports(tmp_path / "hf", tmp_path / "out", good)
+    assert json.loads((tmp_path / "out" / "checkpoint.json").read_text())["precision"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: name.replace("model.", "model.module.", 1),
+        lambda name: name.replace("layers.0.", "layers.0._orig_mod."),
+    ],
+    ids=["torch.compile", "DDP", "both", "inside", "one layer"],
+)
+def test_a_wrapped_model_is_refused_and_the_advice_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], good: Path, wrap: Callable[[str], str]
+) -> None:
+    shutil.copytree(good, tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    save_file({wrap(name): tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    assert not imports(tmp_path / "hf", tmp_path / "no", good)
+    error = capsys.readouterr().err
+    assert "wrapped model" in error and "import it with --unwrap" in error and "save_pretrained" in error
+    assert imports(tmp_path / "hf", tmp_path / "yes", good, "--unwrap")
+    assert "were not compared" in capsys.readouterr().out
+    assert imports(good, tmp_path / "plain", good)
+    ours, plain = (load_for_inference(tmp_path / name)[0].state_dict() for name in ("yes", "plain"))
+    assert all(torch.equal(ours[name], plain[name]) for name in plain if isinstance(plain[name], torch.Tensor))
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def test_training_starts_from_a_backbone_under_every_layout(
     assert f"weights from {toy / 'backbone'} (imported from {toy / 'hf'}, fp32)" in capfd.readouterr().out
     resolved = yaml.safe_load((one / "recipe.yaml").read_text())
     assert resolved["init"]["checkpoint"] == str(toy / "backbone")
+    assert resolved["model"]["max_position_embeddings"] == 256  # the backbone's, which an export of the run is for too
     assert resolved["model"]["num_layers"] == 2 and resolved["model"]["rope_scaling"]["factor"] == 8.0
     parts = {"tp": ["parallel.tensor=2"], "pp": ["parallel.pipeline=2"]}
     commands = [[str(recipe), f"run_dir={tmp_path / name}", *flags] for name, flags in parts.items()]

@@ -23,7 +23,7 @@ from megatron_speech.text_tokenizers.corpus import Corpus
 from megatron_speech.text_tokenizers.extend import ExtendOptions, extend
 from megatron_speech.text_tokenizers.merges import Merge, learn_merges
 from megatron_speech.text_tokenizers.scripts import main_script, parse_scripts, script_of, shared_with
-from megatron_speech.tokens.encoders import TextEncoder, open_text_tokenizer
+from megatron_speech.tokens.encoders import TextEncoder, encoder_of, open_text_tokenizer
 from megatron_speech.tokens.normalization import normalize_document
 from megatron_speech.tokens.space import CodecDescription, TokenSpace
 
@@ -270,14 +270,19 @@ def test_naming_the_file_of_a_folder_is_naming_the_folder(texts: str, tmp_path: 
     assert by_folder.payload == by_file.payload and by_file.record["first_new_id"] == 640
 
 
-def test_a_control_token_that_text_could_become_is_refused(texts: str, tmp_path: Path) -> None:
+def test_a_control_token_that_is_one_word_stays_text_in_the_extended_vocabulary(texts: str, tmp_path: Path) -> None:
     folder = byte_level(tmp_path / "base", words=True)
     file = json.loads((folder / "tokenizer.json").read_text())
     file["pre_tokenizer"] = {
         "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False
     }  # fmt: skip
     (folder / "tokenizer.json").write_text(json.dumps(file))  # a text is one word, and a known word is one token
-    _refuse(folder, texts, r"without changing the ids of other text \('<\|begin\|>' would become \[500\]", pieces=10)
+    (_, _, before) = open_text_tokenizer(folder)
+    extended = encoder_of("huggingface", extend(folder, Corpus([texts]), ExtendOptions(10)).payload)
+    for text in ("<|begin|>", "a<|end|>", "etaoin"):
+        ids = extended.encode_batch([text])[0].tolist()
+        assert ids == before.encode_batch([text])[0].tolist() and extended.decode(ids) == text
+        assert not extended.control_ids[ids].any() and extended.control_ids.sum() == len(base_added(folder))
 
 
 def test_a_folder_holds_what_loads_and_nothing_outdated(case: Case) -> None:
@@ -302,6 +307,10 @@ def test_transformers_loads_the_extended_folder(case: Case, tmp_path: Path) -> N
     saved = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
     text = "<|begin|>etaoin ሀሁ कख<think>"
     assert saved.encode(text) == extended.encode(text)
+
+
+def base_added(folder: Path) -> list[str]:
+    return [token["content"] for token in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]]
 
 
 # ---- refusals
