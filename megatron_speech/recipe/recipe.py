@@ -42,9 +42,9 @@ from megatron_speech.recipe.watchdog import WatchdogConfig
 class Recipe(StrictConfig):
     """The whole of a run; see the module's docstring for how it is read."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run, in its log and run_dir")
     run_dir: str | None = Field(default=None, description="null: runs/<name> beside the recipe file")
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of initial weights and of the order of the data")
     deterministic: bool = Field(
         default=False, description="only kernels that give the same bits in every run; a GPU loses speed by it"
     )
@@ -52,7 +52,7 @@ class Recipe(StrictConfig):
     model: ModelConfig
     init: InitConfig | None = Field(default=None, description="weights of step 0; null: drawn from the seed")
     data: DataConfig
-    stages: list[StageConfig] = Field(min_length=1)
+    stages: list[StageConfig] = Field(min_length=1, description="what is trained on, one after the other")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     spikes: SpikesConfig | None = Field(
         default=None, description="skip steps that would do harm; null: a run ends at a loss that is not finite"
@@ -82,16 +82,17 @@ class Recipe(StrictConfig):
             raise ValueError(f"two stages are named {twice!r}; give every stage a name of its own")
         for stage in stages:
             _check_batch(stage, data_parallel=1)
-            if stage.steps < 1:
+            if stage.tokens < stage.global_batch_tokens:
                 raise ValueError(
                     f"stage {stage.name}: tokens {stage.tokens} is less than one step of global_batch_tokens "
                     f"{stage.global_batch_tokens}; raise tokens or lower global_batch_tokens"
                 )
         for before, stage in itertools.pairwise(stages):
-            if stage.lr.peak > before.lr.peak and not stage.allow_lr_increase:
+            # Two floats of one value may differ in their last bits once they are scaled.
+            if stage.peak_learning_rate > before.peak_learning_rate * (1.0 + 1e-9) and not stage.allow_lr_increase:
                 raise ValueError(
-                    f"stage {stage.name}: lr.peak {stage.lr.peak:g} is above lr.peak {before.lr.peak:g} of stage "
-                    f"{before.name}; the learning rate only drops from stage to stage. Lower it, or set "
+                    f"stage {stage.name}: lr.peak {stage.peak_learning_rate:g} is above lr.peak "
+                    f"{before.peak_learning_rate:g} of stage {before.name}; the learning rate only drops from stage to stage. Lower it, or set "
                     "allow_lr_increase: true in this stage"
                 )
         return stages
