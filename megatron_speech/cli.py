@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "stage-datasets": ("megatron_speech.commands.stage_datasets", "a recipe's datasets copied to this node's disk"),
     "estimate": ("megatron_speech.commands.estimate", "what each layout takes of a GPU's memory, without a GPU"),
     "train": ("megatron_speech.commands.train", "train the stages of a recipe, or continue a run"),
+    "schema": ("megatron_speech.commands.schema", "every key of a recipe: type, default, unit, meaning"),
     "generate": ("megatron_speech.commands.generate", "speech from a checkpoint"),
     "evaluate": (
         "megatron_speech.commands.evaluate",

@@ -102,6 +102,11 @@ def illegal_share(logits_BV: Tensor, legal_Bn: Tensor) -> tuple[Tensor, Tensor]:
     return -torch.expm1(log_mass.clamp(max=0.0)), legal_Bn.amax(1) < logits_BV.amax(1)
 
 
+def not_finite(logits_Bn: Tensor) -> Tensor:
+    """Rows that nothing can be drawn from, bool [B]: with a NaN or +infinity, or with nothing above -infinity."""
+    return ~torch.isfinite(logits_Bn.amax(1))
+
+
 def probabilities(logits_Bn: Tensor, config: SamplingConfig, seen_Bn: Tensor | None = None) -> Tensor:
     """The distribution that is sampled from, float64 [B, n], rows sum to 1.
 
@@ -164,7 +169,8 @@ def uniform_noise(seeds_B: Tensor, position: int) -> Tensor:
 def sample(probs_Bn: Tensor, uniform_B: Tensor) -> Tensor:
     """Draw one column per row by inverting the cumulative distribution, int64 [B].
 
-    A column of probability 0 is never drawn.
+    A column of probability 0 is never drawn. Of a row that is not finite (see :func:`not_finite`) the last column is
+    drawn: an index that is there, for the caller to refuse.
 
     Args:
         probs_Bn: float64 [B, n], not negative, each row with a positive sum.
@@ -174,4 +180,5 @@ def sample(probs_Bn: Tensor, uniform_B: Tensor) -> Tensor:
     total_B = cumulative_Bn[:, -1]
     # Rounding may lift u * total to total itself, beyond the last column that has any mass.
     target_B = torch.minimum(uniform_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
-    return torch.searchsorted(cumulative_Bn, target_B.unsqueeze(1), right=True).squeeze(1)
+    drawn_B = torch.searchsorted(cumulative_Bn, target_B.unsqueeze(1), right=True).squeeze(1)
+    return drawn_B.clamp_(max=probs_Bn.shape[1] - 1)

@@ -49,7 +49,7 @@ class Recipe(StrictConfig):
         default=False, description="only kernels that give the same bits in every run; a GPU loses speed by it"
     )
     token_space: str = Field(description="file written by `megatron-speech token-space`")
-    model: ModelConfig
+    model: ModelConfig = Field(description="the shape of the decoder: a preset, or every size")
     init: InitConfig | None = Field(default=None, description="weights of step 0; null: drawn from the seed")
     data: DataConfig
     stages: list[StageConfig] = Field(min_length=1, description="what is trained on, one after the other")
@@ -62,11 +62,18 @@ class Recipe(StrictConfig):
     precision: Precision = Field(
         default="fp32", description="of activations and weights (fp8: bf16, but the layers' products); masters are fp32"
     )
-    fp8: Fp8Config = Field(default_factory=Fp8Config)
+    fp8: Fp8Config = Field(
+        default_factory=Fp8Config, description="with precision fp8: how Transformer Engine scales to 8 bits"
+    )
     recompute: RecomputeConfig = Field(default_factory=RecomputeConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    checkpoint: CheckpointConfig = Field(
+        default_factory=CheckpointConfig,
+        description="when checkpoints are written, which stay, where copies go; one ends every stage",
+    )
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
-    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    logging: LoggingConfig = Field(
+        default_factory=LoggingConfig, description="where the numbers go; metrics.jsonl is always written"
+    )
     profile: ProfileConfig | None = Field(default=None, description="record a trace of a few steps; null: none")
     preflight: PreflightConfig = Field(default_factory=PreflightConfig)
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)

@@ -209,7 +209,7 @@ class StageConfig(StageDataConfig):
     carry_optimizer: bool = Field(
         default=True, description="true: keep the optimizer's moments from the stage before; false: start them at zero"
     )
-    allow_lr_increase: bool = Field(default=False, description="let this stage peak above the end of the stage before")
+    allow_lr_increase: bool = Field(default=False, description="let this stage peak above the peak of the stage before")
     skip: bool = Field(default=False, description="leave this stage out, as if it were not there")
     checkpoint: Cadence | None = Field(
         default=None, description="steps of this stage between checkpoints; null: checkpoint.interval_steps"
