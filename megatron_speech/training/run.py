@@ -236,7 +236,8 @@ def _assemble(
     if request.rewind_to is not None and not read_only:
         aside = set_aside(directory, request.rewind_to) if is_main else None
         dist.barrier()
-    log, checkpoints = _open_directory(recipe, space, info, progress, active=is_main, read_only=read_only)
+    changes = [*(info.fields.get("changes", []) if info is not None else []), *differences.requested]
+    log, checkpoints = _open_directory(recipe, space, info, progress, changes, active=is_main, read_only=read_only)
     if is_main and not read_only:
         write_json(directory / "environment.json", {**found, "model": engine.execution.record()})
         recipe.save(directory / "recipe.yaml")
@@ -263,7 +264,7 @@ def _assemble(
         log=log,
         checkpoints=checkpoints,
         loaded=loaded,
-        changes=[*(info.fields.get("changes", []) if info is not None else []), *differences.requested],
+        changes=changes,
     )
     position = progress.as_record()
     for requested in differences.requested:
@@ -294,6 +295,7 @@ def _open_directory(
     space: TokenSpace,
     info: CheckpointInfo | None,
     progress: RunProgress,
+    changes: list[dict[str, Any]],
     *,
     active: bool,
     read_only: bool,
@@ -313,7 +315,7 @@ def _open_directory(
         with raise_on_all_ranks():
             exporters = open_exporters(recipe, directory, progress.position.step) if active else []
         log = RunLog(directory, active=active, exporters=exporters)
-    return log, RunCheckpoints(directory / "checkpoints", recipe, space, info=info, log=log)
+    return log, RunCheckpoints(directory / "checkpoints", recipe, space, info=info, log=log, changes=changes)
 
 
 def _log_plan(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,21 @@ class RunCheckpoints:
         recipe, space: of the run.
         info: the checkpoint that it continues from.
         log: of the run.
+        changes: of the recipe that were requested, see `Run.changes`.
     """
 
     def __init__(
-        self, directory: Path, recipe: Recipe, space: TokenSpace, *, info: CheckpointInfo | None, log: RunLog
+        self,
+        directory: Path,
+        recipe: Recipe,
+        space: TokenSpace,
+        *,
+        info: CheckpointInfo | None,
+        log: RunLog,
+        changes: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.directory = directory
-        self._recipe, self._config, self._log = recipe, recipe.checkpoint, log
+        self._recipe, self._config, self._log, self._changes = recipe, recipe.checkpoint, log, changes
         self._soundness = Soundness()
         self._problem: str | None = None  # of the last save
         self._diverged = False  # it was not finite
@@ -109,7 +118,7 @@ class RunCheckpoints:
         """
         self.wait()
         if self._problem is not None and self._diverged:
-            raise DivergenceError(f"{self._problem}; {advice(self._recipe, self._stage, self.directory)}")
+            raise DivergenceError(f"{self._problem}; {advice(self._recipe, self._stage, self.directory, self._changes)}")
         if self._problem is not None:
             raise OutputError(f"{self._problem}; free some space and start the same command again")
         if self._uploader is not None:

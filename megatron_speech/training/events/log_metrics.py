@@ -86,7 +86,7 @@ class LogMetrics(Event):
             checkpoints = run.directory / "checkpoints"
             raise DivergenceError(
                 f"step {boundary.step}: loss {means['loss']} and gradient norm {grad_norm} are not both finite; "
-                f"{advice(recipe, stage.config.name, checkpoints)}"
+                f"{advice(recipe, stage.config.name, checkpoints, run.changes)}"
             )
 
 

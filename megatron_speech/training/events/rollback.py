@@ -47,7 +47,7 @@ class RollBackOnSpikes(Event):
         run.checkpoints.wait()
         folder = run.directory / "checkpoints"
         running = Position.at_step(run.recipe, verdict.step, run.progress.ended).stage_of_last_step(run.recipe)[1]
-        instead = advice(run.recipe, running.name, folder)
+        instead = advice(run.recipe, running.name, folder, run.changes)
         info = guard.rollback(
             verdict, folder, f"look at the sequences that metrics.jsonl calls skipped, or {instead}"
         )
