@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     gates = parser.add_mutually_exclusive_group()
     gates.add_argument(
-        "--dry-run", action="store_true", help="do everything up to the first step, and leave only the index cache"
+        "--dry-run", action="store_true", help="do everything up to the first step, and say what that has written"
     )
     gates.add_argument(
         "--overfit",
