@@ -43,8 +43,8 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a command's `main`: notices and warnings are printed, and bad input prints one sentence and exits 2.
 
     The wrapped function returns the exit status: 0 (also for None), 2 on :class:`InputError`, 1 with a sentence on
-    :class:`OutputError`, :class:`DivergenceError` or when a disk is full, 130 on an interrupt. Any other exception is our own failure: it keeps
-    its traceback and exits 1.
+    :class:`OutputError`, :class:`DivergenceError` or when a disk is full, 130 on an interrupt. Any other exception is
+    our own failure: it keeps its traceback and exits 1.
     """
 
     @functools.wraps(main)

@@ -17,7 +17,6 @@ from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.training.health.agreement import AllRanksError
 from megatron_speech.training.telemetry.run_log import record_failure
 
-
 # Above 0 where a launcher has started the job again by itself.
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 

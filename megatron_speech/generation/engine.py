@@ -229,9 +229,7 @@ def decode_batch(
             stops_B = ends_B | (live_B & reached_B)
             lengths_B[rows_B[stops_B]] = position
             live_B = live_B & ~stops_B
-            alive, full, broken = torch.stack(
-                [live_B.sum(), (reached_B & ~live_B).sum(), broken_B.amin()]
-            ).tolist()
+            alive, full, broken = torch.stack([live_B.sum(), (reached_B & ~live_B).sum(), broken_B.amin()]).tolist()
             if broken != never:
                 raise NotFiniteError(int(broken_B.argmin()), int(broken))
             if alive == 0:

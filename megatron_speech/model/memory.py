@@ -28,8 +28,9 @@ keeps, per position,
     a·(2h/s + 2h/s + (q + 2k)/t + q/t + 3f/t) + 8/s + 4·heads/t bytes
 
 for: the inputs of both norms and what they give (s = t under sequence parallelism, else 1); queries, keys and values,
-and what attention gave; gate, linear and product of SwiGLU; the norms' scales and attention's log-sums, which a CPU makes
-again. On a CPU queries that share keys are there twice (+ q/t): projected and in rows of their own. Norms of heads add what they read.
+and what attention gave; gate, linear and product of SwiGLU; the norms' scales and attention's log-sums. On a CPU the
+log-sums are made again, and queries that share keys are there twice (+ q/t): projected and in rows of their own. Norms
+of heads add what they read.
 `recompute full` keeps the input of a layer (a·h/s) and, while one is computed again, that layer's all; `selective`
 drops what is kept within the parts that it names: of mlp 3f/t, of core_attn the log-sums alone, since queries, keys,
 values and output are its neighbours' too. A pipeline rank holds the layers of several micro-batches at once: rank r of

@@ -32,8 +32,8 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     A top-level `base: other.yaml` (or a list of them) is read first and merged under this file. In overrides
     a list item is addressed by number (`stages.0.tokens=1000`), a stage also by name (`stages.pt.tokens=1000`).
-    Null drops an entry whose name the recipe chooses (a dataset, a task's mass, a source's cap); `init.checkpoint: null`
-    drops the section `init`.
+    Null drops an entry whose name the recipe chooses (a dataset, a task's mass, a source's cap), and
+    `init.checkpoint: null` the section `init`.
 
     Raises:
         InputError: an unreadable file, an unknown key (with the nearest valid one), a value out of range.

@@ -99,8 +99,8 @@ class Recipe(StrictConfig):
             if stage.peak_learning_rate > before.peak_learning_rate * (1.0 + 1e-9) and not stage.allow_lr_increase:
                 raise ValueError(
                     f"stage {stage.name}: lr.peak {stage.peak_learning_rate:g} is above lr.peak "
-                    f"{before.peak_learning_rate:g} of stage {before.name}; the learning rate only drops from stage to stage. Lower it, or set "
-                    "allow_lr_increase: true in this stage"
+                    f"{before.peak_learning_rate:g} of stage {before.name}; the learning rate only drops from stage to "
+                    "stage. Lower it, or set allow_lr_increase: true in this stage"
                 )
         return stages
 

@@ -160,8 +160,8 @@ def _default(field: FieldInfo, model: type[BaseModel] | None = None) -> str:
 
 _HEADER = """# The recipe, key by key
 
-Written by `megatron-speech schema --markdown`; a test compares it with the code. [training.md](training.md) says how the
-parts work together. `key=value` on the command line takes the same names; a stage is named by its name
+Written by `megatron-speech schema --markdown`; a test compares it with the code. [training.md](training.md) says how
+the parts work together. `key=value` on the command line takes the same names; a stage is named by its name
 (`stages.pt.tokens=2M`). Counts of tokens may be written 500000, 5e5, 500k or 0.5M. A number has to be finite, and an
 unknown key is refused. `base: other.yaml`, or a list, is read first and merged under the file; null drops an entry of a
 mapping whose names the recipe chooses.
@@ -185,7 +185,13 @@ def markdown() -> str:
 
 
 def _table(title: str, text: str, keys: list[KeyRow]) -> str:
-    lines = [f"## {title}", "", *([text] if text else []), "| key | type | default | unit | meaning |", "|---|---|---|---|---|"]
+    lines = [
+        f"## {title}",
+        "",
+        *([text] if text else []),
+        "| key | type | default | unit | meaning |",
+        "|---|---|---|---|---|",
+    ]
     for row in keys:
         meaning = row.meaning.replace("<", "\\<")  # else a page takes `<name>` for a tag
         cells = (f"`{row.key.rpartition('.')[2]}`", row.type, row.default, row.unit, meaning)

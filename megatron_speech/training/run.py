@@ -32,7 +32,7 @@ from megatron_speech.training.changed_blend import stage_histories
 from megatron_speech.training.checkpoint.load import load_checkpoint
 from megatron_speech.training.checkpoint.resume import Differences, ResumeRequest, check_resumable, log_resume
 from megatron_speech.training.checkpoint.rewind import find_checkpoint, set_aside
-from megatron_speech.training.checkpoint.run import RunCheckpoints, newest_checkpoint
+from megatron_speech.training.checkpoint.run import RunCheckpoints, newest_checkpoint, remove_leftovers
 from megatron_speech.training.checkpoint.store import CheckpointInfo, checkpoint_name, find_latest
 from megatron_speech.training.determinism import set_determinism
 from megatron_speech.training.early_stop import check_held_out
@@ -286,7 +286,10 @@ def _find_checkpoint(folder: Path, step: int | None, *, read_only: bool) -> Chec
     """The checkpoint that the run goes on from: that of `step`, or the newest. A collective."""
     if step is not None:
         with raise_on_all_ranks():
-            return find_checkpoint(folder, step)
+            found = find_checkpoint(folder, step)
+        if not read_only:
+            remove_leftovers(folder)
+        return found
     return find_latest(folder) if read_only else newest_checkpoint(folder)
 
 

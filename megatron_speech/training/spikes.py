@@ -146,7 +146,9 @@ class SpikeGuard:
         first = verdict.step - verdict.run_length + 1
         what = f"steps {first} to {verdict.step} were skipped ({verdict.reason})"
         if self.rollbacks >= self.config.rewind_limit:
-            raise DivergenceError(f"{what}, and the stage was rolled back {self.rollbacks} times (rewind_limit); {advice}")
+            raise DivergenceError(
+                f"{what}, and the stage was rolled back {self.rollbacks} times (rewind_limit); {advice}"
+            )
         info = find_latest(directory, before_step=first)
         if info is None:
             raise DivergenceError(f"{what}, and there is no checkpoint from before them to roll back to; {advice}")

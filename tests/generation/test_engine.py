@@ -188,7 +188,9 @@ def test_logits_that_are_not_finite_are_refused_with_their_place(
 
     monkeypatch.setattr(type(session), "_logits", spoiled)
     rows = [GenerationRequest("word", seed=i) for i in range(4)]
-    sentence = rf"request 2 \('word'\): the model's logits are NaN or infinite at frame {after // 3} \(audio token {after}\)"
+    sentence = (
+        rf"request 2 \('word'\): the model's logits are NaN or infinite at frame {after // 3} \(audio token {after}\)"
+    )
     with pytest.raises(InputError, match=sentence):
         toy_generator.generate(rows, config)
 

@@ -42,16 +42,16 @@ def test_a_dry_run_leaves_the_index_cache_and_nothing_else(
     assert cli.main(["train", str(recipe), "--dry-run", f"run_dir={run}"]) == 0
     out = capsys.readouterr().out
     assert "dry run: ready for step 1 (stage pt): its batch has 512 tokens and 0 of padding" in out
-    assert f"477 labels carry loss\ndry run: written: sequence indices (4 in {run / 'index_cache'}); nothing else" in out
+    assert (
+        f"477 labels carry loss\ndry run: written: sequence indices (4 in {run / 'index_cache'}); nothing else" in out
+    )
     assert {path.name for path in run.iterdir()} == {"index_cache"} and contents(run) == {}
     elsewhere = ["data.cache_dir=" + str(tmp_path / "cache")]
     assert cli.main(["train", str(recipe), "--dry-run", f"run_dir={tmp_path / 'b' / 'c'}", *elsewhere]) == 0
     assert not (tmp_path / "b").exists()
 
 
-def test_a_dry_run_says_what_it_has_written(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_says_what_it_has_written(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache, copies = tmp_path / "cache", tmp_path / "copies"
     command = ["train", str(recipe), "--dry-run", f"run_dir={tmp_path / 'run'}", f"data.cache_dir={cache}"]
     command += ["data.stage_datasets=true", f"checkpoint.upload=file://{copies}"]

@@ -67,9 +67,7 @@ def validator() -> Any:
     return jsonschema.Draft202012Validator(schema.json_schema())
 
 
-def test_shipped_recipes_and_those_of_the_page_are_valid_by_the_json_schema(
-    validator: Any, repository: Path
-) -> None:
+def test_shipped_recipes_and_those_of_the_page_are_valid_by_the_json_schema(validator: Any, repository: Path) -> None:
     files = [*(repository / "examples" / "recipes").glob("*.yaml"), *(repository / "examples").glob("*/recipe.yaml")]
     assert len(files) >= 5
     for path in files:

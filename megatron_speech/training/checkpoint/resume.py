@@ -139,7 +139,7 @@ def _check_position(info: CheckpointInfo, recipe: Recipe, where: str) -> None:
     )
     raise InputError(
         f"{where}: after step {info.step} the run had taken {info.fields['consumed_sequences']:,} sequences, and would "
-        f"have taken {position.consumed_sequences:,} by this version, which rounds the tokens of a stage to the nearest "
+        f"have taken {position.consumed_sequences:,} by this version, which rounds tokens of a stage to the nearest "
         f"whole global batch where earlier ones rounded down; continue with {budgets}"
     )
 

@@ -3,6 +3,8 @@
     RUN/set_aside/after_step_00000100/
         step_00000200/ …    the later checkpoints, as they were
         metrics.jsonl       the run's, with the lines of the steps that are taken again
+
+Nothing is removed.
 """
 
 from __future__ import annotations

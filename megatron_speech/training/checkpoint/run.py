@@ -33,10 +33,15 @@ from megatron_speech.training.telemetry.run_log import RunLog
 
 def newest_checkpoint(directory: Path) -> CheckpointInfo | None:
     """The newest sound checkpoint below RUN/checkpoints, after what a killed save left was removed. A collective."""
+    remove_leftovers(directory)
+    return find_latest(directory)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what a killed save left below RUN/checkpoints. A collective."""
     if dist.get_rank() == 0:
         clean_leftovers(directory)
     dist.barrier()
-    return find_latest(directory)
 
 
 class RunCheckpoints:
@@ -118,7 +123,9 @@ class RunCheckpoints:
         """
         self.wait()
         if self._problem is not None and self._diverged:
-            raise DivergenceError(f"{self._problem}; {advice(self._recipe, self._stage, self.directory, self._changes)}")
+            raise DivergenceError(
+                f"{self._problem}; {advice(self._recipe, self._stage, self.directory, self._changes)}"
+            )
         if self._problem is not None:
             raise OutputError(f"{self._problem}; free some space and start the same command again")
         if self._uploader is not None:

@@ -19,7 +19,14 @@ from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.training.checkpoint.contents import merged, model_state, run_state
 from megatron_speech.training.checkpoint.store import CheckpointInfo, checkpoint_name, point_link, read_info
-from megatron_speech.training.checkpoint.writing import HostBuffers, PlannedSave, SaveProblem, Sharing, plan_save, write_save
+from megatron_speech.training.checkpoint.writing import (
+    HostBuffers,
+    PlannedSave,
+    SaveProblem,
+    Sharing,
+    plan_save,
+    write_save,
+)
 from megatron_speech.training.optim.optimizer import Optimizer
 
 

@@ -48,9 +48,7 @@ class RollBackOnSpikes(Event):
         folder = run.directory / "checkpoints"
         running = Position.at_step(run.recipe, verdict.step, run.progress.ended).stage_of_last_step(run.recipe)[1]
         instead = advice(run.recipe, running.name, folder, run.changes)
-        info = guard.rollback(
-            verdict, folder, f"look at the sequences that metrics.jsonl calls skipped, or {instead}"
-        )
+        info = guard.rollback(verdict, folder, f"look at the sequences that metrics.jsonl calls skipped, or {instead}")
         state = load_checkpoint(info, chunks=run.engine.chunks, optimizer=run.engine.optimizer)
         run.progress.move_to(verdict.step)
         index, stage = run.progress.position.stage_of_last_step(run.recipe)
