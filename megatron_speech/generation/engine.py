@@ -411,10 +411,10 @@ class SpeechGenerator:
                         session, batch_prompts, seeds, frames, self._legal, config, self.device
                     )
                 except NotFiniteError as error:
-                    request = batch[error.row]
+                    place = batch[error.row]
                     frame = error.position // self.space.codebook_count
                     raise InputError(
-                        f"request {request} ({requests[request].text[:40]!r}): the model's logits are NaN or infinite "
+                        f"request {place} ({requests[place].text[:40]!r}): the model's logits are NaN or infinite "
                         f"at frame {frame} (audio token {error.position}); its weights have left the numbers, or bf16 "
                         "overflows: take an earlier checkpoint of the run"
                     ) from error

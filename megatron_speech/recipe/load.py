@@ -134,7 +134,7 @@ def _read_layers(path: Path, seen: tuple[Path, ...]) -> DictConfig:
 def _drop_entries(values: dict[Any, Any]) -> None:
     """Drop what null takes out of the mappings whose keys a recipe chooses, in place."""
     stages = values.get("stages")
-    named = [(values.get("data"), "datasets")]
+    named: list[tuple[Any, str]] = [(values.get("data"), "datasets")]
     for stage in stages if isinstance(stages, list) else []:
         named += [(stage, "task_mass"), (stage, "source_caps")]
     for section, key in named:

@@ -233,7 +233,10 @@ def json_schema() -> dict[str, Any]:
     """
     schema = Recipe.model_json_schema(mode="validation")
     definitions: dict[str, Any] = schema["$defs"]
-    models = {Recipe.__name__: Recipe, **{model.__name__: model for model in _all_models(Recipe)}}
+    models: dict[str, type[BaseModel]] = {
+        Recipe.__name__: Recipe,
+        **{model.__name__: model for model in _all_models(Recipe)},
+    }
     for name, part in (*definitions.items(), (Recipe.__name__, schema)):
         if name not in _LIST_ITEMS:
             part.pop("required", None)

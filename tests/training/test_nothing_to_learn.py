@@ -12,6 +12,7 @@ from toy_runs import copy_until, read_metrics, toy_recipe, train, without_timing
 pytestmark = pytest.mark.slow
 
 STEPS = 24
+NO_SAVES = ("checkpoint.interval_steps=0",)  # but that of the end
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_the_result_does_not_depend_on_how_often_it_is_logged(
     # An interval of 1 logs every empty step; this one ends on one of them, behind steps that are not empty.
     interval = next(step for step in empty_steps(run) if step > 2)
     other = tmp_path / "run"
-    assert train(recipe_file, other, f"logging.interval_steps={interval}", *overrides) == 0
+    assert train(recipe_file, other, f"logging.interval_steps={interval}", *NO_SAVES, *overrides) == 0
     line = next(line for line in read_metrics(other) if line["step"] == interval)
     assert line["loss"] is not None and line["grad_norm"] is None
     out = capsys.readouterr().out
@@ -94,12 +95,12 @@ def test_the_result_does_not_depend_on_how_often_it_is_logged(
 def test_a_run_goes_on_from_such_a_step_with_the_same_numbers(recipe_file: Path, run: Path, tmp_path: Path) -> None:
     step = next(step for step in empty_steps(run) if step > 4)
     continued = copy_until(run, tmp_path / "run", step)
-    assert train(recipe_file, continued) == 0
+    assert train(recipe_file, continued, *NO_SAVES) == 0
     assert without_timing(read_metrics(continued)) == without_timing(read_metrics(run))
 
 
 def test_the_console_says_so_in_words(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(recipe_file, tmp_path / "run", "checkpoint.interval_steps=0") == 0
+    assert train(recipe_file, tmp_path / "run", *NO_SAVES) == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if "none (nothing to learn)" in line]
     assert len(printed) == len(empty_steps(tmp_path / "run"))
     assert all("grad -" in line for line in printed)
