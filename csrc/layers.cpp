@@ -22,7 +22,7 @@ namespace py = pybind11;
 namespace {
 
 // Raised together with INTERFACE in megatron_speech/ops/cpu_layers.py whenever a signature changes.
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 // ---- attention
 
@@ -40,7 +40,6 @@ struct Heads {
 struct Attention {
     Heads query, key, value, out, d_out, d_query, d_key, d_value;
     const float *cos, *sin;      // [tokens, width / 2]
-    float* log_sum;              // [heads, tokens]
     const int64_t* segments;     // [n, 2]: first token, tokens
     int64_t tokens, heads, groups, width;
     float scale;
@@ -173,6 +172,22 @@ INLINE void read_head(const Attention& p, const Heads& from, int64_t first, int6
     std::memset(to + length * padded, 0, (padded_rows - length) * padded * sizeof(float));
 }
 
+// Scores of a query → exp(score − the highest of its `own` first), 0 from there to `wide`; returns their sum. Both passes
+// call it: exp(score − log Σ exp) overflows where scores are so large that their rounding errors exceed 88.
+INLINE float exponentials(float* row, int64_t own, int64_t wide) {
+    for (int64_t j = own; j < wide; ++j) row[j] = -INFINITY;
+    vf top = splat(-INFINITY);
+    for (int64_t j = 0; j < wide; j += kLane) top = maximum(top, load(row + j));
+    const float highest = largest(top);
+    vf total{};
+    for (int64_t j = 0; j < wide; j += kLane) {
+        const vf e = exp16(load(row + j) - highest);
+        store(row + j, e);
+        total += e;
+    }
+    return sum(total);
+}
+
 // A task is one document and one head of keys, with the heads of queries that share it.
 template <typename T>
 INLINE void attention_forward(void* problem, int64_t task) {
@@ -204,21 +219,8 @@ INLINE void attention_forward(void* problem, int64_t task) {
             score_rows(queries, keys_t, scores, padded, wide, rows);
             float inverse[kRows];
             for (int64_t r = 0; r < kRows; ++r) {
-                float* row = scores + r * rows;
                 const int64_t own = std::min(begin + r, length - 1) + 1;  // keys that this query sees
-                for (int64_t j = own; j < wide; ++j) row[j] = -INFINITY;
-                vf top = splat(-INFINITY);
-                for (int64_t j = 0; j < wide; j += kLane) top = maximum(top, load(row + j));
-                const float highest = largest(top);
-                vf total{};
-                for (int64_t j = 0; j < wide; j += kLane) {
-                    const vf e = exp16(load(row + j) - highest);
-                    store(row + j, e);
-                    total += e;
-                }
-                const float mass = sum(total);
-                inverse[r] = 1.0f / mass;
-                if (r < count) p.log_sum[head * p.tokens + first + begin + r] = highest + std::log(mass);
+                inverse[r] = 1.0f / exponentials(scores + r * rows, own, wide);
             }
             std::memset(sums, 0, kRows * padded * sizeof(float));
             weigh(scores, values, sums, padded, seen, rows);
@@ -250,7 +252,7 @@ INLINE void attention_backward(void* problem, int64_t task) {
     for (int64_t head = group * shared; head < (group + 1) * shared; ++head) {
         for (int64_t begin = 0; begin < length; begin += kRows) {
             const int64_t count = std::min<int64_t>(kRows, length - begin), seen = begin + count;
-            float correction[kRows] = {}, log_sum[kRows] = {};
+            float correction[kRows] = {};
             std::memset(queries, 0, 2 * kRows * padded * sizeof(float));
             for (int64_t r = 0; r < count; ++r) {
                 const int64_t token = first + begin + r;
@@ -263,20 +265,26 @@ INLINE void attention_backward(void* problem, int64_t task) {
                     total += load(d_outs + r * padded + d) * load(outs + r * padded + d);
                 }
                 correction[r] = sum(total);
-                log_sum[r] = p.log_sum[head * p.tokens + token];
+                for (int64_t d = 0; d < padded; d += kLane) {
+                    store(queries + r * padded + d, load(queries + r * padded + d) * p.scale);
+                }
             }
             const int64_t wide = up(seen, kKeys);
             score_rows(queries, keys_t, scores, padded, wide, rows);
             score_rows(d_outs, values_t, d_scores, padded, wide, rows);
             for (int64_t r = 0; r < kRows; ++r) {
                 float *row = scores + r * rows, *d_row = d_scores + r * rows;
-                const int64_t own = r < count ? begin + r + 1 : 0;
+                if (r >= count) {
+                    std::memset(row, 0, wide * sizeof(float));
+                    std::memset(d_row, 0, wide * sizeof(float));
+                    continue;
+                }
+                const float inverse = 1.0f / exponentials(row, begin + r + 1, wide);
                 for (int64_t j = 0; j < wide; j += kLane) {
-                    const vf weight = exp16(load(row + j) * p.scale - log_sum[r]);
-                    store(d_row + j, weight * (load(d_row + j) - correction[r]) * p.scale);
+                    const vf weight = load(row + j) * inverse;
+                    store(d_row + j, weight * (load(d_row + j) - correction[r]));
                     store(row + j, weight);
                 }
-                for (int64_t j = own; j < wide; ++j) row[j] = d_row[j] = 0.0f;
             }
             std::memset(d_queries, 0, kRows * padded * sizeof(float));
             weigh(d_scores, keys, d_queries, padded, seen, rows);
@@ -284,6 +292,8 @@ INLINE void attention_backward(void* problem, int64_t task) {
             spread(scores, d_outs, d_values, padded, seen, rows);
             for (int64_t r = 0; r < count; ++r) {
                 const int64_t token = first + begin + r;
+                float* row = d_queries + r * padded;  // the scores are of queries times scale
+                for (int64_t d = 0; d < padded; d += kLane) store(row + d, load(row + d) * p.scale);
                 rotate(d_queries + r * padded, p.cos + token * half, p.sin + token * half, half, -1.0f);
                 write_row(d_queries + r * padded, p.d_query.at<T>(token, head), p.width);
             }
@@ -424,7 +434,7 @@ Heads heads_of(const py::tuple& tensor) {
     return Heads{pointer<void>(tensor[0].cast<uint64_t>()), tensor[1].cast<int64_t>(), tensor[2].cast<int64_t>()};
 }
 
-void attention(bool backward, bool bf16, const py::tuple& tensors, uint64_t cos, uint64_t sin, uint64_t log_sum,
+void attention(bool backward, bool bf16, const py::tuple& tensors, uint64_t cos, uint64_t sin,
                uint64_t segments, int64_t n_segments, int64_t tokens, int64_t heads, int64_t groups, int64_t width,
                double scale, int64_t threads) {
     if (tensors.size() != 8) throw std::invalid_argument("attention takes eight tensors");
@@ -432,7 +442,7 @@ void attention(bool backward, bool bf16, const py::tuple& tensors, uint64_t cos,
     Attention p{};
     Heads* into[] = {&p.query, &p.key, &p.value, &p.out, &p.d_out, &p.d_query, &p.d_key, &p.d_value};
     for (size_t i = 0; i < 8; ++i) *into[i] = heads_of(tensors[i].cast<py::tuple>());
-    p.cos = pointer<const float>(cos), p.sin = pointer<const float>(sin), p.log_sum = pointer<float>(log_sum);
+    p.cos = pointer<const float>(cos), p.sin = pointer<const float>(sin);
     p.segments = pointer<const int64_t>(segments);
     p.tokens = tokens, p.heads = heads, p.groups = groups, p.width = width, p.scale = static_cast<float>(scale);
     for (int64_t i = 0; i < n_segments; ++i) {

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "estimate": ("megatron_speech.commands.estimate", "what each layout takes of a GPU's memory, without a GPU"),
     "train": ("megatron_speech.commands.train", "train the stages of a recipe, or continue a run"),
     "compare": ("megatron_speech.commands.compare", "two runs: losses, speed, memory, and whether one is worse"),
+    "schema": ("megatron_speech.commands.schema", "every key of a recipe: type, default, unit, meaning"),
     "generate": ("megatron_speech.commands.generate", "speech from a checkpoint"),
     "transcribe": ("megatron_speech.commands.transcribe", "the text of recordings, from a checkpoint of the task asr"),
     "evaluate": (

@@ -28,6 +28,13 @@ class OutputError(RuntimeError):
     """
 
 
+class DivergenceError(RuntimeError):
+    """Training has left the numbers: a loss, a gradient or the weights are NaN or infinite. Says how to go on.
+
+    Every rank of the run raises it at the same step; commands exit with status 1.
+    """
+
+
 class PeerError(RuntimeError):
     """Another process of the run has ended, so this one cannot continue. Names it and the reason, where known."""
 
@@ -36,8 +43,8 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a command's `main`: notices and warnings are printed, and bad input prints one sentence and exits 2.
 
     The wrapped function returns the exit status: 0 (also for None), 2 on :class:`InputError`, 1 with a sentence on
-    :class:`OutputError` or when a disk is full, 130 on an interrupt. Any other exception is our own failure: it keeps
-    its traceback and exits 1.
+    :class:`OutputError`, :class:`DivergenceError` or when a disk is full, 130 on an interrupt. Any other exception is
+    our own failure: it keeps its traceback and exits 1.
     """
 
     @functools.wraps(main)
@@ -48,7 +55,7 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         except InputError as error:
             message("error", str(error))
             return 2
-        except OutputError as error:
+        except (OutputError, DivergenceError) as error:
             message("error", str(error))
             return 1
         except KeyboardInterrupt:

@@ -14,6 +14,8 @@ import json
 import os
 import re
 import shutil
+import threading
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,53 @@ def open_url(url: str, options: Mapping[str, Any] | None = None) -> tuple[Any, s
     return system, path.rstrip("/")
 
 
+def check_writable(url: str, options: Mapping[str, Any] | None = None, *, seconds: float = 60.0) -> None:
+    """Write a small file at `url`, list it and remove it again.
+
+    Args:
+        url: a folder, which need not be there yet.
+        options: fsspec's, such as endpoint_url.
+        seconds: to wait for an answer.
+
+    Raises:
+        InputError: an unknown protocol, a package that is not installed, or what the storage said.
+    """
+    system, root = open_url(url, options)
+    probe = f"{root}/.probe-{uuid.uuid4().hex}"
+    failed: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            folder_is_new = not _is_object_store(system) and not system.exists(root)
+            if folder_is_new:
+                system.makedirs(root, exist_ok=True)
+            system.pipe_file(probe, b"probe")
+            system.invalidate_cache()
+            if probe.rpartition("/")[2] not in {path.rpartition("/")[2] for path in system.ls(root, detail=False)}:
+                raise OSError("what was written is not listed")
+            system.rm_file(probe)
+            if folder_is_new:
+                system.rmdir(root)
+        except BaseException as error:  # the libraries behind fsspec have no error in common
+            failed.append(error)
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    remedy = "check the URL, its options and the credentials in the environment"
+    if thread.is_alive():
+        raise InputError(f"{url} did not answer within {seconds:g} s; {remedy}")
+    if failed:
+        text = str(failed[0]).strip()
+        said = f"{type(failed[0]).__name__}{f': {text.splitlines()[0]}' if text else ''}"
+        raise InputError(f"{url} cannot be written to ({said}); {remedy}") from failed[0]
+
+
+def _is_object_store(system: Any) -> bool:
+    protocols = {system.protocol} if isinstance(system.protocol, str) else set(system.protocol)
+    return bool(protocols & _OBJECT_STORES)
+
+
 def put_checkpoint(system: Any, root: str, local: Path) -> bool:
     """Copy the checkpoint `local` to `root`; False when its copy was there already.
 
@@ -86,8 +135,7 @@ def put_checkpoint(system: Any, root: str, local: Path) -> bool:
         return False
     if system.exists(f"{target}/{_DESCRIPTION}"):  # another one of the same name, as after a rollback
         system.rm_file(f"{target}/{_DESCRIPTION}")
-    protocols = {system.protocol} if isinstance(system.protocol, str) else set(system.protocol)
-    if not protocols & _OBJECT_STORES:
+    if not _is_object_store(system):
         system.makedirs(target, exist_ok=True)
     going_on = _read(system, f"{target}/{_MARK}") == mark
     if not going_on:
@@ -133,6 +181,11 @@ def remove_copy(system: Any, root: str, name: str) -> None:
     system.rm(f"{root}/{name}", recursive=True)
 
 
+def cache_folder() -> Path:
+    """$MEGATRON_SPEECH_CACHE, else ~/.cache/megatron-speech: what was fetched from URLs."""
+    return Path(os.environ.get("MEGATRON_SPEECH_CACHE") or Path.home() / ".cache" / "megatron-speech")
+
+
 def fetch_checkpoint(url: str, options: Mapping[str, Any] | None = None) -> Path:
     """A local copy of the checkpoint at `url`, checked; fetched when it is not in the cache yet.
 
@@ -156,8 +209,7 @@ def fetch_checkpoint(url: str, options: Mapping[str, Any] | None = None) -> Path
     if name not in copies:
         raise InputError(f"{url} holds no complete checkpoint; name a checkpoint's folder there, or the one above it")
     fields = copies[name]
-    cache = Path(os.environ.get("MEGATRON_SPEECH_CACHE") or Path.home() / ".cache" / "megatron-speech")
-    folder = cache / "checkpoints" / hashlib.sha256(root.encode()).hexdigest()[:16]
+    folder = cache_folder() / "checkpoints" / hashlib.sha256(root.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     local = folder / name
     with open(folder / f".{name}.lock", "w") as lock:

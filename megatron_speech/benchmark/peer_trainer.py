@@ -157,8 +157,9 @@ class PeerTrainer:
             fused=True,
         )
         # LambdaLR counts from 0 and gives the rate of the next step: step k of our schedule is its k - 1.
+        scale = stage.lr.batch_factor(stage.global_batch_tokens) / stage.lr.peak
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: learning_rate(stage.lr, step + 1, stage.steps) / stage.lr.peak
+            self.optimizer, lambda step: learning_rate(stage.lr, step + 1, stage.steps) * scale
         )
 
     def step(self, micro_batches: Sequence[Sequence[PeerSample]]) -> tuple[torch.Tensor, int]:

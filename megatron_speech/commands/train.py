@@ -7,15 +7,19 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_speech.console import is_main_process, message
 from megatron_speech.environment import rank_and_size
-from megatron_speech.errors import InputError, PeerError
+from megatron_speech.errors import DivergenceError, InputError, PeerError
 from megatron_speech.recipe.load import load_recipe
 from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.training.health.agreement import AllRanksError
 from megatron_speech.training.telemetry.run_log import record_failure
+
+# Above 0 where a launcher has started the job again by itself.
+_RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     gates = parser.add_mutually_exclusive_group()
     gates.add_argument(
-        "--dry-run", action="store_true", help="do everything up to the first step, and leave only the index cache"
+        "--dry-run", action="store_true", help="do everything up to the first step, and say what that has written"
     )
     gates.add_argument(
         "--overfit",
@@ -45,6 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gates.add_argument(
         "--through", metavar="STAGE", help="end after this stage; the same command with a later one resumes there"
     )
+    parser.add_argument(
+        "--change",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="go on with another value of this key than the run had: stages.pt.lr.peak=1e-4, optimizer.clip_grad=0.5; "
+        "may be given more than once, and again with the same command",
+    )
+    parser.add_argument(
+        "--rewind-to",
+        type=int,
+        metavar="STEP",
+        help="go on from the checkpoint of this step; later ones are moved to RUN/set_aside",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     adopt_slurm_environment()
     _, world_size = rank_and_size()
     try:
-        recipe = load_recipe(args.recipe, args.overrides)
+        recipe = load_recipe(args.recipe, [*args.overrides, *args.change])
         recipe.data_parallel_size(world_size)
         names = [stage.name for stage in recipe.stages]
         for name in ("overfit", "overfit_steps"):
@@ -60,14 +78,18 @@ def run(args: argparse.Namespace) -> int:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be at least 1")
         if args.through is not None and args.through not in names:
             raise InputError(f"--through {args.through}: the stages of {args.recipe} are {', '.join(names)}")
+        if args.overfit is not None and (args.change or args.rewind_to is not None):
+            raise InputError("--overfit begins anew, and --change and --rewind-to continue a run; give one of them")
+        changes, rewind_to = changed_keys(recipe, args.change), _rewind_to(args.rewind_to)
     except InputError as error:
         return _report_for_all(error)
     rehearsal = args.dry_run or args.overfit is not None
     note = _note_nothing if rehearsal else record_failure
     try:
         if rehearsal:
-            return 0 if rehearse(recipe, args.overfit, args.overfit_steps) else 1
-        train(recipe, through=args.through)
+            passed = rehearse(recipe, args.overfit, args.overfit_steps, changes=changes, rewind_to=rewind_to)
+            return 0 if passed else 1
+        train(recipe, through=args.through, changes=changes, rewind_to=rewind_to)
     except AllRanksError as error:
         if is_main_process():
             note(recipe, str(error))
@@ -75,6 +97,11 @@ def run(args: argparse.Namespace) -> int:
     except InputError as error:  # of this process alone: the launcher ends the others
         note(recipe, str(error))
         raise
+    except DivergenceError as error:  # raised by all ranks
+        if is_main_process():
+            note(recipe, str(error))
+            message("error", str(error))
+        return 1
     except PeerError as error:  # the rank that it is about has the traceback
         if is_main_process():
             note(recipe, str(error))
@@ -85,6 +112,34 @@ def run(args: argparse.Namespace) -> int:
             note(recipe, str(error) or type(error).__name__)
         raise
     return 0
+
+
+def changed_keys(recipe: Recipe, changes: Sequence[str]) -> list[str]:
+    """The dotted keys that `--change key=value` names, a stage by its name.
+
+    Raises:
+        InputError: a stage by a number beyond the recipe's.
+    """
+    keys = []
+    for change in changes:
+        parts = change.partition("=")[0].strip().split(".")
+        if parts[0] == "stages" and len(parts) > 1 and parts[1].isdigit():
+            names = [stage.name for stage in recipe.stages]
+            if int(parts[1]) >= len(names):
+                raise InputError(f"--change {change}: name the stage: {', '.join(names)}")
+            parts[1] = names[int(parts[1])]
+        keys.append(".".join(parts))
+    return keys
+
+
+def _rewind_to(step: int | None) -> int | None:
+    """The step to go back to; None in a job that was started again after it had gone back."""
+    if step is None or step >= 0:
+        again = any(os.environ.get(name, "0") not in ("", "0") for name in _RESTARTS)
+        if step is not None and again and is_main_process():
+            message("note", f"--rewind-to {step} is not repeated: this job was restarted ({' or '.join(_RESTARTS)})")
+        return None if again else step
+    raise InputError(f"--rewind-to is {step}; it is the step of a checkpoint, 0 or more")
 
 
 def _note_nothing(recipe: Recipe, message: str) -> None:
@@ -100,37 +155,57 @@ def _report_for_all(error: InputError) -> int:
     return 2
 
 
-def train(recipe: Recipe, *, through: str | None = None) -> str:
-    """Train `recipe` in this process (group); returns the state that status.json ends with."""
+def train(
+    recipe: Recipe, *, through: str | None = None, changes: Sequence[str] = (), rewind_to: int | None = None
+) -> str:
+    """Train `recipe` in this process (group); returns the state that status.json ends with.
+
+    Args:
+        recipe: what is trained.
+        through: name of the last stage; None: all.
+        changes: dotted keys that may differ from those of the checkpoint that the run continues from.
+        rewind_to: the step of that checkpoint; None: the newest.
+    """
     from megatron_speech.environment import prepare_imports
 
     prepare_imports()  # before megatron-core is imported
     from megatron_speech.parallel import groups
     from megatron_speech.training import trainer
+    from megatron_speech.training.checkpoint.resume import ResumeRequest
     from megatron_speech.training.health.control import StopRequest
     from megatron_speech.training.run import set_up
 
+    request = ResumeRequest(changes, rewind_to)
+
     with StopRequest() as stop:
         try:
-            return trainer.train(set_up(recipe, stop=stop), through=through)
+            return trainer.train(set_up(recipe, stop=stop, request=request), through=through)
         finally:
             groups.destroy()
 
 
-def rehearse(recipe: Recipe, overfit: int | None, steps: int) -> bool:
+def rehearse(
+    recipe: Recipe,
+    overfit: int | None,
+    steps: int,
+    *,
+    changes: Sequence[str] = (),
+    rewind_to: int | None = None,
+) -> bool:
     """A dry run, or `overfit` sequences learned in at most `steps` steps; False when that fails."""
     from megatron_speech.environment import prepare_imports
 
     prepare_imports()
     from megatron_speech.parallel import groups
     from megatron_speech.training import rehearsal
+    from megatron_speech.training.checkpoint.resume import ResumeRequest
     from megatron_speech.training.health.control import StopRequest
 
     with StopRequest() as stop:
         try:
             if overfit is not None:
                 return rehearsal.overfit(recipe, overfit, steps, stop)
-            rehearsal.dry_run(recipe, stop)
+            rehearsal.dry_run(recipe, stop, ResumeRequest(changes, rewind_to))
             return True
         finally:
             groups.destroy()

@@ -39,6 +39,9 @@ from megatron_speech.recipe.data import dataset_prefixes
 
 logger = logging.getLogger(__name__)
 
+# As many tell how long documents are: reading a table of a billion takes longer than it is worth.
+_REACH_SEGMENTS = 1_000_000
+
 Report = dict[str, Any]
 
 
@@ -178,8 +181,18 @@ class StageData:
 
     @functools.cached_property
     def reach(self) -> float:
-        """Tokens of a token's document, on average over the first million segments' tokens: what attention sees."""
-        lengths = np.asarray(self.table.length[:1_000_000], dtype=np.float64)
+        """Tokens of a token's attention document, on average over the tokens of the first million segments.
+
+        Twice the mean number of positions that a token attends to, less one. Segments that are joined to a chain
+        (`stitch`) are one attention document within their sequence.
+        """
+        table = self.table
+        lengths = np.asarray(table.length[:_REACH_SEGMENTS], dtype=np.float64)
+        if table.joined is not None and len(lengths):
+            begins = np.asarray(table.joined[: len(lengths)]) == 0
+            firsts = np.asarray(table.seq_ptr)
+            begins[firsts[firsts < len(lengths)]] = True
+            lengths = np.add.reduceat(lengths, np.flatnonzero(begins))
         return float((lengths**2).sum() / max(1.0, lengths.sum()))
 
     @property

@@ -34,6 +34,7 @@ from megatron_speech.generation.sampling import (
     LegalText,
     SamplingConfig,
     illegal_share,
+    not_finite,
     probabilities,
     sample,
     uniform_noise,
@@ -97,6 +98,19 @@ class Transcription:
     generated_tokens: int
     invalid_token_rate: float
     invalid_argmax_rate: float
+
+
+class NotFiniteError(Exception):
+    """A model's logits are NaN or infinite.
+
+    Attributes:
+        row: of the batch.
+        position: of the first audio token that could not be drawn, counted from 0.
+    """
+
+    def __init__(self, row: int, position: int) -> None:
+        super().__init__(f"the logits of row {row} are not finite at audio token {position}")
+        self.row, self.position = row, position
 
 
 class DecodingSession(Protocol):
@@ -192,6 +206,7 @@ def decode_batch(
     The host waits for the device once per unit, to learn who has ended.
 
     Raises:
+        NotFiniteError: the model's logits for a request that has not ended are NaN or infinite.
         InputError: a row of the session takes several ids a step.
     """
     if session.streams != 1:
@@ -213,10 +228,16 @@ def decode_batch(
     live_B = torch.ones(count, dtype=torch.bool, device=device)  # rows of the session that have not ended
     logits_BV = session.prefill(prompts)
     seen_BV = torch.zeros(count, logits_BV.shape[1], dtype=torch.bool, device=device) if penalise else None
+    # The first position at which a request's logits were not finite, or `never`.
+    never = torch.iinfo(torch.int64).max
+    broken_B = torch.full((count,), never, device=device)
     position = 0
     while True:
         legal_n = legal.at(position)
         legal_Bn = logits_BV.index_select(1, legal_n)
+        broken_B[rows_B] = torch.where(
+            not_finite(legal_Bn) & live_B, broken_B[rows_B].clamp(max=position), broken_B[rows_B]
+        )
         found_B2 = torch.stack(illegal_share(logits_BV, legal_Bn), 1).double()
         diagnostics_B2[rows_B] += found_B2 * live_B.unsqueeze(1)
         probs_Bn = probabilities(legal_Bn, config, None if seen_BV is None else seen_BV.index_select(1, legal_n))
@@ -229,7 +250,9 @@ def decode_batch(
             stops_B = ends_B | (live_B & reached_B)
             lengths_B[rows_B[stops_B]] = position
             live_B = live_B & ~stops_B
-            alive, full = torch.stack([live_B.sum(), (reached_B & ~live_B).sum()]).tolist()
+            alive, full, broken = torch.stack([live_B.sum(), (reached_B & ~live_B).sum(), broken_B.amin()]).tolist()
+            if broken != never:
+                raise NotFiniteError(int(broken_B.argmin()), int(broken))
             if alive == 0:
                 break
             # A row at its limit must go at once: the cache has no room for it to idle in.
@@ -382,7 +405,8 @@ class SpeechGenerator:
             progress: called with the number of utterances done, after each batch.
 
         Raises:
-            InputError: a request that cannot be spoken, by its place in `requests`.
+            InputError: a request that cannot be spoken, by its place in `requests`; or the model's logits are not
+                finite.
         """
         config = config or SamplingConfig()
         prompts, limits = [], []
@@ -455,15 +479,22 @@ class SpeechGenerator:
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
                 capacity = max(len(prompts[i]) + limits[i][0] * legal.unit_tokens for i in batch)
-                ids, lengths, ended, diagnostics = decode_batch(
-                    self._open_session(len(batch), capacity),
-                    [prompts[i] for i in batch],
-                    [seeds[i] for i in batch],
-                    [limits[i][0] for i in batch],
-                    legal,
-                    config,
-                    self.device,
-                )
+                try:
+                    ids, lengths, ended, diagnostics = decode_batch(
+                        self._open_session(len(batch), capacity),
+                        [prompts[i] for i in batch],
+                        [seeds[i] for i in batch],
+                        [limits[i][0] for i in batch],
+                        legal,
+                        config,
+                        self.device,
+                    )
+                except NotFiniteError as error:
+                    raise InputError(
+                        f"request {batch[error.row]}: the model's logits are NaN or infinite at token {error.position} "
+                        f"of what it generates ({legal.unit} {error.position // legal.unit_tokens}); its weights have "
+                        "left the numbers, or bf16 overflows: take an earlier checkpoint of the run"
+                    ) from error
                 for row, i in enumerate(batch):
                     # One position more than tokens was sampled: the end, or what the limit cut off.
                     invalid_token_rate, invalid_argmax_rate = diagnostics[row] / (lengths[row] + 1)

@@ -73,6 +73,7 @@ class LegalIds(Protocol):
     """
 
     end_id: int
+    unit: str  # in messages: what `unit_tokens` tokens are
     unit_tokens: int
 
     def at(self, position: int) -> Tensor:
@@ -83,11 +84,13 @@ class LegalIds(Protocol):
 class LegalText:
     """The ids that may come in generated text: those of text, and after the first one `</target_text>`."""
 
-    unit_tokens = 1
+    unit, unit_tokens = "token", 1
 
     def __init__(self, space: TokenSpace, device: torch.device) -> None:
         self.end_id = space.special("</target_text>")
-        text = torch.from_numpy(np.flatnonzero(space.modality_table() == MODALITY_TEXT)).to(device)
+        is_text = space.modality_table() == MODALITY_TEXT
+        is_text[: space.text_size] &= ~space.control_ids
+        text = torch.from_numpy(np.flatnonzero(is_text)).to(device)
         self._first, self._later = text, torch.cat([text, torch.tensor([self.end_id], device=device)])
 
     def at(self, position: int) -> Tensor:
@@ -104,7 +107,7 @@ class LegalCodes:
 
     def __init__(self, space: TokenSpace, device: torch.device) -> None:
         self.end_id = space.special("<speech_end>")
-        self.unit_tokens = space.codebook_count
+        self.unit, self.unit_tokens = "frame", space.codebook_count
         codebooks = [torch.from_numpy(c.ids.astype("int64")).to(device) for c in space.codebooks]
         self._first = codebooks[0]
         self._cycle = list(codebooks)
@@ -128,6 +131,11 @@ def illegal_share(logits_BV: Tensor, legal_Bn: Tensor) -> tuple[Tensor, Tensor]:
     """
     log_mass = torch.logsumexp(legal_Bn.float(), 1) - torch.logsumexp(logits_BV.float(), 1)
     return -torch.expm1(log_mass.clamp(max=0.0)), legal_Bn.amax(1) < logits_BV.amax(1)
+
+
+def not_finite(logits_Bn: Tensor) -> Tensor:
+    """Rows that nothing can be drawn from, bool [B]: with a NaN or +infinity, or with nothing above -infinity."""
+    return ~torch.isfinite(logits_Bn.amax(1))
 
 
 def probabilities(logits_Bn: Tensor, config: SamplingConfig, seen_Bn: Tensor | None = None) -> Tensor:
@@ -192,7 +200,8 @@ def uniform_noise(seeds_B: Tensor, position: int) -> Tensor:
 def sample(probs_Bn: Tensor, uniform_B: Tensor) -> Tensor:
     """Draw one column per row by inverting the cumulative distribution, int64 [B].
 
-    A column of probability 0 is never drawn.
+    A column of probability 0 is never drawn. Of a row that is not finite (see :func:`not_finite`) the last column is
+    drawn: an index that is there, for the caller to refuse.
 
     Args:
         probs_Bn: float64 [B, n], not negative, each row with a positive sum.
@@ -202,4 +211,5 @@ def sample(probs_Bn: Tensor, uniform_B: Tensor) -> Tensor:
     total_B = cumulative_Bn[:, -1]
     # Rounding may lift u * total to total itself, beyond the last column that has any mass.
     target_B = torch.minimum(uniform_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
-    return torch.searchsorted(cumulative_Bn, target_B.unsqueeze(1), right=True).squeeze(1)
+    drawn_B = torch.searchsorted(cumulative_Bn, target_B.unsqueeze(1), right=True).squeeze(1)
+    return drawn_B.clamp_(max=probs_Bn.shape[1] - 1)

@@ -28,8 +28,9 @@ keeps, per position,
     a·(2h/s + 2h/s + (q + 2k)/t + q/t + 3f/t) + 8/s + 4·heads/t bytes
 
 for: the inputs of both norms and what they give (s = t under sequence parallelism, else 1); queries, keys and values,
-and what attention gave; gate, linear and product of SwiGLU; the norms' scales and attention's log-sums. On a CPU
-queries that share keys are there twice (+ q/t): projected and in rows of their own. Norms of heads add what they read.
+and what attention gave; gate, linear and product of SwiGLU; the norms' scales and attention's log-sums. On a CPU the
+log-sums are made again, and queries that share keys are there twice (+ q/t): projected and in rows of their own. Norms
+of heads add what they read.
 `recompute full` keeps the input of a layer (a·h/s) and, while one is computed again, that layer's all; `selective`
 drops what is kept within the parts that it names: of mlp 3f/t, of core_attn the log-sums alone, since queries, keys,
 values and output are its neighbours' too. A pipeline rank holds the layers of several micro-batches at once: rank r of
@@ -179,7 +180,8 @@ def layer_activations(config: ModelConfig, layout: MemoryLayout) -> tuple[float,
     h, f, heads = config.hidden_size, config.ffn_hidden_size, config.num_attention_heads
     q, k = heads * config.kv_channels, config.num_query_groups * config.kv_channels
     copied = q if layout.device == "cpu" and heads != config.num_query_groups else 0
-    attention = a * (q + 2 * k + copied) / t + 4 * heads / t
+    log_sums = 0.0 if layout.device == "cpu" else 4 * heads / t
+    attention = a * (q + 2 * k + copied) / t + log_sums
     if config.qk_norm:
         attention += a * (2 * q + 2 * k - copied) / t + 4 * (heads + config.num_query_groups) / t
     kept = 4 * a * h / s + 8 / s + attention + a * q / t + a * 3 * f / t
@@ -191,7 +193,7 @@ def layer_activations(config: ModelConfig, layout: MemoryLayout) -> tuple[float,
     if "mlp" in layout.recompute.parts:
         less += a * 3 * f / t
     if "core_attn" in layout.recompute.parts:
-        less += 4 * heads / t
+        less += log_sums
     return kept - less, less
 
 

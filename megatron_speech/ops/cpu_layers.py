@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 # Raised together with kInterface in csrc/layers.cpp whenever a signature changes.
-INTERFACE = 1
+INTERFACE = 2
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -97,8 +97,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         query, key, value = (_rows_contiguous(tensor) for tensor in (query, key, value))
         out = query.new_zeros(query.shape)
-        log_sum = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32)
-        saved = query, key, value, cos, sin, segments, out, log_sum
+        saved = query, key, value, cos, sin, segments, out
         ctx.save_for_backward(*saved)
         ctx.scale = scale
         _attend(False, saved, scale)
@@ -112,7 +111,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _attend(backward: bool, saved: Sequence[Tensor], scale: float, *gradients: Tensor) -> None:
-    query, key, value, cos, sin, segments, out, log_sum = saved
+    query, key, value, cos, sin, segments, out = saved
     tensors = (query, key, value, out, *gradients)
     _module().attention(
         backward,
@@ -120,7 +119,6 @@ def _attend(backward: bool, saved: Sequence[Tensor], scale: float, *gradients: T
         tuple(_heads(tensor) for tensor in tensors) + ((),) * (8 - len(tensors)),
         cos.data_ptr(),
         sin.data_ptr(),
-        log_sum.data_ptr(),
         segments.data_ptr(),
         segments.shape[0],
         *query.shape[:2],

@@ -16,7 +16,8 @@ class DataConfig(StrictConfig):
     """Recipe section `data`: the datasets of a run, shared by all of its stages."""
 
     datasets: list[str] | dict[str, str] = Field(
-        description="prefixes P (of P.bin, P.idx, …): a list, each named by the last part of its path, or name: prefix"
+        description="prefixes P (of P.bin, P.idx, …): a list, each named by the last part of its path, or name: prefix "
+        "(null drops one that a base names)"
     )
     validation_fraction: float = Field(
         default=0.01, ge=0.0, lt=1.0, description="share of the sources that is held out and never trained on"

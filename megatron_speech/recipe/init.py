@@ -20,7 +20,9 @@ class InitConfig(StrictConfig):
     """Recipe section `init`: where the weights of step 0 come from."""
 
     checkpoint: str = Field(
-        description="a checkpoint, a run directory for its newest, or a URL; the section `model` is left out, or agrees"
+        min_length=1,
+        description="a checkpoint, a run directory for its newest, or a URL; the section `model` is left out, or "
+        "agrees; null drops the section",
     )
     mode: Literal["transfer", "fine-tune"] = Field(
         default="transfer",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from megatron_speech.recipe.base import StrictConfig
+from megatron_speech.recipe.numbers import TokenCount
 
 
 class LearningRateConfig(StrictConfig):
@@ -17,14 +19,19 @@ class LearningRateConfig(StrictConfig):
     `constant` stays at the peak. `wsd` (warm-up, stable, decay: arXiv:2404.06395) stays at the peak until its last
     d = `decay` steps, step n-d+j of which has c(j/d); with `decay_style`, c(x) is also 2·½^x - 1 (`exponential`) or
     1 - √x (`minus_sqrt`).
+
+    With `scale_with_batch` each of these is multiplied by :meth:`batch_factor` of the step's own global batch, so that
+    a rate found with one batch size serves another, and grows within a `batch_ramp`.
     """
 
-    peak: float = Field(gt=0.0, description="highest learning rate")
+    peak: float = Field(gt=0.0, le=10.0, description="highest learning rate")
     end: float | None = Field(default=None, ge=0.0, description="learning rate of the last step; null: peak / 10")
     warmup: float = Field(
         default=0.0, ge=0.0, description="warm-up: below 1 a share of the stage's steps, from 1 on a number of steps"
     )
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine", description="the way down from peak to end; wsd: flat, then down within `decay`"
+    )
     decay: float = Field(
         default=0.1,
         gt=0.0,
@@ -33,6 +40,14 @@ class LearningRateConfig(StrictConfig):
     decay_style: Literal["cosine", "linear", "exponential", "minus_sqrt"] = Field(
         default="linear", description="wsd only: the way down from peak to end"
     )
+    scale_with_batch: Literal["none", "linear", "sqrt"] = Field(
+        default="none",
+        description="multiply every step's rate by (positions of its global batch / reference_batch_tokens), to the "
+        "power of 1 (linear) or 1/2 (sqrt)",
+    )
+    reference_batch_tokens: TokenCount | None = Field(
+        default=None, description="the global batch that peak and end are meant for; needs scale_with_batch"
+    )
 
     @property
     def floor(self) -> float:
@@ -40,6 +55,16 @@ class LearningRateConfig(StrictConfig):
         if self.schedule == "constant":
             return self.peak
         return self.peak / 10 if self.end is None else self.end
+
+    def batch_factor(self, batch_tokens: int) -> float:
+        """What the rate of a step whose global batch has `batch_tokens` positions is multiplied by.
+
+        Linear: Goyal et al., arXiv:1706.02677; square root, for Adam: Malladi et al., arXiv:2205.10287.
+        """
+        if self.reference_batch_tokens is None:
+            return 1.0
+        ratio = batch_tokens / self.reference_batch_tokens
+        return ratio if self.scale_with_batch == "linear" else math.sqrt(ratio)
 
     def warmup_steps(self, steps: int) -> int:
         """Warm-up steps of a stage of `steps` steps; always below `steps`, as mcore's scheduler asks."""
@@ -56,6 +81,11 @@ class LearningRateConfig(StrictConfig):
         for name, value in (("warmup", self.warmup), ("decay", self.decay)):
             if value >= 1.0 and not value.is_integer():
                 raise ValueError(f"{name} {value:g} is neither a share below 1 nor a whole number of steps")
+        if (self.scale_with_batch == "none") != (self.reference_batch_tokens is None):
+            raise ValueError(
+                f"scale_with_batch is {self.scale_with_batch} and reference_batch_tokens "
+                f"{self.reference_batch_tokens or 'null'}; name a rule and the batch that peak is meant for, or neither"
+            )
         for name in ("decay", "decay_style"):
             value, default = getattr(self, name), type(self).model_fields[name].default
             if self.schedule != "wsd" and value != default:

@@ -32,6 +32,8 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     A top-level `base: other.yaml` (or a list of them) is read first and merged under this file. In overrides
     a list item is addressed by number (`stages.0.tokens=1000`), a stage also by name (`stages.pt.tokens=1000`).
+    Null drops an entry whose name the recipe chooses (a dataset, a task's mass, a source's cap), and
+    `init.checkpoint: null` the section `init`.
 
     Raises:
         InputError: an unreadable file, an unknown key (with the nearest valid one), a value out of range.
@@ -45,6 +47,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     except OmegaConfBaseException as error:
         raise InputError(f"recipe {path}: {_first_line(error)}") from error
     assert isinstance(values, dict)
+    _drop_entries(values)
     fill_model(values, str(path))
     if values.get("run_dir") is None and isinstance(values.get("name"), str):
         values["run_dir"] = str(path.resolve().parent / "runs" / values["name"])
@@ -128,10 +131,27 @@ def _read_layers(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     return merged
 
 
+def _drop_entries(values: dict[Any, Any]) -> None:
+    """Drop what null takes out of the mappings whose keys a recipe chooses, in place."""
+    stages = values.get("stages")
+    named: list[tuple[Any, str]] = [(values.get("data"), "datasets")]
+    for stage in stages if isinstance(stages, list) else []:
+        named += [(stage, "task_mass"), (stage, "source_caps")]
+    for section, key in named:
+        entries = section.get(key) if isinstance(section, dict) else None
+        if isinstance(entries, dict):
+            section[key] = {name: value for name, value in entries.items() if value is not None}
+    init = values.get("init")
+    if isinstance(init, dict) and "checkpoint" in init and init["checkpoint"] is None:
+        values["init"] = None
+
+
 def _absolutise(layer: dict[Any, Any], folder: Path) -> None:
     """Make the relative paths of a recipe layer absolute against `folder`, in place."""
 
-    def absolute(value: Any) -> Any:
+    def absolute(value: Any, key: str) -> Any:
+        if isinstance(value, str) and not value.strip():
+            raise InputError(f"{key} is empty; name a path, or leave it out (an unset shell variable, perhaps?)")
         # An interpolation such as ${oc.env:DATA}/x is filled in later; it is expected to be absolute. A URL is.
         if not isinstance(value, str) or value.startswith("${") or is_url(value):
             return value
@@ -139,14 +159,19 @@ def _absolutise(layer: dict[Any, Any], folder: Path) -> None:
 
     data = layer.get("data")
     init = layer.get("init")
-    for section, key in ((layer, "token_space"), (layer, "run_dir"), (data, "cache_dir"), (init, "checkpoint")):
+    for section, prefix, key in (
+        (layer, "", "token_space"),
+        (layer, "", "run_dir"),
+        (data, "data.", "cache_dir"),
+        (init, "init.", "checkpoint"),
+    ):
         if isinstance(section, dict) and key in section:
-            section[key] = absolute(section[key])
+            section[key] = absolute(section[key], prefix + key)
     datasets = data.get("datasets") if isinstance(data, dict) else None
     if isinstance(datasets, list):
-        datasets[:] = [absolute(prefix) for prefix in datasets]
+        datasets[:] = [absolute(prefix, "data.datasets") for prefix in datasets]
     elif isinstance(datasets, dict):
-        datasets.update({name: absolute(prefix) for name, prefix in datasets.items()})
+        datasets.update({name: absolute(prefix, f"data.datasets.{name}") for name, prefix in datasets.items()})
 
 
 def _apply_override(config: DictConfig, override: str) -> None:
@@ -156,6 +181,11 @@ def _apply_override(config: DictConfig, override: str) -> None:
     if not equals or not all(parts):
         raise InputError(
             f"{override!r} is not of the form key=value, such as stages.0.tokens=1000; give it a value, or take it out"
+        )
+    if not text.strip():
+        raise InputError(
+            f"override {override!r} has no value (an unset shell variable, perhaps?); give one, or write {key}=null to "
+            "take back what the recipe says"
         )
     stages = config.get("stages")
     if parts[0] == "stages" and len(parts) > 1 and isinstance(stages, ListConfig) and not parts[1].isdigit():

@@ -12,11 +12,11 @@ from megatron_speech.recipe.base import StrictConfig
 class WandbConfig(StrictConfig):
     """Section `logging.wandb`: a run of Weights & Biases. Needs the package wandb."""
 
-    project: str
-    entity: str | None = None
-    group: str | None = None
+    project: str = Field(min_length=1, description="that the run appears in")
+    entity: str | None = Field(default=None, description="user or team; null: the account's own")
+    group: str | None = Field(default=None, description="that the run belongs to; null: none")
     name: str | None = Field(default=None, description="null: the recipe's name")
-    tags: list[str] = Field(default_factory=list)
+    tags: list[str] = Field(default_factory=list, description="of the run")
     mode: Literal["online", "offline"] = Field(
         default="online", description="offline: write RUN/wandb only, for `wandb sync` from a node with a network"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_speech.errors import InputError
 from megatron_speech.modalities import MODALITIES
@@ -15,12 +15,13 @@ from megatron_speech.recipe.base import StrictConfig
 class LossConfig(StrictConfig):
     """Stage section `loss`: what a position counts for by what its label is, and what the sum is divided by."""
 
-    text: float = Field(default=1.0, ge=0.0, description="weight of text labels; audio and special likewise")
-    audio: float = Field(default=1.0, ge=0.0)
-    special: float = Field(default=1.0, ge=0.0)
+    text: float = Field(default=1.0, ge=0.0, le=1000.0, description="weight of text labels")
+    audio: float = Field(default=1.0, ge=0.0, le=1000.0, description="weight of labels that are audio codes")
+    special: float = Field(default=1.0, ge=0.0, le=1000.0, description="weight of labels that are special tokens")
     prompt: float = Field(
         default=1.0,
         ge=0.0,
+        le=1.0,
         description="factor of everything up to and including the first <speech_start>; 0 makes the stage an SFT stage",
     )
     normalize: Literal["global", "modality"] = Field(
@@ -37,8 +38,17 @@ class LossConfig(StrictConfig):
         default=0.0, ge=0.0, lt=1.0, description="share of the target that is spread over all ids; training only"
     )
     z_loss: float = Field(
-        default=0.0, ge=0.0, description="factor of (log Σ exp logit)², added to the loss; training only"
+        default=0.0, ge=0.0, le=1.0, description="factor of (log Σ exp logit)², added to the loss; training only"
     )
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> LossConfig:
+        if self.text == self.audio == self.special == 0.0:
+            raise ValueError(
+                "loss.text, loss.audio and loss.special are all 0, so that nothing is learned; give one a weight, or "
+                "leave the stage out (skip: true)"
+            )
+        return self
 
     @property
     def normalizers(self) -> int:

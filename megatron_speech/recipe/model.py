@@ -88,11 +88,11 @@ class RopeScaling(BaseModel):
     their turns ("The Llama 3 Herd of Models", arXiv:2407.21783; the defaults are those of Llama 3.1 and 3.2).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     factor: float = Field(ge=1.0, description="8 in Llama 3.1, 32 in Llama 3.2")
-    low_freq_factor: float = Field(1.0, gt=0)
-    high_freq_factor: float = Field(4.0, gt=0)
+    low_freq_factor: float = Field(1.0, gt=0, description="fewer turns than this: divided by `factor`")
+    high_freq_factor: float = Field(4.0, gt=0, description="more turns than this: left as they are")
     original_max_position: int = Field(8192, gt=0, description="tokens of a sequence of the first training")
 
     @model_validator(mode="after")
@@ -112,18 +112,18 @@ class ModelConfig(BaseModel):
     with one sentence per field.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     preset: str | None = Field(None, description="name of a shape in PRESETS; other fields override it")
-    num_layers: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0, description="transformer layers")
+    hidden_size: int = Field(gt=0, description="width of the residual stream")
     ffn_hidden_size: int = Field(gt=0, description="width of the SwiGLU between its two projections")
-    num_attention_heads: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0, description="heads of queries")
     num_query_groups: int = Field(gt=0, description="heads of keys and values; default num_attention_heads")
     kv_channels: int = Field(gt=0, description="width of a head; default hidden_size / num_attention_heads")
-    rope_base: float = Field(10_000.0, gt=0)
+    rope_base: float = Field(10_000.0, gt=0, description="base of the rotary frequencies (RoPE theta)")
     rope_scaling: RopeScaling | None = Field(None, description="Llama 3's scaling of the frequencies; none by default")
-    norm_epsilon: float = Field(1e-5, gt=0)
+    norm_epsilon: float = Field(1e-5, gt=0, lt=1, description="added to the mean square under RMSNorm's root")
     qk_norm: bool = Field(False, description="RMSNorm of every query and key head (Qwen3)")
     qkv_bias: bool = Field(False, description="bias of the query, key and value projection (Qwen2)")
     tie_embeddings: bool = Field(True, description="the output head is the embedding table")
@@ -132,7 +132,7 @@ class ModelConfig(BaseModel):
         gt=0,
         description="tokens that a backbone is for, as an export says; bounds nothing in training",
     )
-    init_std: float = Field(0.02, gt=0)
+    init_std: float = Field(0.02, gt=0, le=10, description="standard deviation of matrices drawn from the seed")
     backend: Literal["auto", "torch", "te"] = Field("auto", description="attention and layer implementation")
 
     @model_validator(mode="before")

@@ -22,9 +22,9 @@ class TableConfig(StrictConfig):
 class OptimizerConfig(StrictConfig):
     """Recipe section `optimizer`: AdamW, decoupled weight decay, gradient clipping by global norm."""
 
-    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
-    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
-    eps: float = Field(default=1e-8, gt=0.0)
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0, description="decay of the mean of the gradients")
+    beta2: float = Field(default=0.95, ge=0.0, lt=1.0, description="decay of the mean of their squares")
+    eps: float = Field(default=1e-8, gt=0.0, lt=1.0, description="added to the root of that mean")
     weight_decay: float = Field(default=0.1, ge=0.0, description="of matrices; never of norms and biases")
     clip_grad: float = Field(default=1.0, ge=0.0, description="largest global gradient norm; 0: do not clip")
     embeddings: TableConfig = Field(

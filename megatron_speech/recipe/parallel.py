@@ -13,8 +13,8 @@ from megatron_speech.recipe.base import StrictConfig
 class ParallelConfig(StrictConfig):
     """Recipe section `parallel`: how the world is divided. What is left over is data-parallel."""
 
-    tensor: int = Field(default=1, ge=1)
-    pipeline: int = Field(default=1, ge=1)
+    tensor: int = Field(default=1, ge=1, description="ranks that share the matrices of every layer")
+    pipeline: int = Field(default=1, ge=1, description="ranks that share the layers")
     virtual_pipeline: int | None = Field(
         default=None, ge=2, description="model chunks per pipeline stage (interleaved schedule); null: one"
     )

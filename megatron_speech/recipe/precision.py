@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from megatron_speech.recipe.base import StrictConfig
 from megatron_speech.recipe.model import ModelConfig
 
 Precision = Literal["fp32", "bf16", "fp8"]
 """Of matrix products and activations. fp8: products of the layers in FP8, everything else in bf16."""
 
 
-class Fp8Config(BaseModel):
+class Fp8Config(StrictConfig):
     """Recipe section `fp8`, read when `precision: fp8`: how Transformer Engine scales to 8 bits."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     recipe: Literal["delayed", "tensorwise", "blockwise"] = Field(
         default="tensorwise",

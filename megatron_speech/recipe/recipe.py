@@ -42,17 +42,17 @@ from megatron_speech.recipe.watchdog import WatchdogConfig
 class Recipe(StrictConfig):
     """The whole of a run; see the module's docstring for how it is read."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run, in its log and run_dir")
     run_dir: str | None = Field(default=None, description="null: runs/<name> beside the recipe file")
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of initial weights and of the order of the data")
     deterministic: bool = Field(
         default=False, description="only kernels that give the same bits in every run; a GPU loses speed by it"
     )
     token_space: str = Field(description="file written by `megatron-speech token-space`")
-    model: ModelConfig
+    model: ModelConfig = Field(description="the shape of the decoder: a preset, or every size")
     init: InitConfig | None = Field(default=None, description="weights of step 0; null: drawn from the seed")
     data: DataConfig
-    stages: list[StageConfig] = Field(min_length=1)
+    stages: list[StageConfig] = Field(min_length=1, description="what is trained on, one after the other")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     spikes: SpikesConfig | None = Field(
         default=None, description="skip steps that would do harm; null: a run ends at a loss that is not finite"
@@ -62,11 +62,18 @@ class Recipe(StrictConfig):
     precision: Precision = Field(
         default="fp32", description="of activations and weights (fp8: bf16, but the layers' products); masters are fp32"
     )
-    fp8: Fp8Config = Field(default_factory=Fp8Config)
+    fp8: Fp8Config = Field(
+        default_factory=Fp8Config, description="with precision fp8: how Transformer Engine scales to 8 bits"
+    )
     recompute: RecomputeConfig = Field(default_factory=RecomputeConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    checkpoint: CheckpointConfig = Field(
+        default_factory=CheckpointConfig,
+        description="when checkpoints are written, which stay, where copies go; one ends every stage",
+    )
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
-    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    logging: LoggingConfig = Field(
+        default_factory=LoggingConfig, description="where the numbers go; metrics.jsonl is always written"
+    )
     profile: ProfileConfig | None = Field(default=None, description="record a trace of a few steps; null: none")
     preflight: PreflightConfig = Field(default_factory=PreflightConfig)
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
@@ -82,17 +89,18 @@ class Recipe(StrictConfig):
             raise ValueError(f"two stages are named {twice!r}; give every stage a name of its own")
         for stage in stages:
             _check_batch(stage, data_parallel=1)
-            if stage.steps < 1:
+            if stage.tokens < stage.global_batch_tokens:
                 raise ValueError(
                     f"stage {stage.name}: tokens {stage.tokens} is less than one step of global_batch_tokens "
                     f"{stage.global_batch_tokens}; raise tokens or lower global_batch_tokens"
                 )
         for before, stage in itertools.pairwise(stages):
-            if stage.lr.peak > before.lr.peak and not stage.allow_lr_increase:
+            # Two floats of one value may differ in their last bits once they are scaled.
+            if stage.peak_learning_rate > before.peak_learning_rate * (1.0 + 1e-9) and not stage.allow_lr_increase:
                 raise ValueError(
-                    f"stage {stage.name}: lr.peak {stage.lr.peak:g} is above lr.peak {before.lr.peak:g} of stage "
-                    f"{before.name}; the learning rate only drops from stage to stage. Lower it, or set "
-                    "allow_lr_increase: true in this stage"
+                    f"stage {stage.name}: lr.peak {stage.peak_learning_rate:g} is above lr.peak "
+                    f"{before.peak_learning_rate:g} of stage {before.name}; the learning rate only drops from stage to "
+                    "stage. Lower it, or set allow_lr_increase: true in this stage"
                 )
         return stages
 

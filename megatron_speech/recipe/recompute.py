@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from megatron_speech.recipe.base import StrictConfig
 from megatron_speech.recipe.model import ModelConfig
 
 
-class RecomputeConfig(BaseModel):
+class RecomputeConfig(StrictConfig):
     """Recipe section `recompute`: activations that the backward pass computes again instead of finding them kept.
 
     Losses and gradients do not change by a bit; memory is paid for with time.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     mode: Literal["none", "selective", "full"] = Field(
         default="none", description="selective: the parts named in `modules`, of every layer; full: whole layers"

@@ -24,8 +24,8 @@ Share = float
 class StratumConfig(StrictConfig):
     """One explicit stratum of a stage: the documents that pass every filter given, and their mass."""
 
-    task: str
-    mass: Share
+    task: str = Field(description="of the documents: speech_lm, tts …")
+    mass: Share = Field(gt=0.0, description="relative to those of the stage's other strata")
     name: str | None = Field(default=None, description="name in the report; null: made of the filters")
     datasets: list[str] | None = Field(default=None, description="names of datasets; null: every dataset of the task")
     languages: list[str] | None = Field(default=None, description="languages; null: all")
@@ -57,7 +57,7 @@ class BatchRampConfig(StrictConfig):
 class StageDataConfig(StrictConfig):
     """What the data path needs of a stage. :class:`StageConfig` extends it."""
 
-    name: str
+    name: str = Field(min_length=1, description="in logs, in overrides (stages.NAME.tokens=2M) and for --through")
     task_mass: dict[str, Share] | None = Field(
         default=None, description="task: share of the tokens trained on; give this or `strata`"
     )
@@ -78,7 +78,7 @@ class StageDataConfig(StrictConfig):
         description="a stratum gets at most this many epochs: the rest of its share goes to the others of its group",
     )
     tokens: int = Field(gt=0, description="budget: positions fed to the model, padding included")
-    seq_length: int = Field(gt=0)
+    seq_length: int = Field(gt=0, description="positions of a sequence")
     global_batch_tokens: int = Field(gt=0, description="positions per optimizer step; a multiple of seq_length")
     batch_ramp: BatchRampConfig | None = Field(default=None, description="smaller global batches to begin with")
     packing: PackingConfig = Field(default_factory=PackingConfig)
@@ -117,6 +117,8 @@ class StageDataConfig(StrictConfig):
     def batches(self) -> list[tuple[int, int]]:
         """(positions per optimizer step, steps with that many), in the order of training; whole global batches only.
 
+        Their sum is the multiple that is nearest to `tokens`: at most half a global batch more or less.
+
         Of a ramp from b₀ by increments of i in K = (global_batch_tokens - b₀)/i parts, part k has
         ⌈over / (K · (b₀ + k·i))⌉ steps of b₀ + k·i positions; the rest of the budget has global_batch_tokens.
         """
@@ -128,11 +130,12 @@ class StageDataConfig(StrictConfig):
                 steps = min(-(-ramp.over // (count * size)), left // size)
                 parts.append((size, steps))
                 left -= steps * size
-        return [*parts, (self.global_batch_tokens, left // self.global_batch_tokens)]
+        size = self.global_batch_tokens
+        return [*parts, (size, (2 * left + size) // (2 * size))]
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that the budget pays for (whole global batches)."""
+        """Optimizer steps of the budget (whole global batches, see :meth:`batches`)."""
         return sum(steps for _, steps in self.batches())
 
     @property
@@ -192,11 +195,13 @@ class EarlyStopConfig(StrictConfig):
 class StageConfig(StageDataConfig):
     """One stage: what it trains on (see :class:`StageDataConfig`) and how."""
 
-    tokens: TokenCount = Field(description="budget: positions fed to the model, padding included")
-    seq_length: TokenCount
+    tokens: TokenCount = Field(
+        description="budget: positions fed to the model, padding included; rounded to the nearest whole global batch"
+    )
+    seq_length: TokenCount = Field(description="positions of a sequence")
     global_batch_tokens: TokenCount = Field(description="positions per optimizer step; a multiple of seq_length")
     micro_batch_size: int = Field(default=1, gt=0, description="sequences per forward pass on one data-parallel rank")
-    lr: LearningRateConfig
+    lr: LearningRateConfig = Field(description="the learning rate by step")
     batch_ramp: RampConfig | None = Field(default=None, description="smaller global batches to begin with; null: none")
     early_stop: EarlyStopConfig | None = Field(
         default=None, description="end the stage when validation no longer improves; null: it has its whole budget"
@@ -204,8 +209,13 @@ class StageConfig(StageDataConfig):
     carry_optimizer: bool = Field(
         default=True, description="true: keep the optimizer's moments from the stage before; false: start them at zero"
     )
-    allow_lr_increase: bool = Field(default=False, description="let this stage peak above the end of the stage before")
+    allow_lr_increase: bool = Field(default=False, description="let this stage peak above the peak of the stage before")
     skip: bool = Field(default=False, description="leave this stage out, as if it were not there")
     checkpoint: Cadence | None = Field(
         default=None, description="steps of this stage between checkpoints; null: checkpoint.interval_steps"
     )
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The highest learning rate of a step: `lr.peak`, scaled to the full global batch where a rule says so."""
+        return self.lr.peak * self.lr.batch_factor(self.global_batch_tokens)

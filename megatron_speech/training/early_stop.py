@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ class EarlyStop:
 
     def update(self, audio_loss: float) -> bool:
         """Take the loss of the newest validation; True when the stage is to end with it."""
-        if self.best is None or audio_loss < self.best - self.config.min_delta:
+        if math.isfinite(audio_loss) and (self.best is None or audio_loss < self.best - self.config.min_delta):
             self.best, self.without_improvement = audio_loss, 0
         else:
             self.without_improvement += 1

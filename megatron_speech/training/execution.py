@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,15 +85,20 @@ class Execution:
             "layers_per_pipeline_chunk": list(self.split),
         }
 
-    def lines(self, seq_length: float) -> list[str]:
-        """For the log; `seq_length` is what a token sees on average."""
+    def lines(self, reaches: Sequence[float]) -> list[str]:
+        """For the log; `reaches`: what a token sees on average, by stage of the recipe."""
         recipe = self.recipe
         lines = [f"layers run on {self.backend}"]
         if len(self.split) > 1:
             how = "as parallel.pipeline_layout says" if recipe.parallel.pipeline_layout else "balanced by cost"
             lines.append(f"layers of the pipeline's chunks: {' + '.join(map(str, self.split))}, {how}")
         if recipe.recompute.mode != "none":
-            lines.append(recipe.recompute.describe(recipe.model, seq_length, self.vocab_size, self.split))
+            said: dict[str, list[str]] = {}
+            for stage, reach in zip(recipe.stages, reaches, strict=True):
+                line = recipe.recompute.describe(recipe.model, reach, self.vocab_size, self.split)
+                said.setdefault(line, []).append(stage.name)
+            for line, stages in said.items():
+                lines.append(line if len(said) == 1 else f"{', '.join(stages)}: {line}")
         return lines
 
 

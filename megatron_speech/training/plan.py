@@ -158,9 +158,19 @@ def stage_lines(recipe: Recipe, blends: Sequence[Mapping[str, Any]]) -> list[str
             f"{task} {row['realised']:.1%} (asked {row['target']:.1%})" for task, row in blend["by_task"].items()
         )
         ramp = "" if stage.batch_ramp is None else f"{stage.batch_ramp.start} to "
+        trained = stage.n_sequences * stage.seq_length
+        budget = "" if trained == stage.tokens else f" = {trained:,} tokens, nearest to the {stage.tokens:,} asked for"
+        scaled_by = ""
+        if stage.lr.reference_batch_tokens is not None:
+            factor = stage.lr.batch_factor(stage.global_batch_tokens)
+            rule = "" if stage.lr.scale_with_batch == "linear" else "√"
+            scaled_by = (
+                f" times {rule}(batch / {stage.lr.reference_batch_tokens:,}), {factor:.4g} at the full batch: peak "
+                f"{stage.peak_learning_rate:g}"
+            )
         said.append(
-            f"{stage.name}: {stage.steps} steps × {ramp}{stage.global_batch_tokens} tokens, seq_length "
-            f"{stage.seq_length}, lr {stage.lr.peak:g} → {stage.lr.floor:g}; {tasks}; "
+            f"{stage.name}: {stage.steps} steps × {ramp}{stage.global_batch_tokens} tokens{budget}, seq_length "
+            f"{stage.seq_length}, lr {stage.lr.peak:g} → {stage.lr.floor:g}{scaled_by}; {tasks}; "
             f"padding {blend['pad_fraction']:.1%}"
         )
     return said

@@ -18,6 +18,8 @@ from megatron_speech.data.loading.loader import GlobalBatch, MicroBatch
 from megatron_speech.errors import InputError
 from megatron_speech.recipe.loss import LossConfig
 from megatron_speech.recipe.recipe import Recipe
+from megatron_speech.remote import cache_folder, is_url
+from megatron_speech.training.checkpoint.resume import ResumeRequest
 from megatron_speech.training.health.agreement import raise_on_all_ranks
 from megatron_speech.training.health.control import StopRequest
 from megatron_speech.training.run import Run, set_up
@@ -30,16 +32,19 @@ _WARMUP_STEPS = 10
 
 
 @contextlib.contextmanager
-def _rehearsed(recipe: Recipe, stop: StopRequest | None, *, resume: bool) -> Iterator[Run]:
+def _rehearsed(
+    recipe: Recipe, stop: StopRequest | None, *, resume: bool, request: ResumeRequest | None = None
+) -> Iterator[Run]:
     """A run that writes nothing to its directory; folders that were made for nothing go afterwards.
 
     Args:
         recipe: what would be run.
         stop: signals that end it.
         resume: load the checkpoint that the run would go on from.
+        request: which one that is, and what may differ from it.
     """
     made = _missing(recipe.run_directory / "checkpoints")
-    run = set_up(recipe, stop=stop, resume=resume, read_only=True)
+    run = set_up(recipe, stop=stop, resume=resume, read_only=True, request=request)
     try:
         with run.safety.guard():
             yield run
@@ -52,22 +57,50 @@ def _rehearsed(recipe: Recipe, stop: StopRequest | None, *, resume: bool) -> Ite
                     folder.rmdir()
 
 
-def dry_run(recipe: Recipe, stop: StopRequest | None = None) -> None:
+def dry_run(recipe: Recipe, stop: StopRequest | None = None, request: ResumeRequest | None = None) -> None:
     """Fetch the batch of the next step, and say that everything is there. A collective."""
-    with _rehearsed(recipe, stop, resume=True) as run:
+    before = _entries(recipe)
+    with _rehearsed(recipe, stop, resume=True, request=request) as run:
         position = run.progress.position
         if run.progress.finished:
             run.log.info(f"dry run: {recipe.name} is finished, there is no next step")
             return
         with run.sources[position.stage_index].batches(position.stage_step) as batches:
             batch = next(batches)
-        counts = run.safety.control.gather([batch.tokens, batch.pad_tokens]).sum(0).tolist()
-        tokens, padding = (int(count / (run.world_size / run.dp_size)) for count in counts)
+        labels = float(batch.loss_totals[1].sum())
+        counts = run.safety.control.gather([batch.tokens, batch.pad_tokens, labels]).sum(0).tolist()
+        tokens, padding, learned = (int(count / (run.world_size / run.dp_size)) for count in counts)
         stage = recipe.stages[position.stage_index]
         run.log.info(
             f"dry run: ready for step {position.step + 1} (stage {stage.name}): its batch has {tokens:,} tokens and "
-            f"{padding:,} of padding; nothing was written but the index cache"
+            f"{padding:,} of padding; {learned:,} labels carry loss{'' if learned else ': this step would do nothing'}"
         )
+        run.log.info(f"dry run: {_written(before, _entries(recipe))}")
+
+
+def _entries(recipe: Recipe) -> dict[str, set[Path]]:
+    """What lies where a dry run may leave something, by what it is."""
+    data, run = recipe.data, recipe.run_directory
+    places = {"sequence indices": data.index_directory(run), "history of the blend": run / "blend_history"}
+    if data.stage_datasets and data.cache_dir is not None:
+        places["staged datasets"] = Path(data.cache_dir) / "datasets"
+    if recipe.init is not None and is_url(recipe.init.checkpoint):
+        places["fetched checkpoints"] = cache_folder() / "checkpoints"
+    return {
+        what: {path for path in folder.glob("*/*" if what == "fetched checkpoints" else "*") if path.is_dir()}
+        | {path for path in folder.glob("*.npz")}
+        for what, folder in places.items()
+    }
+
+
+def _written(before: dict[str, set[Path]], after: dict[str, set[Path]]) -> str:
+    """What is there now and was not before, as a sentence."""
+    parts = []
+    for what, entries in after.items():
+        new = sorted(path for path in entries - before[what] if not path.name.startswith("."))
+        if new:
+            parts.append(f"{what} ({len(new)} in {new[0].parent})")
+    return f"written: {', '.join(parts)}; nothing else" if parts else "nothing was written"
 
 
 def overfit(recipe: Recipe, sequences: int, steps: int, stop: StopRequest | None = None) -> bool:

@@ -24,14 +24,16 @@ from megatron_speech.files import prepare_output_directory, sha256_file, write_j
 from megatron_speech.parallel import groups
 from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.recipe.stage import StageConfig
+from megatron_speech.remote import check_writable
 from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.training import plan
 from megatron_speech.training.batches import BatchSource, StageBatches
 from megatron_speech.training.changed_blend import stage_histories
 from megatron_speech.training.checkpoint.load import load_checkpoint
-from megatron_speech.training.checkpoint.resume import check_resumable, log_resume
-from megatron_speech.training.checkpoint.run import RunCheckpoints, newest_checkpoint
-from megatron_speech.training.checkpoint.store import CheckpointInfo, find_latest
+from megatron_speech.training.checkpoint.resume import Differences, ResumeRequest, check_resumable, log_resume
+from megatron_speech.training.checkpoint.rewind import find_checkpoint, set_aside
+from megatron_speech.training.checkpoint.run import RunCheckpoints, newest_checkpoint, remove_leftovers
+from megatron_speech.training.checkpoint.store import CheckpointInfo, checkpoint_name, find_latest
 from megatron_speech.training.determinism import set_determinism
 from megatron_speech.training.early_stop import check_held_out
 from megatron_speech.training.engine import Engine
@@ -42,7 +44,7 @@ from megatron_speech.training.health.safety import Safety
 from megatron_speech.training.position import RunProgress
 from megatron_speech.training.spikes import SpikeGuard
 from megatron_speech.training.step import TrainStep
-from megatron_speech.training.telemetry.exporters import open_exporters
+from megatron_speech.training.telemetry.exporters import check_exporters, open_exporters
 from megatron_speech.training.telemetry.metrics import Group, LossMeter
 from megatron_speech.training.telemetry.run_log import RunLog, record_failure
 from megatron_speech.training.validation import validation_sequences
@@ -69,6 +71,7 @@ class Run:
         log: records, console lines, status.
         checkpoints: of this run.
         loaded: what the checkpoint that it goes on from holds besides weights and optimizer; empty for a new run.
+        changes: of the recipe that were requested while the run went on: step, key, before, after.
     """
 
     recipe: Recipe
@@ -90,6 +93,7 @@ class Run:
     log: RunLog
     checkpoints: RunCheckpoints
     loaded: dict[str, Any] = field(default_factory=dict)
+    changes: list[dict[str, Any]] = field(default_factory=list)
     step: TrainStep = field(init=False)
 
     def __post_init__(self) -> None:
@@ -129,6 +133,7 @@ def set_up(
     stop: StopRequest | None = None,
     resume: bool = True,
     read_only: bool = False,
+    request: ResumeRequest | None = None,
 ) -> Run:
     """Put a run together, from its newest checkpoint or from the start. A collective of all processes.
 
@@ -137,7 +142,9 @@ def set_up(
         log_environment: print what the process runs on (once per command).
         stop: signals that ask the run to save and end; None: nothing asks.
         resume: go on from the newest checkpoint of the run directory, if it holds one.
-        read_only: write nothing to the run directory but the cache of sequence indices.
+        read_only: write nothing to the run directory but the cache of sequence indices and what was taken of an
+            index that has changed; check the exporters and the upload URL instead of opening them.
+        request: what is asked of a run that is continued.
 
     Raises:
         InputError: anything about the recipe, its data or its run directory that keeps it from starting.
@@ -161,10 +168,19 @@ def set_up(
 
     safety = Safety(recipe.watchdog, recipe.run_directory, stop, note_failure)
     with safety.guard():
-        return _assemble(recipe, safety, log_environment=log_environment, resume=resume, read_only=read_only)
+        return _assemble(
+            recipe,
+            safety,
+            request or ResumeRequest(),
+            log_environment=log_environment,
+            resume=resume,
+            read_only=read_only,
+        )
 
 
-def _assemble(recipe: Recipe, safety: Safety, *, log_environment: bool, resume: bool, read_only: bool) -> Run:
+def _assemble(
+    recipe: Recipe, safety: Safety, request: ResumeRequest, *, log_environment: bool, resume: bool, read_only: bool
+) -> Run:
     directory, device = recipe.run_directory, groups.device()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dp_rank = parallel_state.get_data_parallel_rank()
@@ -175,8 +191,8 @@ def _assemble(recipe: Recipe, safety: Safety, *, log_environment: bool, resume: 
     preflight = Preflight(recipe, safety.control, safety.hosts, device)
     with safety.progress.doing("the first sum over all processes"):
         preflight.processes()
-    info = _find_checkpoint(directory / "checkpoints", read_only=read_only) if resume else None
-    notes: list[str] = []
+    info = _find_checkpoint(directory / "checkpoints", request.rewind_to, read_only=read_only) if resume else None
+    differences = Differences()
     with raise_on_all_ranks():
         dp_size = recipe.data_parallel_size(world_size)
         space = TokenSpace.load(recipe.token_space)
@@ -185,7 +201,7 @@ def _assemble(recipe: Recipe, safety: Safety, *, log_environment: bool, resume: 
         fingerprints = {name: _fingerprint(dataset) for name, dataset in datasets.items()}
         prepare_output_directory(directory / "checkpoints")
         if info is not None:
-            notes = check_resumable(info, recipe, space, fingerprints)
+            differences = check_resumable(info, recipe, space, fingerprints, request.changes)
     preflight.data(datasets, space)
     preflight.storage(directory, recipe.model.parameters(space.padded_size))
     histories, change = stage_histories(info, recipe, datasets, space, is_main=is_main)
@@ -216,8 +232,13 @@ def _assemble(recipe: Recipe, safety: Safety, *, log_environment: bool, resume: 
     if info is not None:
         loaded = load_checkpoint(info, chunks=engine.chunks, optimizer=engine.optimizer)
         progress = RunProgress(recipe, info.step, info.fields["ended_early"])
-        log_resume(info, notes)
-    log, checkpoints = _open_directory(recipe, space, info, progress, active=is_main, read_only=read_only)
+        log_resume(info, differences)
+    aside = None
+    if request.rewind_to is not None and not read_only:
+        aside = set_aside(directory, request.rewind_to) if is_main else None
+        dist.barrier()
+    changes = [*(info.fields.get("changes", []) if info is not None else []), *differences.requested]
+    log, checkpoints = _open_directory(recipe, space, info, progress, changes, active=is_main, read_only=read_only)
     if is_main and not read_only:
         write_json(directory / "environment.json", {**found, "model": engine.execution.record()})
         recipe.save(directory / "recipe.yaml")
@@ -244,8 +265,17 @@ def _assemble(recipe: Recipe, safety: Safety, *, log_environment: bool, resume: 
         log=log,
         checkpoints=checkpoints,
         loaded=loaded,
+        changes=changes,
     )
+    position = progress.as_record()
+    for requested in differences.requested:
+        log.write({**position, "split": "changed", **requested})
+    if request.rewind_to is not None and not read_only:
+        where = None if aside is None else str(aside)
+        log.write({**position, "split": "set_aside", "checkpoint": checkpoint_name(request.rewind_to), "folder": where})
     if is_main:
+        if aside is not None:
+            log.info(f"rewound to step {request.rewind_to}: what came after it is in {aside}")
         _log_plan(run)
         if change is not None:
             running = stages[min(progress.position.stage_index, len(stages) - 1)]
@@ -253,8 +283,14 @@ def _assemble(recipe: Recipe, safety: Safety, *, log_environment: bool, resume: 
     return run
 
 
-def _find_checkpoint(folder: Path, *, read_only: bool) -> CheckpointInfo | None:
-    """The checkpoint that the run goes on from. A collective where leftovers may be removed."""
+def _find_checkpoint(folder: Path, step: int | None, *, read_only: bool) -> CheckpointInfo | None:
+    """The checkpoint that the run goes on from: that of `step`, or the newest. A collective."""
+    if step is not None:
+        with raise_on_all_ranks():
+            found = find_checkpoint(folder, step)
+        if not read_only:
+            remove_leftovers(folder)
+        return found
     return find_latest(folder) if read_only else newest_checkpoint(folder)
 
 
@@ -263,6 +299,7 @@ def _open_directory(
     space: TokenSpace,
     info: CheckpointInfo | None,
     progress: RunProgress,
+    changes: list[dict[str, Any]],
     *,
     active: bool,
     read_only: bool,
@@ -270,6 +307,11 @@ def _open_directory(
     """Log and checkpoints of the run directory; with `read_only` neither writes to it."""
     directory = recipe.run_directory
     if read_only:
+        with raise_on_all_ranks():
+            if active:
+                check_exporters(recipe)
+                if recipe.checkpoint.upload is not None:
+                    check_writable(recipe.checkpoint.upload.url, recipe.checkpoint.upload.options)
         log = RunLog(directory, active=active, writes=False)
         quiet = recipe.checkpoint.model_copy(update={"upload": None})
         recipe, info = recipe.model_copy(update={"checkpoint": quiet}), None
@@ -277,7 +319,7 @@ def _open_directory(
         with raise_on_all_ranks():
             exporters = open_exporters(recipe, directory, progress.position.step) if active else []
         log = RunLog(directory, active=active, exporters=exporters)
-    return log, RunCheckpoints(directory / "checkpoints", recipe, space, info=info, log=log)
+    return log, RunCheckpoints(directory / "checkpoints", recipe, space, info=info, log=log, changes=changes)
 
 
 def _log_plan(run: Run) -> None:
@@ -296,7 +338,7 @@ def _log_plan(run: Run) -> None:
     reports = [data.blend_report() for data in run.stages]
     reaches = [data.reach for data in run.stages]
     cost = plan.lines(recipe, run.space.padded_size, run.dp_size, run.device, reaches, reports)
-    for line in (*run.engine.execution.lines(reaches[0]), *cost, *plan.stage_lines(recipe, reports)):
+    for line in (*run.engine.execution.lines(reaches), *cost, *plan.stage_lines(recipe, reports)):
         log.info(f"  {line}")
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_speech.errors import DivergenceError
 from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.recipe.spikes import SpikesConfig
 from megatron_speech.training.checkpoint.store import CheckpointInfo, find_latest
@@ -34,13 +35,15 @@ class Verdict:
         step: of the run, from 1.
         values: loss and gradient norm.
         limits: above which each counts as a spike; infinite where it has no limit (yet).
-        skipped_in_row: skipped steps up to and including this one; 0: it was taken.
+        skipped_in_row: skipped steps up to and including this one; 0: it was taken, or had nothing to learn.
+        run_length: steps since the first of those, this one included; more where some between had nothing to learn.
     """
 
     step: int
     values: tuple[float, float]
     limits: tuple[float, float]
     skipped_in_row: int
+    run_length: int
 
     @property
     def reason(self) -> str:
@@ -81,6 +84,7 @@ class SpikeGuard:
         self._taken = torch.full((self.config.window, len(QUANTITIES)), math.inf, device=self._device)
         self._count = torch.zeros((), dtype=torch.int64, device=self._device)
         self._in_row = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._run = torch.zeros((), dtype=torch.int64, device=self._device)
 
     @torch.no_grad()
     def decide(self, loss: Tensor, norm: Tensor) -> Tensor:
@@ -106,8 +110,15 @@ class SpikeGuard:
         self._taken = torch.where(here.unsqueeze(1), values, self._taken)
         self._count += ~skip
         self._in_row = (self._in_row + 1) * skip
-        self._pending.append(torch.cat((values, limits, self._in_row.float().view(1))))
+        self._run = (self._run + 1) * skip
+        self._pending.append(torch.cat((values, limits, torch.stack((self._in_row, self._run)).float())))
         return skip.float()
+
+    def pass_over(self) -> None:
+        """Count a step without anything to learn: it is neither taken nor skipped, and enters no median."""
+        self._run = (self._run + 1) * (self._in_row > 0)
+        nothing = [math.nan, math.nan, math.inf, math.inf, 0.0, 0.0]
+        self._pending.append(torch.tensor(nothing, device=self._device))
 
     def read(self, step: int) -> list[Verdict]:
         """The verdicts since the last call, the newest of which is on step `step`. A device sync."""
@@ -117,28 +128,30 @@ class SpikeGuard:
         self._pending = []
         first = step - len(rows) + 1
         return [
-            Verdict(first + number, (loss, norm), (loss_limit, norm_limit), int(in_row))
-            for number, (loss, norm, loss_limit, norm_limit, in_row) in enumerate(rows)
+            Verdict(first + number, (loss, norm), (loss_limit, norm_limit), int(in_row), int(length))
+            for number, (loss, norm, loss_limit, norm_limit, in_row, length) in enumerate(rows)
         ]
 
-    def rollback(self, verdict: Verdict, directory: Path) -> CheckpointInfo:
+    def rollback(self, verdict: Verdict, directory: Path, advice: str) -> CheckpointInfo:
         """The checkpoint to roll back to: the newest sound one from before the skipped steps. A collective.
 
         Args:
             verdict: on the step at which `skip_limit` was reached.
             directory: RUN/checkpoints.
+            advice: what to do where there is nowhere to go back to.
 
         Raises:
-            RuntimeError: there is none, or the stage has used up its rollbacks.
+            DivergenceError: there is none, or the stage has used up its rollbacks.
         """
-        first = verdict.step - verdict.skipped_in_row + 1
+        first = verdict.step - verdict.run_length + 1
         what = f"steps {first} to {verdict.step} were skipped ({verdict.reason})"
-        advice = "look at the sequences that metrics.jsonl names, or lower lr.peak of the stage"
         if self.rollbacks >= self.config.rewind_limit:
-            raise RuntimeError(f"{what}, and the stage was rolled back {self.rollbacks} times (rewind_limit); {advice}")
+            raise DivergenceError(
+                f"{what}, and the stage was rolled back {self.rollbacks} times (rewind_limit); {advice}"
+            )
         info = find_latest(directory, before_step=first)
         if info is None:
-            raise RuntimeError(f"{what}, and there is no checkpoint from before them to roll back to; {advice}")
+            raise DivergenceError(f"{what}, and there is no checkpoint from before them to roll back to; {advice}")
         self.rollbacks += 1
         return info
 
@@ -148,6 +161,7 @@ class SpikeGuard:
             "taken": self._taken.cpu(),
             "count": int(self._count),
             "in_row": int(self._in_row),
+            "run": int(self._run),
             "rewinds": self.rollbacks,
         }
 
@@ -159,6 +173,7 @@ class SpikeGuard:
             self._taken.copy_(state["taken"])
             self._count.fill_(state["count"])
             self._in_row.fill_(state["in_row"])
+            self._run.fill_(state.get("run", state["in_row"]))
             self.rollbacks = state["rewinds"]
 
 

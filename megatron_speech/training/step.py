@@ -60,8 +60,11 @@ class TrainStep:
 
     def take(
         self, batch: GlobalBatch, meter: LossMeter, loss: LossConfig, scheduler: OptimizerParamScheduler
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """Take one optimizer step; a collective. No device sync.
+
+        A global batch in which no rank has a label to learn is passed over: the position and the learning rate
+        advance, while weights, moments and averages stay, nothing is computed and nothing is measured.
 
         Args:
             batch: this rank's share of the global batch.
@@ -70,16 +73,21 @@ class TrainStep:
             scheduler: of the learning rate, at the step before.
 
         Returns:
-            float32 scalar on the device: the gradient norm before clipping.
+            float32 scalar on the device: the gradient norm before clipping; None where nothing was to be learned.
         """
-        engine = self._engine
-        engine.zero_gradients()
+        engine, guard = self._engine, self._spikes
         totals = batch.loss_totals
-        self.run_batch(batch, meter, loss, self._sum_over_ranks(totals), forward_only=False)
+        of_all_ranks = self._sum_over_ranks(totals)
+        if not of_all_ranks[1].any():  # known on the host, and the same on every rank of any layout
+            scheduler.step(1)
+            if guard is not None:
+                guard.pass_over()
+            return None
+        engine.zero_gradients()
+        self.run_batch(batch, meter, loss, of_all_ranks, forward_only=False)
         meter.add_counts(loss_totals=totals, tokens=batch.tokens, pad_tokens=batch.pad_tokens)
         scheduler.step(1)
         self._before_update()
-        guard = self._spikes
         if guard is None:
             return engine.optimizer.step()
         step_loss, self._step_loss = self._step_loss, torch.zeros_like(self._step_loss)

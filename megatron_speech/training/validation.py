@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +59,7 @@ class Validator:
                 self._run_batch(batch, self.meter, stage.loss, sums, forward_only=True)
                 self.meter.add_counts(loss_totals=sums, tokens=batch.tokens, pad_tokens=batch.pad_tokens)
         means = self.meter.read()
-        if math.isnan(means["loss"]):
+        if not means["learned"]:  # a loss that is not a number is another matter: it is reported
             return {}
         return {key: value for key, value in means.items() if key == "loss" or key.startswith("loss/")} | {
             "tokens": int(means["tokens"])

@@ -72,7 +72,7 @@ def test_a_chain_is_one_document_whose_positions_run_on(
     table = stage.table
     assert table.joined is not None
     assert table.joined.any()
-    longest_chain = 0
+    longest_chain, taken, attended = 0, 0, 0
     with stage.loader(0, 4, 8) as loader:
         for batch in loader:
             for micro in batch.micro_batches:
@@ -99,6 +99,7 @@ def test_a_chain_is_one_document_whose_positions_run_on(
                         tokens += ids
                         before = dataset, document
                     used = len(tokens)
+                    taken, attended = taken + used, attended + sum(position + 1 for position in positions)
                     assert micro.tokens[row, :used].tolist() == tokens
                     assert micro.position_ids[row, :used].tolist() == positions
                     inside = {int(edge) for edge in micro.cu_seqlens[:-1] if row * S <= edge < row * S + used}
@@ -107,6 +108,8 @@ def test_a_chain_is_one_document_whose_positions_run_on(
                     has_next = [p > 0 for p in positions[1:]]
                     assert (micro.labels[row, : used - 1] != -100).tolist() == has_next
     assert 2 < longest_chain <= 4
+    # What FLOPs are counted by: every position attends to itself and to all before it in its chain.
+    assert stage.reach == pytest.approx(2 * attended / taken - 1, rel=1e-12)
 
 
 def test_all_of_a_recording_falls_on_one_side_of_the_split_in_every_task(

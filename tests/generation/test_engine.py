@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -158,3 +159,40 @@ def test_a_request_that_cannot_be_spoken_is_refused_before_any_is(
     with pytest.raises(InputError, match="request 1: "):
         toy_generator.generate([GenerationRequest("fine"), request_])
     assert leaky_model.batch_sizes == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("config", [SamplingConfig(max_seconds=1.0), SamplingConfig(temperature=0.0, max_seconds=1.0)])
+@pytest.mark.parametrize("after", [0, 7])
+def test_logits_that_are_not_finite_are_refused_with_their_place(
+    toy_generator: SpeechGenerator,
+    leaky_model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    value: float,
+    config: SamplingConfig,
+    after: int,
+) -> None:
+    """Of the third request, from audio token `after` on; the first codebook's first id is legal at frame edges."""
+    leaky_model.bias[toy_generator.space.special("<speech_end>")] = -1e9  # nobody ends before
+    session = leaky_model.open_session(0, 0)
+    fed = 0
+    logits_of = type(session)._logits
+
+    def spoiled(self: Any) -> torch.Tensor:
+        nonlocal fed
+        logits = logits_of(self)
+        if fed >= after:
+            logits[2] = value
+        fed += 1
+        return logits
+
+    monkeypatch.setattr(type(session), "_logits", spoiled)
+    rows = [GenerationRequest("word", seed=i) for i in range(4)]
+    sentence = rf"request 2: the model's logits are NaN or infinite at token {after} of what it generates \(frame {after // 3}\)"
+    with pytest.raises(InputError, match=sentence):
+        toy_generator.generate(rows, config)
+
+
+def test_an_index_past_the_end_is_never_drawn() -> None:
+    broken = torch.full((2, 5), math.nan, dtype=torch.float64)
+    assert sample(broken, torch.tensor([0.0, 0.5], dtype=torch.float64)).tolist() == [4, 4]

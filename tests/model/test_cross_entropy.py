@@ -90,6 +90,23 @@ def test_bf16_differs_from_fp32_by_the_rounding_of_bf16(chunk_rows):
         assert apart(mine.float(), other) <= 1e-2
 
 
+@pytest.mark.parametrize(("spread", "chunk_rows"), [(1.0, 1), (10.0, 1), (10.0, 600)])
+def test_the_error_of_bf16_is_bounded_by_the_largest_logit_where_the_target_is_smooth(spread, chunk_rows):
+    """A CPU rounds a logit to 1/512 of its value: what is left of p - ε/K is off by as much."""
+    hidden, table, labels, weights = inputs(6 if chunk_rows == 1 else 600, torch.bfloat16)
+    with torch.no_grad():
+        hidden.mul_(spread)
+    ours = linear_cross_entropy(
+        hidden, table, labels, weights, vocab_size=80, chunk_rows=chunk_rows, label_smoothing=0.99
+    )
+    found = torch.autograd.grad(ours.total, (hidden, table))
+    exact = (hidden.detach().float().requires_grad_(), table.detach().float().requires_grad_())
+    expected = torch.autograd.grad((full_logits(*exact, labels, 80, 0.99) * weights).sum(), exact)
+    largest = (exact[0] @ exact[1][:80].t()).abs().max().item()
+    for mine, other in zip(found, expected, strict=True):
+        assert apart(mine.float(), other) <= 1e-2 + largest / 256
+
+
 def test_extreme_logits_stay_finite():
     hidden, table, labels, _ = inputs(4)
     with torch.no_grad():

@@ -77,6 +77,19 @@ def test_attention_is_its_formula(dtype, lengths, groups, shared, width):
         close(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_of_a_billion_have_finite_gradients(dtype):
+    """Their rounding is larger than what exp can take: the weights of both passes are made from the same scores."""
+    mixed, angles, segments, gradient = attention_case([23], 2, 2, 24, dtype)
+    mixed[:, :, :-1] *= 3e4  # queries and keys, not values
+    exact = mixed.double(), angles.double(), segments, gradient.double()
+    out, d_mixed = attend(cpu_layers.packed_attention, mixed, angles, segments, gradient)
+    expected, d_expected = attend(attention_formula, *exact)
+    assert torch.isfinite(out).all() and torch.isfinite(d_mixed).all()
+    close(out, expected)
+    close(d_mixed[:, :, -1], d_expected[:, :, -1])  # every query has one key: those of the values are exact
+
+
 def test_attention_of_a_long_document():
     case = attention_case([1111], 2, 2, 64, torch.float32)
     exact = [tensor.double() if tensor.is_floating_point() else tensor for tensor in case]

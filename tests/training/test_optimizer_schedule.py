@@ -99,6 +99,32 @@ def test_the_learning_rate_has_its_closed_form_at_every_step(
         assert optimizer.learning_rate == pytest.approx(stage.lr.floor, rel=1e-9)
 
 
+@pytest.mark.parametrize(("rule", "power"), [("linear", 1.0), ("sqrt", 0.5)])
+def test_a_rate_follows_the_batch_of_its_step(rule: str, power: float) -> None:
+    """Through a ramp of 2, 4, 6 sequences up to 8, with a rate that is meant for 4."""
+    values = toy_recipe(Path("/toy"))
+    lr = {"peak": 1e-3, "end": 1e-4, "warmup": 3, "schedule": "linear"}
+    scaled = {**lr, "scale_with_batch": rule, "reference_batch_tokens": 256}
+    ramp = {"start": 128, "increment": 128, "over": 1536}
+    values["stages"][0].update(lr=scaled, tokens=512 * 9, batch_ramp=ramp, micro_batch_size=1)
+    stage = Recipe.model_validate(values).stages[0]
+    sizes = [size for size, steps in stage.batches() for _ in range(steps)]
+    assert set(sizes) == {128, 256, 384, 512} and len(sizes) == stage.steps
+    optimizer = schedule_only()
+    scheduler = optimizer.start_stage(stage)
+    for step, size in enumerate(sizes, 1):
+        scheduler.step(1)
+        expected = closed_form(LearningRateConfig(**lr), step, stage.steps) * (size / 256) ** power
+        assert optimizer.learning_rate == pytest.approx(expected, rel=1e-9)
+        for group in optimizer.core.param_groups:
+            assert group["lr"] == pytest.approx(expected * group["lr_mult"], rel=1e-9)
+    continued = schedule_only()
+    continued.start_stage(stage).step(5)
+    assert continued.learning_rate == pytest.approx(
+        closed_form(LearningRateConfig(**lr), 5, stage.steps) * (sizes[4] / 256) ** power, rel=1e-9
+    )
+
+
 def test_a_wsd_schedule_stays_at_its_peak_between_warm_up_and_decay() -> None:
     values = toy_recipe(Path("/toy"))
     lr = {"peak": 1e-3, "end": 0.0, "warmup": 5, "schedule": "wsd", "decay": 0.2}

@@ -66,6 +66,24 @@ def test_a_recipe_round_trips_through_yaml(recipe_file: Path, tmp_path: Path) ->
         ("seed=[1", "is not a YAML value"),
         ("token_space=null", "token_space = None"),
         ("seed=${nowhere}", "nowhere"),
+        # What is no number, or no sensible one.
+        ("stages.0.lr.peak=1e400", "stages.0.lr.peak = inf: input should be a finite number"),
+        ("stages.0.lr.peak=11", "stages.0.lr.peak = 11: input should be less than or equal to 10"),
+        ("optimizer.weight_decay=.nan", "optimizer.weight_decay = nan"),
+        ("stages.0.task_mass.tts=.inf", "stages.0.task_mass.tts = inf: input should be a finite number"),
+        ("model.rope_base=.inf", "model.rope_base = inf: input should be a finite number"),
+        ("stages.0.loss.prompt=2", "stages.0.loss.prompt = 2: input should be less than or equal to 1"),
+        ("stages.0.loss={text: 0, audio: 0, special: 0}", "are all 0, so that nothing is learned"),
+        ("stages.0.loss.z_loss=2", "stages.0.loss.z_loss = 2: input should be less than or equal to 1"),
+        ("stages.0.lr.scale_with_batch=sqrt", "scale_with_batch is sqrt and reference_batch_tokens null"),
+        ("stages.0.lr.reference_batch_tokens=4k", "scale_with_batch is none and reference_batch_tokens 4000"),
+        # What a shell makes of a variable that is not set.
+        ("run_dir=", "override 'run_dir=' has no value (an unset shell variable, perhaps?)"),
+        ("run_dir=' '", "run_dir is empty; name a path, or leave it out"),
+        ("token_space=''", "token_space is empty"),
+        ("data.datasets={a: ''}", "data.datasets.a is empty"),
+        ("data.cache_dir=''", "data.cache_dir is empty"),
+        ("init.checkpoint=''", "init.checkpoint is empty"),
     ],
 )
 def test_what_is_wrong_is_named(recipe_file: Path, override: str, sentence: str) -> None:
@@ -191,6 +209,35 @@ def test_a_position_is_a_function_of_the_step(data: st.DataObject) -> None:
 @pytest.mark.parametrize(("warmup", "steps", "expected"), [(0.1, 100, 10), (5.0, 100, 5), (0.0, 7, 0), (50.0, 10, 9)])
 def test_warmup_is_a_share_or_a_number_of_steps(warmup: float, steps: int, expected: int) -> None:
     assert LearningRateConfig(peak=1.0, warmup=warmup).warmup_steps(steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps"), [(512, 1), (767, 1), (768, 2), (1023, 2), (1024, 2), (1279, 2), (1280, 3), (10_000, 20)]
+)
+def test_a_budget_is_rounded_to_the_nearest_global_batch(recipe_file: Path, tokens: int, steps: int) -> None:
+    stage = load_recipe(recipe_file, [f"stages.0.tokens={tokens}"]).stages[0]
+    assert (stage.steps, stage.n_sequences) == (steps, steps * 8)
+    assert abs(stage.n_sequences * stage.seq_length - tokens) <= stage.global_batch_tokens / 2
+
+
+def test_null_drops_what_a_base_names(recipe_file: Path, tmp_path: Path) -> None:
+    base = yaml.safe_load(recipe_file.read_text())
+    base["data"]["datasets"] = {"speech": "/data/speech", "text": "/data/text"}
+    base["init"] = {"checkpoint": "/runs/a", "mode": "fine-tune"}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    layer = {"base": "base.yaml", "data": {"datasets": {"text": None, "more": "more"}}, "init": {"checkpoint": None}}
+    (tmp_path / "layer.yaml").write_text(yaml.safe_dump(layer))
+    recipe = load_recipe(tmp_path / "layer.yaml", ["stages.pt.task_mass.text_lm=null", "stages.pt.source_caps.a=null"])
+    assert recipe.data.datasets == {"speech": "/data/speech", "more": str(tmp_path / "more")}
+    assert recipe.init is None
+    assert recipe.stages[0].task_mass == {"speech_lm": 0.5, "tts": 0.4} and recipe.stages[0].source_caps == {}
+
+
+def test_a_rate_that_the_batch_scales_up_counts_as_it_is_trained_with(recipe_file: Path) -> None:
+    rule = "stages.1.lr={peak: 4.0e-3, scale_with_batch: linear, reference_batch_tokens: %d}"
+    assert load_recipe(recipe_file, [rule % 512]).stages[1].peak_learning_rate == 4e-3
+    with pytest.raises(InputError, match=r"lr.peak 0.008 is above lr.peak 0.005 of stage pt"):
+        load_recipe(recipe_file, [rule % 256])
 
 
 def test_types_of_sections_are_found_inside_unions() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
+import socket
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,9 @@ import torch
 from toy_runs import toy_recipe, train, write_recipe
 
 from megatron_speech import cli
+from megatron_speech.errors import InputError
 from megatron_speech.recipe.loss import LossConfig
+from megatron_speech.remote import check_writable
 from megatron_speech.training.rehearsal import unavoidable_loss
 
 
@@ -37,10 +42,67 @@ def test_a_dry_run_leaves_the_index_cache_and_nothing_else(
     assert cli.main(["train", str(recipe), "--dry-run", f"run_dir={run}"]) == 0
     out = capsys.readouterr().out
     assert "dry run: ready for step 1 (stage pt): its batch has 512 tokens and 0 of padding" in out
+    assert (
+        f"477 labels carry loss\ndry run: written: sequence indices (4 in {run / 'index_cache'}); nothing else" in out
+    )
     assert {path.name for path in run.iterdir()} == {"index_cache"} and contents(run) == {}
     elsewhere = ["data.cache_dir=" + str(tmp_path / "cache")]
     assert cli.main(["train", str(recipe), "--dry-run", f"run_dir={tmp_path / 'b' / 'c'}", *elsewhere]) == 0
     assert not (tmp_path / "b").exists()
+
+
+def test_a_dry_run_says_what_it_has_written(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache, copies = tmp_path / "cache", tmp_path / "copies"
+    command = ["train", str(recipe), "--dry-run", f"run_dir={tmp_path / 'run'}", f"data.cache_dir={cache}"]
+    command += ["data.stage_datasets=true", f"checkpoint.upload=file://{copies}"]
+    assert cli.main(command) == 0
+    indices, datasets = f"sequence indices (4 in {cache / 'indices'})", f"staged datasets (3 in {cache / 'datasets'})"
+    assert f"dry run: written: {indices}, {datasets}; nothing else" in capsys.readouterr().out
+    assert len(list((cache / "datasets").glob("*/data.bin"))) == 3
+    assert cli.main(command) == 0
+    assert "dry run: nothing was written\n" in capsys.readouterr().out
+    assert not copies.exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("checkpoint.upload=file:///proc/copies", "file:///proc/copies cannot be written to (FileNotFoundError"),
+        ("checkpoint.upload=memoria://copies", "names the protocol memoria, which is unknown"),
+        pytest.param(
+            "logging.wandb={project: a}", "logging.wandb is set and the package wandb is not installed",
+            marks=pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_dry_run_refuses_what_the_run_would_stumble_over(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, sentence: str
+) -> None:
+    assert cli.main(["train", str(recipe), "--dry-run", f"run_dir={tmp_path / 'run'}", override]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_storage_that_does_not_answer_is_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    answers = threading.Event()
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "pipe_file", lambda *_: answers.wait())
+    try:
+        with pytest.raises(InputError, match=r"memory://copies did not answer within 0\.01 s"):
+            check_writable("memory://copies", seconds=0.01)
+    finally:
+        answers.set()
+
+
+def test_a_port_that_is_taken_is_refused_in_a_dry_run(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = f"logging.prometheus_port={taken.getsockname()[1]}"
+        assert cli.main(["train", str(recipe), "--dry-run", f"run_dir={tmp_path / 'run'}", port]) == 2
+    assert "cannot be opened" in capsys.readouterr().err
 
 
 @pytest.mark.slow

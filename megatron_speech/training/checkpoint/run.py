@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_speech.errors import OutputError
+from megatron_speech.errors import DivergenceError, OutputError
 from megatron_speech.recipe.checkpoint import is_due
 from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.recipe.stage import StageConfig
 from megatron_speech.tokens.space import TokenSpace
+from megatron_speech.training.checkpoint.divergence import advice
 from megatron_speech.training.checkpoint.retention import Soundness, promote_best, prune
 from megatron_speech.training.checkpoint.save import CheckpointSaver, PostSave, SaveReport
 from megatron_speech.training.checkpoint.store import (
@@ -31,10 +33,15 @@ from megatron_speech.training.telemetry.run_log import RunLog
 
 def newest_checkpoint(directory: Path) -> CheckpointInfo | None:
     """The newest sound checkpoint below RUN/checkpoints, after what a killed save left was removed. A collective."""
+    remove_leftovers(directory)
+    return find_latest(directory)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what a killed save left below RUN/checkpoints. A collective."""
     if dist.get_rank() == 0:
         clean_leftovers(directory)
     dist.barrier()
-    return find_latest(directory)
 
 
 class RunCheckpoints:
@@ -45,15 +52,25 @@ class RunCheckpoints:
         recipe, space: of the run.
         info: the checkpoint that it continues from.
         log: of the run.
+        changes: of the recipe that were requested, see `Run.changes`.
     """
 
     def __init__(
-        self, directory: Path, recipe: Recipe, space: TokenSpace, *, info: CheckpointInfo | None, log: RunLog
+        self,
+        directory: Path,
+        recipe: Recipe,
+        space: TokenSpace,
+        *,
+        info: CheckpointInfo | None,
+        log: RunLog,
+        changes: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.directory = directory
-        self._recipe, self._config, self._log = recipe, recipe.checkpoint, log
+        self._recipe, self._config, self._log, self._changes = recipe, recipe.checkpoint, log, changes
         self._soundness = Soundness()
-        self._problem: str | None = None
+        self._problem: str | None = None  # of the last save
+        self._diverged = False  # it was not finite
+        self._stage = recipe.stages[0].name  # that it was of
         self.reports: deque[SaveReport] = deque(maxlen=100)
         """Of the last saves that have ended, the newest last."""
         if info is not None and dist.get_rank() == 0:
@@ -102,8 +119,13 @@ class RunCheckpoints:
 
         Raises:
             OutputError: it could not be written.
+            DivergenceError: it was not finite.
         """
         self.wait()
+        if self._problem is not None and self._diverged:
+            raise DivergenceError(
+                f"{self._problem}; {advice(self._recipe, self._stage, self.directory, self._changes)}"
+            )
         if self._problem is not None:
             raise OutputError(f"{self._problem}; free some space and start the same command again")
         if self._uploader is not None:
@@ -141,7 +163,9 @@ class RunCheckpoints:
         name = checkpoint_name(report.step)
         if report.problem is not None:
             good = next((path.name for path in list_checkpoints(self.directory)), "none")
-            self._problem = f"{name} could not be written: {report.problem}. The newest checkpoint is {good}"
+            what = "is not written" if report.problem.not_finite else "could not be written"
+            self._problem = f"{name} {what}: {report.problem.reason}. The newest checkpoint is {good}"
+            self._diverged, self._stage = report.problem.not_finite, report.stage
             self._log.alarm("checkpoint", self._problem)
             return
         self._problem = None

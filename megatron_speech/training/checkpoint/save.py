@@ -13,12 +13,20 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_speech.errors import InputError
 from megatron_speech.recipe.model import ModelConfig
 from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.training.checkpoint.contents import merged, model_state, run_state
 from megatron_speech.training.checkpoint.store import CheckpointInfo, checkpoint_name, point_link, read_info
-from megatron_speech.training.checkpoint.writing import HostBuffers, PlannedSave, Sharing, plan_save, write_save
+from megatron_speech.training.checkpoint.writing import (
+    HostBuffers,
+    PlannedSave,
+    SaveProblem,
+    Sharing,
+    plan_save,
+    write_save,
+)
 from megatron_speech.training.optim.optimizer import Optimizer
 
 
@@ -36,7 +44,7 @@ class SaveReport:
 
     Attributes:
         step, stage: of the checkpoint.
-        problem: why it could not be written; None: it was. The same on all ranks.
+        problem: why it was not written; None: it was. The same on all ranks.
         post_save: what was done after it, on rank 0.
         seconds: from the step that it was taken in until it had its name.
         waited_seconds: the part of that in which the training waited.
@@ -45,7 +53,7 @@ class SaveReport:
 
     step: int
     stage: str
-    problem: str | None
+    problem: SaveProblem | None
     post_save: PostSave
     seconds: float
     waited_seconds: float
@@ -217,6 +225,7 @@ def save_checkpoint(
 
     Raises:
         OSError: it could not be written.
+        InputError: it holds NaN or infinity.
     """
     final = directory / checkpoint_name(fields["step"])
     contents = run_state(chunks, optimizer, state)
@@ -249,6 +258,7 @@ def save_weights(
 
     Raises:
         OSError: it could not be written.
+        InputError: it holds NaN or infinity.
     """
     described = {
         "step": 0,
@@ -264,6 +274,8 @@ def save_weights(
     return path
 
 
-def _raise(problem: str | None) -> None:
+def _raise(problem: SaveProblem | None) -> None:
+    if problem is not None and problem.not_finite:
+        raise InputError(f"the checkpoint is not written: {problem.reason}; such weights are of no use")
     if problem is not None:
-        raise OSError(f"the checkpoint could not be written: {problem}")
+        raise OSError(f"the checkpoint could not be written: {problem.reason}")

@@ -183,6 +183,37 @@ def _written_here(sharded: ShardedStateDict) -> dict[str, list[ShardedBase]]:
     return by_key
 
 
+@dataclass(frozen=True)
+class SaveProblem:
+    """Why a checkpoint was not written.
+
+    Attributes:
+        reason: what a sentence ends with.
+        not_finite: its weights, moments or averages hold NaN or infinity: it would be no place to go on from.
+    """
+
+    reason: str
+    not_finite: bool = False
+
+
+class _NotFiniteError(Exception):
+    """A rank's part of a checkpoint holds NaN or infinity."""
+
+
+def _check_finite(save: PlannedSave) -> None:
+    """Raise _NotFiniteError for floating-point shards that hold NaN or infinity. One pass, without a copy."""
+    bad = []
+    for index, value in save.data.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.itemsize > 1 and value.numel():
+            lowest, highest = torch.aminmax(value.detach())  # which pass NaN on
+            if not (torch.isfinite(lowest) & torch.isfinite(highest)):
+                bad.append(str(index.fqn))
+    if bad:
+        names = sorted(set(bad))
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise _NotFiniteError(f"{names[0]}{more} hold{'s' * (len(names) == 1)} NaN or infinity")
+
+
 def write_save(
     save: PlannedSave,
     final: Path,
@@ -191,7 +222,7 @@ def write_save(
     space: TokenSpace,
     recipe: Recipe | None,
     group: dist.ProcessGroup | None,
-) -> str | None:
+) -> SaveProblem | None:
     """Write the directory `final`: all of it in a hidden one beside it, then renamed. A collective over `group`.
 
     Args:
@@ -201,7 +232,8 @@ def write_save(
         group: of all ranks, used by nothing else meanwhile; None: the default one.
 
     Returns:
-        Why it could not be written, the same on all ranks (a full disk; nothing of it is left), or None.
+        Why it was not written, the same on all ranks (a full disk; values that are not finite), or None. Nothing is
+        left of it then.
     """
     building = final.parent / f".{final.name}.tmp"
 
@@ -220,12 +252,13 @@ def write_save(
     except CheckpointException as failed:  # of any rank, raised on all of them
         if dist.get_rank() == 0:
             shutil.rmtree(building, ignore_errors=True)
-        problems = []
-        for error, _ in failed.failures.values():
-            if not isinstance(error, OSError):
+        errors = [error for error, _ in failed.failures.values()]
+        for error in errors:
+            if not isinstance(error, OSError | _NotFiniteError):
                 raise error from failed
-            problems.append(_sentence(error))
-        return problems[0]
+        if bad := next((error for error in errors if isinstance(error, _NotFiniteError)), None):
+            return SaveProblem(str(bad), not_finite=True)
+        return SaveProblem(_sentence(cast(OSError, errors[0])))
     return None
 
 
@@ -283,6 +316,7 @@ class _Writer(FileSystemWriter):
         buffers = self._planner.save.buffers
         if buffers is not None:
             buffers.wait_for_copies()
+        _check_finite(self._planner.save)
         results = super().write_data(plan, planner).value() if plan.items else []
         done: Future[list[WriteResult]] = Future()
         written = self._files.written

@@ -44,7 +44,7 @@ class Boundary:
 
     Attributes:
         step: optimizer steps taken, over all stages.
-        norm: float32 scalar on the device, the gradient norm of the step.
+        norm: float32 scalar on the device, the gradient norm of the step; None where it had nothing to learn.
         last: no further step was asked for.
         stage_ended: the stage has had its last step.
         due: an event has something to do here that reads the device.
@@ -55,7 +55,7 @@ class Boundary:
     """
 
     step: int
-    norm: torch.Tensor
+    norm: torch.Tensor | None
     last: bool
     stage_ended: bool
     due: bool = False

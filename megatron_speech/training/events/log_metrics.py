@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
+from megatron_speech.errors import DivergenceError
+from megatron_speech.training.checkpoint.divergence import advice
 from megatron_speech.training.events.event import Boundary, Event, StageRun, is_multiple
 from megatron_speech.training.run import Run
 from megatron_speech.training.telemetry.metrics import memory_gib, peak_tflops
@@ -17,7 +20,7 @@ class LogMetrics(Event):
     """Every `logging.interval_steps`, after the last step that was asked for, and at the end of a stage.
 
     Raises:
-        RuntimeError: loss or gradient norm is not finite, and nothing in the recipe deals with that.
+        DivergenceError: loss or gradient norm is not finite, and nothing in the recipe deals with that.
     """
 
     def __init__(self, run: Run) -> None:
@@ -41,11 +44,14 @@ class LogMetrics(Event):
         """Read the interval's sums and write them. A collective."""
         boundary.logged = True
         run, recipe = self._run, self._run.recipe
-        means = stage.meter.read()
+        means: dict[str, Any] = stage.meter.read()
         seconds, steps, waited = stage.clock.lap()
         measured = {name: means.pop(name) for name in ("tokens", "learned", "pad_fraction")}
         peak = peak_tflops(torch.cuda.get_device_name() if torch.cuda.is_available() else None)
-        grad_norm = boundary.norm.item()
+        if not measured["learned"]:  # no step of the interval had a label, or was taken
+            means["loss"] = None
+        # Of the last step, and without a value where that had nothing to learn: no value is not a bad one.
+        grad_norm = None if boundary.norm is None else boundary.norm.item()
         slowest, host = run.safety.stragglers(waited / steps)
         if run.is_main:
             run.log.alarm("straggler", slowest.sentence(recipe.logging.straggler_factor, host), word="note")
@@ -75,9 +81,14 @@ class LogMetrics(Event):
             done = run.progress.steps_taken(stage.index)
             run.log.info(console_line(record, stage_step=done, **of, eta_seconds=eta))
         run.write_status("running", force=False)
-        if recipe.spikes is None and not (math.isfinite(means["loss"]) and math.isfinite(grad_norm)):
-            raise RuntimeError(
-                f"step {boundary.step}: loss {means['loss']} and gradient norm {grad_norm} are not both "
-                "finite; lower lr.peak of the stage or lengthen its warm-up, and continue from the last checkpoint; a "
-                "section spikes in the recipe skips such steps"
+        if recipe.spikes is None and not all(map(_is_harmless, (means["loss"], grad_norm))):
+            run.checkpoints.wait()
+            checkpoints = run.directory / "checkpoints"
+            raise DivergenceError(
+                f"step {boundary.step}: loss {means['loss']} and gradient norm {grad_norm} are not both finite; "
+                f"{advice(recipe, stage.config.name, checkpoints, run.changes)}"
             )
+
+
+def _is_harmless(value: float | None) -> bool:
+    return value is None or math.isfinite(value)

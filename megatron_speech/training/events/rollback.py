@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_speech.training.checkpoint.divergence import advice
 from megatron_speech.training.checkpoint.load import load_checkpoint
 from megatron_speech.training.events.event import Boundary, Event, StageRun
+from megatron_speech.training.position import Position
 from megatron_speech.training.run import Run
 from megatron_speech.training.spikes import SpikeGuard, Verdict, log_rollback, log_skipped_steps
 
@@ -43,7 +45,10 @@ class RollBackOnSpikes(Event):
     def _roll_back(self, verdict: Verdict) -> None:
         run, guard = self._run, self._guard
         run.checkpoints.wait()
-        info = guard.rollback(verdict, run.directory / "checkpoints")
+        folder = run.directory / "checkpoints"
+        running = Position.at_step(run.recipe, verdict.step, run.progress.ended).stage_of_last_step(run.recipe)[1]
+        instead = advice(run.recipe, running.name, folder, run.changes)
+        info = guard.rollback(verdict, folder, f"look at the sequences that metrics.jsonl calls skipped, or {instead}")
         state = load_checkpoint(info, chunks=run.engine.chunks, optimizer=run.engine.optimizer)
         run.progress.move_to(verdict.step)
         index, stage = run.progress.position.stage_of_last_step(run.recipe)

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_speech.training.events.event import Boundary, Event, StageRun
 from megatron_speech.training.run import Run
+from megatron_speech.training.telemetry.exporters import finite
 
 
 class LogFinishedSaves(Event):
@@ -60,8 +61,9 @@ class SaveCheckpoint(Event):
                     "stage_ended": run.progress.position.stage_index != stage.index,
                     "ended_early": dict(run.progress.ended),
                     "datasets": run.fingerprints,
+                    "changes": list(run.changes),
                     "blend": {data.stage.name: data.history.entries for data in run.stages[: stage.index + 1]},
-                    "validation": boundary.scores or {},
+                    "validation": finite(boundary.scores or {}),
                 },
                 chunks=run.engine.chunks,
                 optimizer=run.engine.optimizer,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from megatron_speech.training.early_stop import EarlyStop
 from megatron_speech.training.events.event import Boundary, Event, StageRun, is_multiple
 from megatron_speech.training.run import Run
+from megatron_speech.training.telemetry.run_log import as_text
 from megatron_speech.training.validation import Validator
 from megatron_speech.wording import clock
 
@@ -77,8 +77,8 @@ class Validate(Event):
             run.log.write({**record, "validation_seconds": seconds})
             audio = scores.get("loss/modality/audio")
             run.log.info(
-                f"{record['stage']} validation at step {record['step']}  loss {scores.get('loss', math.nan):.4f}"
-                f"  audio {'-' if audio is None else f'{audio:.4f}'}  {scores.get('tokens', 0):,} tokens"
+                f"{record['stage']} validation at step {record['step']}  loss {as_text(scores.get('loss'), '.4f')}"
+                f"  audio {as_text(audio, '.4f')}  {scores.get('tokens', 0):,} tokens"
                 f"  {clock(seconds)}"
             )
 

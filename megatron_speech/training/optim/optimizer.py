@@ -31,6 +31,21 @@ from megatron_speech.training.optim.parameters import group_overrides, parameter
 from megatron_speech.training.optim.ranges import Range, parameters_of
 
 
+class _StageScheduler(OptimizerParamScheduler):
+    """megatron-core's schedule, times what the stage's rule makes of each step's own global batch."""
+
+    def __init__(self, stage: StageConfig, *arguments: Any, **options: Any) -> None:
+        self._stage = stage
+        super().__init__(*arguments, **options)
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        """Of step number `num_steps`, counted from 1; before it, of the first."""
+        stage = self._stage
+        step = min(max(self.num_steps, 1), stage.steps)
+        sequences, _ = stage.batch_at(step - 1)
+        return float(super().get_lr(param_group)) * stage.lr.batch_factor(sequences * stage.seq_length)
+
+
 class Optimizer:
     """megatron-core's optimizer for the recipe, with the clip and the stage changes that the trainer needs.
 
@@ -217,7 +232,8 @@ class Optimizer:
         peak, floor, steps = stage.lr.peak, stage.lr.floor, stage.steps
         for group in self.core.param_groups:
             group["max_lr"], group["min_lr"] = peak * group["lr_mult"], floor * group["lr_mult"]
-        self._scheduler = OptimizerParamScheduler(
+        self._scheduler = _StageScheduler(
+            stage,
             self.core,
             init_lr=0.0,
             max_lr=peak,

@@ -12,6 +12,7 @@ A record is one line of metrics.jsonl: `{"step": 120, "stage": "s1", "loss": 3.2
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -65,6 +66,26 @@ def open_exporters(recipe: Recipe, directory: Path, resume_step: int) -> list[Ex
             exporter.close()
         raise
     return exporters
+
+
+def check_exporters(recipe: Recipe) -> None:
+    """Refuse what :func:`open_exporters` would refuse, and leave nothing open or written. Call on one rank.
+
+    Raises:
+        InputError: the port is taken, or Weights & Biases is configured and not installed.
+    """
+    section = recipe.logging
+    if section.prometheus_port is not None:
+        Prometheus(recipe.name, section.prometheus_port).close()
+    if section.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise InputError(_without_wandb(recipe))
+
+
+def _without_wandb(recipe: Recipe) -> str:
+    return (
+        f"recipe {recipe.name}: logging.wandb is set and the package wandb is not installed; `pip install wandb`, or "
+        "set logging.wandb to null"
+    )
 
 
 def finite(record: Record) -> Record:
@@ -126,8 +147,11 @@ def truncate_metrics(path: Path, step: int) -> None:
     with open(path, encoding="utf-8") as handle:
         for line in handle:
             try:
-                keep = line.endswith("\n") and json.loads(line)["step"] <= step
-            except (ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                # A change of the recipe at `step` is noted again by the process that carries it out.
+                last = step - 1 if record.get("split") == "changed" else step
+                keep = line.endswith("\n") and record["step"] <= last
+            except (ValueError, KeyError, TypeError, AttributeError):
                 keep = False
             dropped |= not keep
             if keep:
@@ -279,10 +303,7 @@ class Wandb:
         try:
             import wandb
         except ImportError as error:
-            raise InputError(
-                f"recipe {recipe.name}: logging.wandb is set and the package wandb is not installed; "
-                "`pip install wandb`, or set logging.wandb to null"
-            ) from error
+            raise InputError(_without_wandb(recipe)) from error
         path = directory / "wandb.json"
         if not path.exists():
             write_json(path, {"id": uuid.uuid4().hex[:16]})

@@ -101,12 +101,23 @@ def record_failure(recipe: Recipe, message: str) -> None:
     write_json(path, {**status, "state": "failed", "message": message})
 
 
+def as_text(value: float | str | None, form: str) -> str:
+    """A number as the console shows it; `-` for what there is none of (the MFU of a CPU), a word for NaN."""
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    return "not a number" if math.isnan(value) else format(value, form)
+
+
 def console_line(record: Record, *, stage_step: int, stage_steps: int, total_steps: int, eta_seconds: float) -> str:
-    """The one line that is printed per logging interval; `-` for what is not known here (the MFU of a CPU)."""
+    """The one line that is printed per logging interval; see :func:`as_text` for what has no value."""
 
     def number(key: str, form: str) -> str:
-        value = record.get(key)
-        return "-" if value is None else format(value, form)
+        return as_text(record.get(key), form)
+
+    if record.get("loss") is None:
+        record = {**record, "loss": "none (nothing to learn)"}
 
     return (
         f"{record['stage']} {stage_step:>{len(str(stage_steps))}}/{stage_steps}"
