@@ -1,0 +1,79 @@
+"""What a file is that is not what its name says, or a name that does not name a file: in words, with the remedy."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+
+# How many first bytes of a file :func:`recognised` looks at.
+HEAD_BYTES = 4096
+
+# A git-lfs pointer is a text of some 130 bytes (github.com/git-lfs/git-lfs, docs/spec.md).
+_LFS = b"version https://git-lfs.github.com/spec/"
+
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_WINDOWS_DRIVE = re.compile(r"(?:^|/)[A-Za-z]:[\\/]")
+
+
+def recognised(head: bytes) -> str | None:
+    """What a file that begins with `head` is, and what to do; None if it is nothing that is known here.
+
+    Known are formats that stand where arrays, rows or recordings were expected: a git-lfs pointer, UTF-16, a zip
+    archive (`.npz`, torch's `.pt`), a pickle, a web page.
+    """
+    if head.startswith(_LFS):
+        return "it is a git-lfs pointer, the file itself was not downloaded: run `git lfs pull` in its repository"
+    if head.startswith(b"PK\x03\x04"):
+        return (
+            "it is a zip archive, as .npz and torch's .pt are: write its array by itself, "
+            "numpy.save('X.npy', numpy.load('X.npz')['codes']) or numpy.save('X.npy', torch.load('X.pt').numpy())"
+        )
+    if re.match(rb"\x80[\x02-\x05]", head):
+        return "it is a Python pickle, which is not read since it can run code: write its array with numpy.save"
+    if utf16(head):
+        return "it is UTF-16: convert it, iconv -f UTF-16 -t UTF-8 X > Y"
+    if re.match(rb"\s*<(!doctype html|html)", head, re.IGNORECASE):
+        return "it is a web page, as a server sends in place of a file that it does not hand out: download it again"
+    return None
+
+
+def utf16(head: bytes) -> bool:
+    """Whether a text file begins as UTF-16 does: with its byte-order mark, or with every other byte a zero."""
+    if head.startswith(_UTF16):
+        return True
+    part = head[:64]
+    return len(part) >= 8 and (not any(part[1::2]) or not any(part[0::2])) and any(part)
+
+
+def other_spelling(path: str) -> str | None:
+    """The file that `path` names in another Unicode normalisation (NFC, NFD); None where there is none.
+
+    macOS writes names decomposed (`e` and an accent), most lists hold them composed. Both are one name by Unicode.
+    """
+    if path.isascii():
+        return None
+    for spelling in (unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path)):
+        if spelling != path and os.path.exists(spelling):
+            return spelling
+    found = "/" if path.startswith("/") else ""
+    for part in filter(None, path.split("/")):
+        spellings = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
+        there = next((name for name in spellings if os.path.exists(os.path.join(found, name))), None)
+        if there is None:
+            return None
+        found = os.path.join(found, there)
+    return found
+
+
+def why_missing(path: str) -> str:
+    """What may be wrong with a local path that does not exist, as the end of a sentence; empty where nothing is seen."""
+    if _WINDOWS_DRIVE.search(path):
+        return "; it is a path of Windows: write it relative to the list, with / (or as this machine mounts the drive)"
+    if "\\" in path:
+        slashes = path.replace("\\", "/")
+        there = f"; {slashes} does" if os.path.exists(slashes) else ""
+        return f"{there}; write / in place of \\"
+    if os.path.basename(path) != os.path.basename(path).strip():
+        return "; its name begins or ends with a blank"
+    return ""
