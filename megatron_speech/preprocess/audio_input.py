@@ -24,6 +24,8 @@ import numpy as np
 from megatron_speech.errors import InputError
 from megatron_speech.preprocess.readers import source
 from megatron_speech.preprocess.readers.jsonl import parse_row as parse_json
+from megatron_speech.preprocess.readers.parquet import recording
+from megatron_speech.preprocess.readers.recognise import other_spelling, recognised, why_missing
 from megatron_speech.preprocess.readers.tar import Member, TarStream
 from megatron_speech.preprocess.readers.webdataset import split_name
 from megatron_speech.remote import is_url
@@ -33,6 +35,9 @@ DUPLICATE_ROWS_IN_MEMORY = 1 << 22
 
 # Endings of recordings in an archive; others that soundfile reads can be added.
 AUDIO_ENDINGS = ("wav", "flac", "mp3", "ogg", "opus")
+
+
+_POINTER_BYTES = 1024  # more than a git-lfs pointer has
 
 
 class RowError(Exception):
@@ -257,14 +262,35 @@ def open_recording(row: dict[str, Any], path: str) -> BinaryIO | None:
         RowError: it cannot be read.
     """
     offset, size = row.get("wav_offset"), row.get("wav_bytes")
+    local = source.local_path(path)
     try:
+        if row.get("wav_row") is not None:
+            return io.BytesIO(_in_table(row, path))
         if offset is not None or size is not None:
             if not (isinstance(offset, int) and isinstance(size, int) and offset >= 0 and size >= 0):
                 raise RowError("bad_segment", f"wav_offset {offset!r} and wav_bytes {size!r}: needed are two numbers")
             return io.BytesIO(source.read_range(path, offset, offset + size))
-        if source.local_path(path) is None:
+        if local is None:
             with source.open_binary(path, decompress=False) as handle, source.sentences(path):
                 return io.BytesIO(handle.read())
     except InputError as error:
         raise RowError("missing_file", str(error)) from error
+    if not os.path.exists(local):
+        spelled = other_spelling(local)
+        if spelled is None:
+            raise RowError("missing_file", f"{path} does not exist; check wav_path{why_missing(local)}")
+        return open(spelled, "rb")
+    if os.path.isfile(local) and os.stat(local).st_size <= _POINTER_BYTES:
+        with open(local, "rb") as handle:
+            reason = recognised(handle.read(_POINTER_BYTES))
+        if reason is not None:
+            raise RowError("unreadable", f"{path} is no recording: {reason}")
     return None
+
+
+def _in_table(row: dict[str, Any], path: str) -> bytes:
+    """The bytes of a recording inside a parquet file."""
+    number, column = row["wav_row"], row.get("wav_column")
+    if type(number) is not int or not isinstance(column, str | None):
+        raise RowError("bad_segment", f"wav_row {number!r} and wav_column {column!r}: needed are a number and a name")
+    return recording(path, number, column)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
 import math
 from dataclasses import dataclass
@@ -279,7 +281,7 @@ def extra_json(fields: dict[str, Any]) -> str | None:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A cell as JSON can hold it; parquet has types of its own (dates, bytes)."""
+    """A cell as JSON can hold it; parquet has types of its own: times become ISO 8601, maps objects."""
     if isinstance(value, float):
         if not math.isfinite(value):
             raise RowRejected("not_finite", f"field {name} holds NaN or infinity; leave it out")
@@ -290,8 +292,18 @@ def _plain(value: Any, name: str) -> Any:
         return {str(key): _plain(item, name) for key, item in value.items()}
     if isinstance(value, np.ndarray):
         return _plain(value.tolist(), name)
+    if isinstance(value, list) and value and all(type(item) is tuple and type(item[0]) is str for item in value):
+        return {key: _plain(item, name) for key, item in value}  # as pyarrow gives a map
     if isinstance(value, (list, tuple)):
         return [_plain(item, name) for item in value]
+    if isinstance(value, (datetime.date, datetime.time)):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta):
+        return value.total_seconds()
+    if isinstance(value, decimal.Decimal) and math.isfinite(value) and len(value.as_tuple().digits) <= 15:
+        return float(value)  # which is written with the same digits
+    if isinstance(value, np.generic):
+        return _plain(value.item(), name)
     return str(value)
 
 

@@ -31,19 +31,22 @@ def recognised(head: bytes) -> str | None:
         )
     if re.match(rb"\x80[\x02-\x05]", head):
         return "it is a Python pickle, which is not read since it can run code: write its array with numpy.save"
-    if utf16(head):
-        return "it is UTF-16: convert it, iconv -f UTF-16 -t UTF-8 X > Y"
+    encoding = utf16(head)
+    if encoding is not None:
+        return f"it is {encoding}: convert it, iconv -f {encoding} -t UTF-8 X > Y"
     if re.match(rb"\s*<(!doctype html|html)", head, re.IGNORECASE):
         return "it is a web page, as a server sends in place of a file that it does not hand out: download it again"
     return None
 
 
-def utf16(head: bytes) -> bool:
-    """Whether a text file begins as UTF-16 does: with its byte-order mark, or with every other byte a zero."""
+def utf16(head: bytes) -> str | None:
+    """Which UTF-16 a text file begins as, if any: with its byte-order mark, or with every other byte a zero."""
     if head.startswith(_UTF16):
-        return True
+        return "UTF-16"
     part = head[:64]
-    return len(part) >= 8 and (not any(part[1::2]) or not any(part[0::2])) and any(part)
+    if len(part) < 8 or not any(part):
+        return None
+    return "UTF-16LE" if not any(part[1::2]) else "UTF-16BE" if not any(part[0::2]) else None
 
 
 def other_spelling(path: str) -> str | None:
@@ -67,7 +70,7 @@ def other_spelling(path: str) -> str | None:
 
 
 def why_missing(path: str) -> str:
-    """What may be wrong with a local path that does not exist, as the end of a sentence; empty where nothing is seen."""
+    """What may be wrong with a local path that does not exist, as the end of a sentence; empty if nothing is seen."""
     if _WINDOWS_DRIVE.search(path):
         return "; it is a path of Windows: write it relative to the list, with / (or as this machine mounts the drive)"
     if "\\" in path:
