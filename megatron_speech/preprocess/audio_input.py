@@ -1,12 +1,11 @@
-"""What encode_audio.py reads: rows that name recordings, from JSON lines or from tar archives of recordings.
+"""What encode_audio.py reads: rows that name recordings, of any format that has a reader.
 
-A plain local samples.jsonl is read where it lies. Of anything else (compressed, at a URL, archives) the list of rows
-is first written out as JSON lines in the work folder; the recordings themselves stay where they are.
+A plain local samples.jsonl is read where it lies. Of anything else (compressed, at a URL, several lists, archives,
+tables) the list of rows is first written out as JSON lines in the work folder; the recordings stay where they are.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -14,27 +13,30 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NoReturn
 
 import numpy as np
 
 from megatron_speech.errors import InputError
+from megatron_speech.preprocess.fields import FieldError, FieldNames, local_name, recording_name
 from megatron_speech.preprocess.readers import source
-from megatron_speech.preprocess.readers.jsonl import parse_row as parse_json
+from megatron_speech.preprocess.readers.base import ReadOptions, Row, RowRejected
+from megatron_speech.preprocess.readers.jsonl import JsonlReader, JsonlStream
+from megatron_speech.preprocess.readers.open import InputFiles
 from megatron_speech.preprocess.readers.parquet import recording
 from megatron_speech.preprocess.readers.recognise import other_spelling, recognised, why_missing
-from megatron_speech.preprocess.readers.tar import Member, TarStream
-from megatron_speech.preprocess.readers.webdataset import split_name
+from megatron_speech.preprocess.readers.webdataset import SampleBatch
 from megatron_speech.remote import is_url
 
 # 16 bytes a row: the duplicate search holds at most this many rows in memory at a time.
 DUPLICATE_ROWS_IN_MEMORY = 1 << 22
 
-# Endings of recordings in an archive; others that soundfile reads can be added.
-AUDIO_ENDINGS = ("wav", "flac", "mp3", "ogg", "opus")
+_LISTING = "input.jsonl"
+_ABOUT = "\0about"  # what a listed line holds beside the row's own fields: no field is called so
 
 
 _POINTER_BYTES = 1024  # more than a git-lfs pointer has
@@ -51,36 +53,104 @@ class RowError(Exception):
 # ---------------------------------------------------------------------------------------------------- rows
 
 
-def parse_row(line: bytes, augment: int) -> tuple[dict[str, Any], str]:
-    """The object of one input line and its sample_id.
+@dataclass
+class InputRow:
+    """What one input line says.
 
-    Without `sample_id`, it is the wav_path as written, and `@start-end` where the row names a segment.
-
-    Raises:
-        RowError: bad_json, missing_wav_path, bad_sample_id.
+    Attributes:
+        fields: by their names here; empty where there is an error.
+        sample_id: what the row is called.
+        source_id: what it is a part of: the same for all variants of a recording, so that no split parts them.
+        error: why it cannot be used.
+        notices: counted for the report.
+        place: (input, number of the row in it), where the line does not stand in the input itself.
+        own_name: a name that no other row has, where `sample_id` is the key of an archive, which another may repeat.
     """
-    try:
-        row = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-        json.dumps(row, ensure_ascii=False).encode("utf-8")  # a lone surrogate is JSON, but cannot be written again
-    except (ValueError, RecursionError) as error:
-        raise RowError("bad_json", f"the line is not one JSON object in UTF-8: {error}") from error
-    if not isinstance(row, dict):
-        raise RowError("bad_json", f"the line is a JSON {type(row).__name__}, needed is an object")
-    wav_path = row.get("wav_path")
-    if not isinstance(wav_path, str) or not wav_path:
-        raise RowError("missing_wav_path", f"wav_path is {wav_path!r}, needed is the path of a recording")
-    sample_id = row.get("sample_id")
-    if sample_id is None:
-        start, end = row.get("start_time"), row.get("end_time")
-        segment = "" if start is None and end is None else f"@{start or 0}-{'' if end is None else end}"
-        sample_id = wav_path + segment
-    elif isinstance(sample_id, int) and not isinstance(sample_id, bool):
-        sample_id = str(sample_id)
-    elif not isinstance(sample_id, str) or not sample_id:
-        raise RowError("bad_sample_id", f"sample_id is {sample_id!r}, needed is a string or an integer")
-    if augment > 1 and re.search(r"#v\d+$", sample_id):
-        raise RowError("bad_sample_id", f"sample_id {sample_id!r} ends like the name of an augmented variant (#v1)")
-    return row, sample_id
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    sample_id: str = ""
+    source_id: Any = None
+    error: RowError | None = None
+    notices: list[str] = field(default_factory=list)
+    place: tuple[str, int] | None = None
+    own_name: str | None = None
+
+
+@dataclass(frozen=True)
+class RowParser:
+    """How lines of a listing become rows."""
+
+    base: str  # what relative paths are relative to
+    names: FieldNames
+    augment: int = 1
+    listed: bool = False  # the lines were written by `list_rows`, names are applied, and more is known of each row
+
+    def parse(self, line: bytes) -> InputRow:
+        """The row of one line. Errors: bad_json, missing_wav_path, bad_sample_id, and those of names and readers.
+
+        Without `sample_id`, a row is called by its wav_path, and `@start-end` where it names a segment; without
+        `source_id`, it is a part of that recording.
+        """
+        result = InputRow()
+        try:
+            fields = self._load(line, result)
+            if not self.listed:
+                fields, renamed = self.names.of_row(fields)
+                result.notices += renamed
+            result.sample_id = self._sample_id(fields)
+            result.source_id = self._source_id(fields, result)
+            result.fields = fields
+        except FieldError as error:
+            result.error = RowError(error.rule, error.reason)
+        except RowError as error:
+            result.error = error
+        return result
+
+    def _load(self, line: bytes, result: InputRow) -> dict[str, Any]:
+        try:
+            fields = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+            # A lone surrogate is JSON, but cannot be written again.
+            json.dumps(fields, ensure_ascii=False).encode("utf-8")
+        except (ValueError, RecursionError) as error:
+            raise RowError("bad_json", f"the line is not one JSON object in UTF-8: {error}") from error
+        if not isinstance(fields, dict):
+            raise RowError("bad_json", f"the line is a JSON {type(fields).__name__}, needed is an object")
+        about = fields.pop(_ABOUT, None) if self.listed else None
+        if about is not None:
+            result.place = (about["input"], about["row"])
+            result.notices += about.get("notices", ())
+            result.own_name = about.get("own_name")
+            if "rejected" in about:
+                raise RowError(*about["rejected"])
+        return fields
+
+    def _sample_id(self, fields: dict[str, Any]) -> str:
+        wav_path = fields.get("wav_path")
+        if not isinstance(wav_path, str) or not wav_path:
+            raise RowError("missing_wav_path", f"wav_path is {wav_path!r}, needed is the path of a recording")
+        sample_id = fields.get("sample_id")
+        if sample_id is None:
+            start, end = fields.get("start_time"), fields.get("end_time")
+            segment = "" if start is None and end is None else f"@{start or 0}-{'' if end is None else end}"
+            sample_id = recording_name(wav_path, self.base) + segment
+        elif isinstance(sample_id, int) and not isinstance(sample_id, bool):
+            sample_id = str(sample_id)
+        elif not isinstance(sample_id, str) or not sample_id:
+            raise RowError("bad_sample_id", f"sample_id is {sample_id!r}, needed is a string or an integer")
+        if self.augment > 1 and re.search(r"#v\d+$", sample_id):
+            raise RowError("bad_sample_id", f"sample_id {sample_id!r} ends like the name of an augmented variant (#v1)")
+        return sample_id
+
+    def _source_id(self, fields: dict[str, Any], result: InputRow) -> Any:
+        given = fields.get("source_id")
+        if given in (None, ""):
+            given = recording_name(fields["wav_path"], self.base)
+        if not isinstance(given, str):
+            return given
+        name = local_name(given, self.base)
+        if name.startswith("/"):
+            result.notices.append("source_id:absolute path outside the list's folder")
+        return name
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -132,7 +202,7 @@ class Scan:
     duplicates: np.ndarray  # int64, sorted: offsets of rows whose sample_id an earlier row has
 
 
-def scan_input(path: Path, shard: tuple[int, int], augment: int, scratch: Path) -> Scan:
+def scan_input(path: Path, shard: tuple[int, int], parser: RowParser, scratch: Path) -> Scan:
     """Count, hash and search the whole input for repeated sample_ids; memory does not grow with its rows."""
     digest = hashlib.sha256()
     rows = shard_rows = first_line = 0
@@ -146,9 +216,10 @@ def scan_input(path: Path, shard: tuple[int, int], augment: int, scratch: Path) 
                 continue
             rows += 1
             shard_rows += start <= offset < stop
-            with contextlib.suppress(RowError):  # reported when the row's turn comes
-                _, sample_id = parse_row(line, augment)
-                seen.write(hashlib.blake2b(sample_id.encode(), digest_size=8).digest() + offset.to_bytes(8, "little"))
+            row = parser.parse(line)
+            if row.error is None:  # which is reported when the row's turn comes
+                digest_of_name = hashlib.blake2b(row.sample_id.encode(), digest_size=8).digest()
+                seen.write(digest_of_name + offset.to_bytes(8, "little"))
         duplicates = _find_duplicates(seen)
     return Scan(digest.hexdigest(), rows, shard_rows, start, stop, first_line, duplicates)
 
@@ -179,80 +250,94 @@ class Listing:
     """The rows as a local file of JSON lines, and what relative paths in them are relative to."""
 
     path: Path
-    base: str
+    parser: RowParser
 
 
-def list_rows(inputs: Sequence[str], work: Path) -> Listing:
-    """Find the rows of `inputs`: one samples.jsonl (local, compressed or at a URL), or tar archives of recordings.
+def list_rows(inputs: Sequence[str], work: Path, names: FieldNames, augment: int) -> Listing:
+    """Find the rows of `inputs`, whatever their format: as they lie, or listed in the folder `work`.
+
+    A row of a reader names its recording by `wav_path`, and where that file holds several by `wav_offset` and
+    `wav_bytes`, or by `wav_row` and `wav_column`.
+
+    Args:
+        inputs: paths, URLs, globs or brace ranges.
+        work: folder for the list, where one is written.
+        names: how fields are called.
+        augment: variants of each row.
 
     Raises:
-        InputError: no such file, several files that are not archives, or an ending that is not read.
+        InputError: no such file, an ending that is not read, or an input that is named twice.
     """
-    paths = [path for pattern in inputs for path in source.expand(pattern)]
-    names = [source.ending_name(path) for path in paths]
-    if all(name.endswith(".tar") for name in names):
-        return Listing(_list_archives(paths, work / "input.jsonl"), os.getcwd())
-    for path, name in zip(paths, names, strict=True):
-        if name.endswith((".tar.gz", ".tgz", ".tar.zst")):
-            raise InputError(f"--input {path}: recordings in a compressed archive cannot be found again; decompress it")
-    if len(paths) > 1:
-        raise InputError(f"--input names {len(paths)} files; needed is one samples.jsonl, or archives that end in .tar")
-    path = paths[0]
-    if source.is_folder(path):
-        raise InputError(f"--input {path} is a folder; needed is a samples.jsonl or .tar archives")
-    local = source.local_path(path)
-    if local is not None and not source.is_compressed(path):
-        return Listing(Path(local), os.path.dirname(local))
-    with source.open_binary(path) as remote, source.sentences(path), open(work / "input.jsonl", "wb") as copy:
-        shutil.copyfileobj(remote, copy, 1 << 20)
-    return Listing(work / "input.jsonl", source.folder(path))
+    files = InputFiles(inputs, ReadOptions(recordings=True))
+    for path, count in Counter(reader.path for reader in files.readers).items():
+        if count > 1:
+            raise InputError(f"--input names {path} {count} times; name it once")
+    if len(files.readers) == 1:
+        path = files.readers[0].path
+        local = source.local_path(path)
+        if type(files.readers[0]) is JsonlReader and local is not None:
+            return Listing(Path(local), RowParser(os.path.dirname(local), names, augment))
+        if type(files.readers[0]) is JsonlStream:
+            with source.open_binary(path) as remote, source.sentences(path), open(work / _LISTING, "wb") as copy:
+                shutil.copyfileobj(remote, copy, 1 << 20)
+            return Listing(work / _LISTING, RowParser(source.folder(path), names, augment))
+    base = _common_folder([source.folder(reader.path) for reader in files.readers])
+    with open(work / _LISTING, "wb") as handle:
+        for batch in files.batches(0):
+            rows = list(batch.read())
+            of_archive = batch.found if isinstance(batch, SampleBatch) else [None] * len(rows)
+            for row, sample in zip(rows, of_archive, strict=True):
+                own_name = f"{batch.archive.name}/{sample.key}" if isinstance(batch, SampleBatch) and sample else None
+                if sample is not None and row.fields.get("sample_id") != sample.key:
+                    own_name = None
+                handle.write(_listed(row, names, batch.path, base, own_name) + b"\n")
+    return Listing(work / _LISTING, RowParser(base, names, augment, listed=True))
 
 
-def _list_archives(paths: Sequence[str], listing: Path) -> Path:
-    """Write a row per recording: the fields of its sample, and where in which archive its bytes lie."""
-    with open(listing, "wb") as handle:
-        for path in paths:
-            where = path if is_url(path) else os.path.abspath(path)
-            with source.open_binary(path, decompress=False) as archive, source.sentences(path):
-                for row in _recordings(TarStream(archive, path, can_seek=True), where):
-                    handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
-    return listing
+def _common_folder(folders: Sequence[str]) -> str:
+    """The folder under which all of some folders lie; the working directory where there is none."""
+    if len(set(folders)) == 1:
+        return folders[0]
+    if any(map(is_url, folders)):
+        return os.getcwd()
+    return os.path.commonpath([os.path.abspath(folder or ".") for folder in folders])
 
 
-def _recordings(stream: TarStream, where: str) -> Iterator[dict[str, Any]]:
-    """The samples of an archive: members of one key that follow each other.
-
-    One without a recording is a row too, which is then rejected by name: nothing disappears here.
-    """
-    key: str | None = None
-    fields: dict[str, Any] = {}
-    for member in stream.members():
-        named = split_name(member.name) if member.kind == "file" else None
-        if named is None:
-            continue
-        if named[0] != key:
-            if key is not None:
-                yield {"sample_id": key} | fields
-            key, fields = named[0], {}
-        fields |= _fields_of(stream, member, named[1], where)
-    if key is not None:
-        yield {"sample_id": key} | fields
-
-
-def _fields_of(stream: TarStream, member: Member, ending: str, where: str) -> dict[str, Any]:
-    if ending in AUDIO_ENDINGS:
-        return {"wav_path": where, "wav_offset": member.offset, "wav_bytes": member.size}
-    if ending == "json":
-        row = parse_json(1, stream.read(member))
+def _listed(row: Row, names: FieldNames, path: str, base: str, own_name: str | None) -> bytes:
+    """A row as a line: its fields by their names here, where it stands, and what its reader found."""
+    about: dict[str, Any] = {"input": path, "row": row.number}
+    notices = list(row.notices)
+    try:
         if row.rejected is not None:
-            raise InputError(f"input {where}: member {member.name}: {row.rejected.reason}; repair it or take it out")
-        return {name: value for name, value in row.fields.items() if name not in ("wav_path", "wav_offset")}
-    if ending in ("txt", "transcript.txt"):
+            raise row.rejected
+        fields, renamed = names.of_row(row.fields)
+        notices += renamed
+        where, folder = fields.get("wav_path"), source.folder(path)
+        if folder != base and isinstance(where, str) and where and not is_url(where) and not os.path.isabs(where):
+            moved = source.join(folder, where)
+            fields = fields | {"wav_path": moved if is_url(moved) else os.path.relpath(os.path.abspath(moved), base)}
+        about |= {"notices": notices} if notices else {}
+        about |= {"own_name": own_name} if own_name else {}
         try:
-            return {"transcript": stream.read(member).decode("utf-8")}
-        except UnicodeDecodeError as error:
-            raise InputError(f"input {where}: member {member.name} is not UTF-8: {error}; repair it") from error
-    return {}
+            return _json(fields | {_ABOUT: about})
+        except (ValueError, RecursionError) as error:
+            raise RowRejected("bad_field", f"the row cannot be written as JSON: {error}") from error
+    except (RowRejected, FieldError) as error:
+        about |= {"notices": notices, "rejected": [error.rule, error.reason]}
+        return _json({_ABOUT: about})
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain).encode("utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """A cell of a table as JSON can hold it."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, bytes | bytearray | memoryview):
+        raise ValueError("a field holds bytes")
+    return str(value)
 
 
 def open_recording(row: dict[str, Any], path: str) -> BinaryIO | None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from megatron_speech.preprocess.fields import local_name
 from megatron_speech.preprocess.readers import source
 from megatron_speech.preprocess.readers.base import Row, RowRejected, Rows
 from megatron_speech.preprocess.samples import TEXT_IDS, TRANSCRIPTS, CodesAt, Sample, SampleRules, extra_json
@@ -126,30 +127,37 @@ class Samples:
 def read_samples(rules: SampleRules, rows: Sequence[Row] | Rows, path: str) -> Samples:
     """The samples in `rows` of the file `path`: what `rules.sample` gives for each."""
     rows = Rows.of(rows)
-    columns = _Columns(rules, rows, path)
+    present: set[str] = set().union(*rows.fields)
+    renamed, errors = rules.names.rename(rows.fields, present)
+    for index, problem in errors.items():
+        rows.rejected.setdefault(index, RowRejected(problem.rule, problem.reason))
+    columns = _Columns(rules, rows, path, set().union(*rows.fields) if renamed else present)
     samples = columns.samples()
     alone = {}
     for index in sorted(columns.odd):
         try:
-            alone[index] = rules.sample(rows[index], path)
+            if index in rows.rejected:
+                raise rows.rejected[index]
+            alone[index] = rules.named_sample(rows.fields[index], rows.number[index], path)
         except RowRejected as error:
             samples.rejected[index] = error
     samples.put(alone)
     for notices in rows.notices.values():
         samples.notices.update(notices)
+    samples.notices.update(renamed)
     return samples
 
 
 class _Columns:
     """Reads columns of fields; `odd` are the rows that have to be read one by one."""
 
-    def __init__(self, rules: SampleRules, rows: Rows, path: str) -> None:
+    def __init__(self, rules: SampleRules, rows: Rows, path: str, present: set[str]) -> None:
         self.rules = rules
         self.rows = rows
         self.path = path
         self.fields = rows.fields
         self.odd = set(rows.rejected)
-        self.present: set[str] = set().union(*self.fields)
+        self.present = present
         self.nothing = Constant(None, len(rows))
 
     def _get(self, name: str) -> Any:
@@ -206,11 +214,19 @@ class _Columns:
             return other
         return [own or another for own, another in zip(column, other, strict=True)] if None in column else column
 
+    def _local(self, names: Sequence[str]) -> Sequence[str]:
+        """Names without the place where the corpus lies."""
+        joined = "\n".join(names)
+        if not joined.startswith("/") and "\n/" not in joined and "://" not in joined:
+            return names
+        folder = source.folder(self.path)
+        return [local_name(name, folder) for name in names]
+
     def samples(self) -> Samples:
         """All rows; the values of `odd` rows are not valid yet."""
         count = len(self.rows)
         stem = source.stem(self.path)
-        template = stem.replace("%", "%%") + "-%08d"
+        template = self.rules.stems.get(self.path, stem).replace("%", "%%") + "-%08d"
         sample_id: Any = self.texts("sample_id")
         if sample_id is self.nothing or None in sample_id:
             sample_id = self._or(sample_id, [template % number for number in self.rows.number])
@@ -224,7 +240,7 @@ class _Columns:
             rows=self.rows,
             number=self.rows.number,
             sample_id=sample_id,
-            source_id=self._or(self.texts("source_id"), sample_id),
+            source_id=self._local(self._or(self.texts("source_id"), sample_id)),
             language=self._languages(),
             dataset_source=self._or(self.texts("dataset_source"), Constant(self.rules.dataset_source or stem, count)),
             segment_order=self.integers("segment_order"),

@@ -49,21 +49,22 @@ from megatron_speech.files import (
 )
 from megatron_speech.preprocess.audio_input import (
     RowError,
+    RowParser,
     Scan,
     list_rows,
     open_recording,
-    parse_row,
     read_lines,
     scan_input,
     seconds_of,
 )
+from megatron_speech.preprocess.fields import MAP_HELP, FieldNames, parse_map, warn_of_unused
 from megatron_speech.preprocess.pool import available_cores, map_ordered
 from megatron_speech.preprocess.readers import source
 from megatron_speech.remote import is_url
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CHUNK_ROWS = 32
 COMMIT_SECONDS = 1.0
 REPORTED_EXAMPLES = 5
@@ -79,10 +80,19 @@ class EncodingJob:
     """What a worker needs to know beside the rows."""
 
     codec: str
-    input_directory: str
+    parser: RowParser
     output_directory: str
     codes_name: str
-    augment: int
+
+    @property
+    def input_directory(self) -> str:
+        """What paths of the rows are relative to."""
+        return self.parser.base
+
+    @property
+    def augment(self) -> int:
+        """Variants of each recording."""
+        return self.parser.augment
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,8 @@ class ChunkResult:
     next_line: int
     codes: list[bytes] = field(default_factory=list)
     samples: list[tuple[bytes, int]] = field(default_factory=list)  # JSON without its closing brace; frames
-    rejected: list[tuple[int, str, str, bytes]] = field(default_factory=list)  # line, reason, message, JSON line
+    rejected: list[tuple[str, str, str, bytes]] = field(default_factory=list)  # where, reason, message, JSON line
+    notices: Counter[str] = field(default_factory=Counter)  # what is worth knowing of rows, kept or not
     totals: EncodingTotals = field(default_factory=EncodingTotals)
 
 
@@ -162,11 +173,10 @@ class Encoder:
             # `..` behind a symbolic link leads elsewhere, hence the real path.
             real = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
             wav_path = os.path.relpath(real, self.job.output_directory)
-        row = {key: value for key, value in row.items() if key != "code_offset"}
+        # Codes that the row came with are not of this recording's new ones.
+        row = {key: value for key, value in row.items() if key not in ("code_offset", "codes")}
         row |= {
             "wav_path": wav_path,
-            # The same for all variants of a recording: a split by source never parts them.
-            "source_id": row["wav_path"] if row.get("source_id") is None else row["source_id"],
             "duration": round(len(audio) / self.codec.sample_rate_hz, 6),
             "codec": self.codec.name,
             "codec_hash": self.codec_hash,
@@ -198,22 +208,32 @@ def encode_chunk(encoder: Encoder, chunk: RowChunk) -> ChunkResult:
     """Encode the recordings of a chunk's rows; a row that cannot be used is a rejection, not an error."""
     result = ChunkResult(len(chunk.rows), chunk.next_offset, chunk.next_line)
     for line_number, line, repeated in chunk.rows:
-        row: dict[str, Any] | None = None
+        read = encoder.job.parser.parse(line)
+        result.notices.update(read.notices)
         try:
-            row, sample_id = parse_row(line, encoder.job.augment)
-            if repeated:
+            if read.error is not None:
+                raise read.error
+            sample_id = read.sample_id
+            if repeated and read.own_name is not None:  # archives may count their samples from 0 each
+                sample_id = read.own_name
+            elif repeated:
                 raise RowError("duplicate_sample_id", f"sample_id {sample_id!r} is that of an earlier row")
-            encoded = encoder.encode_row(row, sample_id)
+            encoded = encoder.encode_row(read.fields | {"source_id": read.source_id}, sample_id)
         except (RowError, AudioError) as error:
-            report: dict[str, Any] = {"line": line_number, "reason": error.reason, "detail": str(error)}
-            report["row"] = line.decode("utf-8", "replace").strip() if row is None else row
-            result.rejected.append((line_number, error.reason, str(error), _json_line(report) + b"\n"))
+            where, number = read.place or ("", line_number)
+            report: dict[str, Any] = {"line": number, "reason": error.reason, "detail": str(error)}
+            if where:
+                report["input"] = where
+            if read.fields or not where:
+                report["row"] = read.fields or line.decode("utf-8", "replace").strip()
+            label = f"{where} row {number}" if where else f"line {number}"
+            result.rejected.append((label, error.reason, str(error), _json_line(report) + b"\n"))
             continue
         for new, codes in encoded:
             result.codes.append(codes.tobytes())
             result.samples.append((_json_line(new)[:-1], len(codes)))
         seconds = sum(new["duration"] for new, _ in encoded)
-        result.totals.add(row, len(encoded), seconds, sum(len(codes) for _, codes in encoded))
+        result.totals.add(read.fields, len(encoded), seconds, sum(len(codes) for _, codes in encoded))
     return result
 
 
@@ -310,6 +330,7 @@ class State:
     rejected: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
+    notices: dict[str, int] = field(default_factory=dict)
     samples: int = 0
     frames: int = 0
     samples_bytes: int = 0
@@ -361,11 +382,13 @@ class Writer:
             line = prefix + b', "code_offset": %d}\n' % state.frames
             state.samples_bytes += self._samples.write(line)
             state.frames += frames
-        for line_number, reason, message, report in result.rejected:
+        for name, count in result.notices.items():
+            state.notices[name] = state.notices.get(name, 0) + count
+        for where, reason, message, report in result.rejected:
             state.rejected_bytes += self._rejected.write(report)
             state.reasons[reason] = state.reasons.get(reason, 0) + 1
             if len(state.examples) < REPORTED_EXAMPLES:
-                state.examples.append(f"line {line_number}: {message}")
+                state.examples.append(f"{where}: {message}")
         state.rows += result.rows
         state.samples += len(result.samples)
         state.rejected += len(result.rejected)
@@ -470,6 +493,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="fraction of the rows, 0 to 1, that may be rejected before it is an error (default: %(default)s)",
     )
+    parser.add_argument("--map", action="append", metavar="NAME=THEIRS", help=MAP_HELP)
     parser.add_argument(
         "--augment",
         type=int,
@@ -491,6 +515,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     if not match or not int(match[1]) < int(match[2]) <= 99999:
         raise InputError(f"--shard is {arguments.shard!r}; needed is I/N with I from 0 to N-1, such as 0/8")
     arguments.shard = (int(match[1]), int(match[2]))
+    arguments.map = parse_map(arguments.map)
 
 
 @command
@@ -561,26 +586,28 @@ class ResumeError(InputError):
 
 
 def _encode(arguments: argparse.Namespace, codec: Codec, outputs: Outputs) -> None:
-    listing = list_rows(arguments.input, outputs.work)
+    names = FieldNames("encode", arguments.map)
+    listing = list_rows(arguments.input, outputs.work, names, arguments.augment)
     named = " ".join(arguments.input)
-    scan = scan_input(listing.path, arguments.shard, arguments.augment, outputs.work)
+    scan = scan_input(listing.path, arguments.shard, listing.parser, outputs.work)
     if scan.rows == 0:
         raise InputError(f"--input {named} has no rows; needed is one JSON object per line")
     job = EncodingJob(
         codec=arguments.codec,
-        input_directory=listing.base,
+        parser=listing.parser,
         output_directory=os.path.realpath(outputs.directory),
         codes_name=outputs.codes.name,
-        augment=arguments.augment,
     )
+    base = listing.parser.base
     common = sha256_hex(
         canonical_json(
             {
                 "format": FORMAT_VERSION,
                 "input": scan.sha256,
-                "input_directory": listing.base
-                if is_url(listing.base)
-                else os.path.relpath(os.path.realpath(listing.base), os.path.realpath(outputs.directory)),
+                "input_directory": base
+                if is_url(base)
+                else os.path.relpath(os.path.realpath(base), os.path.realpath(outputs.directory)),
+                "map": [list(pair) for pair in arguments.map],
                 "codec": codec.hash,
                 "augment": arguments.augment,
                 "shards": arguments.shard[1],
@@ -589,7 +616,8 @@ def _encode(arguments: argparse.Namespace, codec: Codec, outputs: Outputs) -> No
     )
     if arguments.resume and outputs.samples.is_file() and _manifest(outputs).get("common") == common:
         output(f"{outputs.samples} is complete already; nothing to do")
-        _report(EncodingTotals(**_manifest(outputs)["totals"]), _manifest(outputs)["rejected"])
+        manifest = _manifest(outputs)
+        _report(EncodingTotals(**manifest["totals"]), manifest["rejected"], manifest["notices"])
         if arguments.shard[1] > 1:
             join_shards(outputs, common)
         return
@@ -624,12 +652,15 @@ def _encode(arguments: argparse.Namespace, codec: Codec, outputs: Outputs) -> No
                 "samples": state.samples,
                 "frames": state.frames,
                 "rejected": dict(sorted(state.reasons.items())),
+                "notices": dict(sorted(state.notices.items())),
+                "map": dict(arguments.map),
                 "totals": asdict(state.totals),
             }
         )
     finally:
         writer.close()
-    _report(state.totals, state.reasons)
+    warn_of_unused(arguments.map, state.notices)
+    _report(state.totals, state.reasons, state.notices)
     joined = arguments.shard[1] == 1 or join_shards(outputs, common)
     output(
         f"{outputs.directory / 'samples.jsonl' if joined else outputs.samples}: {state.samples} samples, "
@@ -644,7 +675,7 @@ def _load_state(outputs: Outputs, fingerprint: str) -> State | None:
     saved = read_json(path, "state of the unfinished run")
     if saved["fingerprint"] != fingerprint:
         raise ResumeError(
-            f"the unfinished run in {outputs.directory} is of another input, codec or --augment; "
+            f"the unfinished run in {outputs.directory} is of another input, codec, --map or --augment; "
             "give the same again, or start over without --resume"
         )
     # A kill between the first and the last rename of `finish` has moved some parts already; they are whole.
@@ -668,7 +699,7 @@ def _reasons(state: State) -> str:
     return f"{counts}; {'; '.join(state.examples)}"
 
 
-def _report(totals: EncodingTotals, reasons: dict[str, int]) -> None:
+def _report(totals: EncodingTotals, reasons: dict[str, int], notices: dict[str, int]) -> None:
     from rich.table import Table
 
     console = tables()
@@ -681,8 +712,9 @@ def _report(totals: EncodingTotals, reasons: dict[str, int]) -> None:
         for key, (recordings, samples, seconds, frames) in sorted(sums.items()):
             table.add_row(key, f"{recordings:,.0f}", f"{samples:,.0f}", f"{seconds:,.1f}", f"{frames:,.0f}")
         console.print(table)
-    if reasons:
-        table = Table("rejected because", "rows")
-        for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])):
+    for title, counts in (("rejected because", reasons), ("noticed", notices)):
+        table = Table(title, "rows")
+        for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
             table.add_row(reason, f"{count:,}")
-        console.print(table)
+        if counts:
+            console.print(table)

@@ -44,6 +44,7 @@ from megatron_speech.preprocess.documents import (
     index_batch,
     tokenizer_version,
 )
+from megatron_speech.preprocess.fields import MAP_HELP, parse_map, warn_of_unused
 from megatron_speech.preprocess.filters import Filters, find_duplicates
 from megatron_speech.preprocess.pool import available_cores, interrupt_on_sigterm, map_ordered
 from megatron_speech.preprocess.prepass import index_input
@@ -58,7 +59,7 @@ from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.tokens.templates import TASKS, TEMPLATE_HASH, render, templates
 
 # Raise it when the same arguments and input come to mean other bytes: unfinished work is then not gone on with.
-CONVERSION_VERSION = 1
+CONVERSION_VERSION = 2
 
 # Arguments that do not decide the output; the token space and the filters do by their hash, not by their path.
 UNDECIDING = ("workers", "output_prefix", "token_space", "dry_run", "restart", "filters")
@@ -102,6 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split-seed", type=int, default=0, help="of the later choice of validation sources; kept in the manifest")
     add("--language", metavar="TAG", help="BCP-47 tag of rows that name no language")
     add("--source", metavar="NAME", help="dataset_source of rows that name none (default: the input's file name)")
+    add("--map", action="append", metavar="NAME=THEIRS", help=MAP_HELP)
     add("--dry-run", action="store_true", help="do everything but write: totals, drops and a few documents")
     add("--first-rows", type=int, metavar="N", help="with --dry-run: read the first N rows only")
     add("--restart", action="store_true", help="start over even if a stopped conversion could be resumed")
@@ -138,6 +140,7 @@ def _checked(arguments: argparse.Namespace) -> argparse.Namespace:
     """The arguments as the conversion reads them; what needs no input to be refused is refused."""
     arguments = argparse.Namespace(**{name: value for name, value in vars(arguments).items() if name != "command"})
     _check_arguments(arguments)
+    arguments.map = parse_map(arguments.map)
     arguments.filters = Filters.load(arguments.filters, arguments.task) if arguments.filters else Filters()
     return arguments
 
@@ -171,7 +174,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             raise InputError(f"{flag} is only for {where}; leave it out")
 
 
-def make_job(arguments: argparse.Namespace, space: TokenSpace) -> ConversionJob:
+def make_job(arguments: argparse.Namespace, space: TokenSpace, inputs: InputFiles) -> ConversionJob:
     """What the arguments ask of a worker."""
     rules = SampleRules(
         task=arguments.task,
@@ -179,6 +182,8 @@ def make_job(arguments: argparse.Namespace, space: TokenSpace) -> ConversionJob:
         json_keys=tuple(arguments.json_keys),
         language=arguments.language,
         dataset_source=arguments.source,
+        given_names=arguments.map,
+        stems=inputs.stems(),
     )
     references = arguments.references if arguments.cloning != "none" else int(arguments.continuation)
     drop = arguments.without_reference == "drop"
@@ -267,6 +272,8 @@ def make_manifest(arguments: argparse.Namespace, inputs: InputFiles, space: Toke
     groups = {key: sum_totals([totals], rate) for key, totals in tally.totals.items()}
     options: dict[str, Any] = {"language": arguments.language, "source": arguments.source}
     options["filters"] = arguments.filters.resolved()
+    if arguments.map:
+        options["map"] = dict(arguments.map)
     if arguments.task == "text_lm":
         options["json_keys"] = arguments.json_keys
     elif arguments.task == "speech_lm":
@@ -317,7 +324,7 @@ def convert(
     Raises:
         InputError: unusable arguments or input.
     """
-    job = make_job(arguments, space)
+    job = make_job(arguments, space, inputs)
     choices = choose(arguments, inputs, job, folder) if job.needs_index else None
     if choices is not None and job.references:
         job = replace(job, records=choices.records)
@@ -348,6 +355,7 @@ def convert(
             progress.update(batch.rows)
     tally.check(rows, arguments.max_rejected, last=True)
     tally.check_unknown(arguments.max_unknown)
+    warn_of_unused(arguments.map, tally.notices)
     return make_manifest(arguments, inputs, space, tally), tally
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import functools
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
 
+from megatron_speech.preprocess.fields import RECORDING_NAMES, FieldError, FieldNames, local_name
 from megatron_speech.preprocess.readers import source
 from megatron_speech.preprocess.readers.base import Row, RowRejected
 from megatron_speech.tokens.normalization import normalize_document, normalize_transcript
@@ -78,6 +81,13 @@ class SampleRules:
     json_keys: tuple[str, ...] = ("text",)
     language: str | None = None  # of rows that name none
     dataset_source: str | None = None
+    given_names: tuple[tuple[str, str], ...] = ()  # of --map: see `fields.FieldNames`
+    stems: Mapping[str, str] = field(default_factory=dict)  # of files whose name alone would not tell them apart
+
+    @functools.cached_property
+    def names(self) -> FieldNames:
+        """How fields are called."""
+        return FieldNames("speech" if self.needs_codes else "text", self.given_names)
 
     @property
     def needs_codes(self) -> bool:
@@ -92,14 +102,21 @@ class SampleRules:
         """
         if row.rejected is not None:
             raise row.rejected
-        fields = row.fields
+        try:
+            fields, _ = self.names.of_row(row.fields)
+        except FieldError as error:
+            raise RowRejected(error.rule, error.reason) from error
+        return self.named_sample(fields, row.number, path)
+
+    def named_sample(self, fields: dict[str, Any], number: int, path: str) -> Sample:
+        """The sample of fields that have their names here; otherwise as :meth:`sample`."""
         stem = source.stem(path)
-        sample_id = _text(fields, "sample_id") or f"{stem}-{row.number:08d}"
+        sample_id = _text(fields, "sample_id") or f"{self.stems.get(path, stem)}-{number:08d}"
         own = OWN_FIELDS
         sample = Sample(
-            number=row.number,
+            number=number,
             sample_id=sample_id,
-            source_id=_text(fields, "source_id") or sample_id,
+            source_id=local_name(_text(fields, "source_id") or sample_id, source.folder(path)),
             language=self._language(fields),
             dataset_source=_text(fields, "dataset_source") or self.dataset_source or stem,
             segment_order=_integer(fields, "segment_order"),
@@ -176,9 +193,10 @@ def _codes_at(fields: dict[str, Any], folder: str) -> CodesAt:
     path = _text(fields, "codes_path")
     if path is None:
         needed = "codes_path or codes"
-        if "wav_path" in fields:
+        recording = next((name for name in fields if name in RECORDING_NAMES), None)
+        if recording is not None:
             raise RowRejected(
-                "missing_field", f"field {needed} is missing; encode wav_path with preprocess/encode_audio.py first"
+                "missing_field", f"field {needed} is missing; encode {recording} with preprocess/encode_audio.py first"
             )
         raise RowRejected("missing_field", f"field {needed} is missing")
     offset = _integer(fields, "code_offset")

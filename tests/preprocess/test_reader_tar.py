@@ -97,7 +97,8 @@ def test_every_way_to_the_same_archive_gives_the_same_samples(tmp_path: Path, re
             codes = row.fields.pop("codes")
             assert codes.dtype == np.uint16 and np.array_equal(codes, codes_of(i))
             expected = {"language": "hi", "speaker_id": i % 3, "transcript": f"text {i} नमस्ते"}
-            assert row.fields == {**expected, "sample_id": f"train/{i:06d}"}
+            source = f"{str(url).rpartition('/')[2]}/train/{i:06d}"
+            assert row.fields == {**expected, "sample_id": f"train/{i:06d}", "source_id": source}
 
 
 def test_a_range_of_shards_is_one_input(tmp_path: Path, read_rows: ReadRows) -> None:
@@ -146,7 +147,7 @@ def test_members_that_are_not_adjacent_or_twice_reject_their_sample(
     rows = rows_of(tmp_path, read_rows, tar([*good, *late, *twice, *two_codes, *differ, *agree]))
     rules = [row.rejected.rule if row.rejected else None for row in rows]
     assert rules == [*[None] * 6, "tar_key_again", *["tar_duplicate_member"] * 3, None]
-    assert rows[-1].fields == {"transcript": "a", "sample_id": "w"}
+    assert rows[-1].fields == {"transcript": "a", "sample_id": "w", "source_id": "a.tar/w"}
     assert rows[8].rejected is not None and "field codes is in .npy and again in .npz" in rows[8].rejected.reason
 
 

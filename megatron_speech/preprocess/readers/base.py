@@ -185,3 +185,4 @@ class ReadOptions:
 
     tokenizer: str | None = None  # folder of the Hugging Face tokenizer that wrote the ids (LLaSA's memmaps)
     eod: int | None = None  # id that ends a document and is no part of it (megatron's .bin/.idx)
+    recordings: bool = False  # rows are to be encoded: hand out where their recordings lie

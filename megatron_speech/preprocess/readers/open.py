@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_speech.errors import InputError
+from megatron_speech.preprocess.fields import distinct_names
 from megatron_speech.preprocess.readers import source
 from megatron_speech.preprocess.readers.arrays import is_vectorised, offsets_reader, vectorised_readers
 from megatron_speech.preprocess.readers.base import ReadOptions, RowBatch, RowReader
@@ -21,7 +23,7 @@ from megatron_speech.preprocess.readers.megatron import MegatronReader
 from megatron_speech.preprocess.readers.parquet import ParquetReader
 from megatron_speech.preprocess.readers.pretraining import CODES_ENDING, TOKENS_ENDING, PretrainingReader
 from megatron_speech.preprocess.readers.recognise import recognised
-from megatron_speech.preprocess.readers.webdataset import TarReader, TarStreamReader
+from megatron_speech.preprocess.readers.webdataset import TarReader, TarStreamReader, name_archives
 
 JSONL = (".jsonl", ".json", ".ndjson")
 PARQUET = (".parquet", ".pq")
@@ -57,6 +59,8 @@ def _readers(path: str, options: ReadOptions) -> list[RowReader]:
         return [_lines_reader(path, plain)]
     if name.endswith(PARQUET):
         return [ParquetReader(path)]
+    if name.endswith(TAR) and options.recordings:
+        return [TarStreamReader(path, recordings=True)]
     if name.endswith(TAR):
         return [TarReader(path) if in_place and not name.endswith(".tgz") else TarStreamReader(path)]
     if name.endswith((".offsets.npy", ".codes.npy")):
@@ -208,6 +212,13 @@ class InputFiles:
         self.readers: list[RowReader] = []
         for path in paths:
             self.readers += open_readers(os.fspath(path), options or ReadOptions())
+        name_archives(self.readers)
+
+    def stems(self) -> dict[str, str]:
+        """What rows without a sample_id are called by, of those files whose name another one has too."""
+        paths = list(dict.fromkeys(reader.path for reader in self.readers))
+        count = Counter(map(source.stem, paths))
+        return distinct_names([path for path in paths if count[source.stem(path)] > 1])
 
     @property
     def known_rows(self) -> int | None:

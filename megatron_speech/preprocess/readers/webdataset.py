@@ -1,22 +1,27 @@
-"""WebDataset archives of pretokenised samples: `.tar`, `.tar.gz` (`.tgz`), `.tar.zst`.
+"""WebDataset archives, of codes or of recordings: `.tar`, `.tar.gz` (`.tgz`), `.tar.zst`.
 
 A sample is a run of members with one key. The key is the name up to the first dot of its last part, folders included
 (`train/0001.npy`: key `train/0001`, ending `npy`). What the endings mean:
 
     npy, codes.npy, npz, codes.npz   codes [frames] or [frames, codebooks]; in an npz the array `codes`, or its only one
     text_ids.npy                     ids of the token space's text tokenizer
+    wav, flac, mp3, ogg, opus, …     a recording, in place of codes, where the rows are to be encoded
     json                             an object with the sample's fields
     txt, transcript.txt              the transcript
     cls                              a number, kept as the field `cls`
 
 Other members are counted by ending and not read. A plain local archive is scanned once for where samples begin, and
-read by the workers; of others the parent ships what is read of each sample.
+read by the workers; of others the parent ships what is read of each sample. A recording is not read at all: its row
+says where in the archive it lies.
+
+The `source_id` of a sample that names none is `ARCHIVE.tar/KEY`: the same wherever the archive lies.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import zipfile
 import zlib
@@ -28,18 +33,54 @@ from typing import Any
 import numpy as np
 
 from megatron_speech.errors import InputError
+from megatron_speech.preprocess.fields import SOURCE_NAMES, distinct_names
 from megatron_speech.preprocess.readers import source
-from megatron_speech.preprocess.readers.base import BATCH_BYTES, BATCH_ROWS, Row, RowRejected, RunReader, StreamReader
+from megatron_speech.preprocess.readers.base import (
+    BATCH_BYTES,
+    BATCH_ROWS,
+    Row,
+    RowReader,
+    RowRejected,
+    RunReader,
+    StreamReader,
+)
 from megatron_speech.preprocess.readers.compression import DamagedInput
 from megatron_speech.preprocess.readers.flat import npy_from_bytes
 from megatron_speech.preprocess.readers.jsonl import parse_row
 from megatron_speech.preprocess.readers.tar import Member, TarStream
+from megatron_speech.remote import is_url
 
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 _CODES = ("npy", "codes.npy", "npz", "codes.npz")
-_KNOWN = frozenset((*_CODES, "text_ids.npy", "json", "txt", "transcript.txt", "cls"))
+_TEXTS = ("json", "txt", "transcript.txt", "cls")
+_RECORDINGS = (
+    "wav", "flac", "mp3", "ogg", "opus", "oga", "m4a", "mp4", "aac", "aif", "aiff", "au", "caf", "w64", "rf64", "sph",
+)  # fmt: skip
+_KNOWN = frozenset((*_CODES, "text_ids.npy", *_TEXTS))
+_KNOWN_OF_RECORDINGS = frozenset((*_RECORDINGS, *_TEXTS))
+# What the archive itself says of a recording.
+_PLACE = ("wav_path", "wav_offset", "wav_bytes")
 _MAX_MEMBER_BYTES = 1 << 30
 _SCAN_BUFFER_BYTES = 64 << 10  # of a scan that skips the data: small, so that skipping reads little
+
+
+@dataclass(frozen=True)
+class Archive:
+    """What the samples of an archive have in common."""
+
+    path: str
+    name: str  # which its samples' sources are called by
+    recordings: bool = False  # samples are recordings, and not codes
+
+    @property
+    def known(self) -> frozenset[str]:
+        """Endings that are read."""
+        return _KNOWN_OF_RECORDINGS if self.recordings else _KNOWN
+
+    @property
+    def place(self) -> str:
+        """The archive, wherever the row will be read."""
+        return self.path if is_url(self.path) else os.path.abspath(self.path)
 
 
 @dataclass(slots=True)
@@ -49,6 +90,8 @@ class Part:
     ending: str
     kind: str
     data: bytes
+    offset: int = 0  # of its bytes in the archive
+    size: int = 0
 
 
 @dataclass(slots=True)
@@ -69,7 +112,7 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (match[1], match[2].lower()) if match else None
 
 
-def samples(stream: TarStream, end: int | None = None, *, load: bool = True) -> Iterator[TarSample]:
+def samples(stream: TarStream, archive: Archive, end: int | None = None, *, load: bool = True) -> Iterator[TarSample]:
     """The samples of an archive. A member without a key counts with the sample before it."""
     sample: TarSample | None = None
     orphans: list[str] = []
@@ -88,15 +131,19 @@ def samples(stream: TarStream, end: int | None = None, *, load: bool = True) -> 
                 yield sample
             sample = TarSample(key, member.begin, notices=orphans)
             orphans = []
-        _add(sample, stream, member, ending, load)
+        _add(sample, stream, archive, member, ending, load)
     if sample is not None:
         sample.end = stream.position
         yield sample
 
 
-def _add(sample: TarSample, stream: TarStream, member: Member, ending: str, load: bool) -> None:
-    if ending not in _KNOWN:
+def _add(sample: TarSample, stream: TarStream, archive: Archive, member: Member, ending: str, load: bool) -> None:
+    if ending not in archive.known:
         sample.notices.append(f"tar_member:.{ending}")
+        return
+    if archive.recordings and ending in _RECORDINGS:
+        if load:
+            sample.parts.append(Part(ending, member.kind, b"", member.offset, member.size))
         return
     if member.size > _MAX_MEMBER_BYTES:
         raise InputError(f"input {stream.path}: member {member.name!r} holds {member.size:,} bytes, which is no sample")
@@ -105,38 +152,66 @@ def _add(sample: TarSample, stream: TarStream, member: Member, ending: str, load
         sample.parts.append(Part(ending, member.kind, stream.read(member) if member.kind == "file" else b""))
 
 
-def row_of(sample: TarSample, number: int, *, again: bool = False) -> Row:
+def row_of(sample: TarSample, archive: Archive, number: int, *, again: bool = False) -> Row:
     """The row that a sample is."""
     row = Row(number, {}, notices=tuple(sample.notices))
     try:
         if again:
             reason = f"members of key {sample.key!r} came before, and others between: they are not adjacent"
             raise RowRejected("tar_key_again", reason)
-        row.fields = _fields(sample, number)
+        row.fields, more = _fields(sample, archive, number)
+        row.notices += more
     except RowRejected as error:
         row.rejected = error
     return row
 
 
-def _fields(sample: TarSample, number: int) -> dict[str, Any]:
+def _fields(sample: TarSample, archive: Archive, number: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A sample's fields, and notices of those that are not taken."""
     fields: dict[str, Any] = {}
     given: dict[str, str] = {}
+    recording: Part | None = None
+    notices: list[str] = []
     for part in sample.parts:
         if part.kind != "file":
             raise RowRejected(f"tar_{part.kind}", f"{sample.key}.{part.ending} is a {part.kind}, needed a file")
+        if archive.recordings and part.ending in _RECORDINGS:
+            if recording is not None:
+                reason = f"key {sample.key!r}: a recording is in .{recording.ending} and again in .{part.ending}"
+                raise RowRejected("tar_duplicate_member", reason)
+            recording = part
+            continue
         for name, value in _read(sample, part, number).items():
-            if name not in given:
+            if archive.recordings and name in _PLACE:
+                notices.append(f"tar_field:{name}")
+            elif name not in given:
                 fields[name], given[name] = value, part.ending
             elif given[name] == part.ending or not _same(fields[name], value):
                 reason = f"key {sample.key!r}: field {name} is in .{given[name]} and again in .{part.ending}"
                 raise RowRejected("tar_duplicate_member", reason)
+    try:
+        sample.key.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowRejected("bad_text", f"key {sample.key!r} is not UTF-8") from error
+    if archive.recordings:
+        if recording is None:
+            raise RowRejected("missing_wav_path", f"key {sample.key!r} has no recording{_unread(sample)}")
+        fields |= zip(_PLACE, (archive.place, recording.offset, recording.size), strict=True)
     if fields.get("sample_id") in (None, ""):
-        try:
-            sample.key.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RowRejected("bad_text", f"key {sample.key!r} is not UTF-8") from error
         fields["sample_id"] = sample.key
-    return fields
+    if all(fields.get(name) in (None, "") for name in SOURCE_NAMES):
+        fields["source_id"] = f"{archive.name}/{sample.key}"
+    return fields, tuple(notices)
+
+
+def _unread(sample: TarSample) -> str:
+    """What lies beside a recording that is missing; a key ends at the first dot of a name, which is easily missed."""
+    endings = [notice.removeprefix("tar_member:") for notice in sample.notices if notice.startswith("tar_member:.")]
+    if not endings:
+        return "; put one beside its .json or .txt"
+    some = ", ".join(dict.fromkeys(endings[:3]))
+    dotted = any("." in ending[1:] for ending in endings)
+    return f"; not read are its {some}{' (a key ends at the first dot: take dots out of the names)' if dotted else ''}"
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -207,7 +282,7 @@ class SeenKeys:
 class TarBatch:
     """Samples in bytes `begin` to `end` of a local archive."""
 
-    path: str
+    archive: Archive
     begin: int
     end: int
     first: int  # number of the first sample of those bytes, from 1
@@ -215,13 +290,18 @@ class TarBatch:
     rows: int
     again: frozenset[int]  # numbers of samples whose key came before
 
+    @property
+    def path(self) -> str:
+        """The archive."""
+        return self.archive.path
+
     def read(self) -> list[Row]:
         """Read the samples."""
         with source.open_binary(self.path, self.begin, decompress=False) as handle, source.sentences(self.path):
             stream = TarStream(handle, self.path, self.begin, can_seek=True)
-            found = list(samples(stream, self.end))[self.skip : self.skip + self.rows]
+            found = list(samples(stream, self.archive, self.end))[self.skip : self.skip + self.rows]
         first = self.first + self.skip
-        return [row_of(sample, first + i, again=first + i in self.again) for i, sample in enumerate(found)]
+        return [row_of(s, self.archive, first + i, again=first + i in self.again) for i, s in enumerate(found)]
 
     def part(self, first: int, last: int) -> TarBatch:
         """Samples `first` to `last` of the run."""
@@ -232,10 +312,15 @@ class TarBatch:
 class SampleBatch:
     """Samples of a stream, as they are."""
 
-    path: str
+    archive: Archive
     first: int
     found: list[TarSample]
     again: frozenset[int]
+
+    @property
+    def path(self) -> str:
+        """The archive."""
+        return self.archive.path
 
     @property
     def rows(self) -> int:
@@ -244,14 +329,15 @@ class SampleBatch:
 
     def read(self) -> list[Row]:
         """Read the members."""
-        return [row_of(s, self.first + i, again=self.first + i in self.again) for i, s in enumerate(self.found)]
+        numbered = enumerate(self.found, start=self.first)
+        return [row_of(sample, self.archive, i, again=i in self.again) for i, sample in numbered]
 
     def part(self, first: int, last: int) -> SampleBatch:
         """Samples `first` to `last` of the run."""
         return replace(self, first=self.first + first, found=self.found[first:last])
 
 
-def _runs(stream: TarStream, *, load: bool) -> Iterator[SampleBatch]:
+def _runs(stream: TarStream, archive: Archive, *, load: bool) -> Iterator[SampleBatch]:
     """The samples of an archive in runs: at most `BATCH_ROWS`, of about `BATCH_BYTES`."""
     keys = SeenKeys()
     first = 1
@@ -260,10 +346,10 @@ def _runs(stream: TarStream, *, load: bool) -> Iterator[SampleBatch]:
 
     def run() -> SampleBatch:
         again = frozenset(first + i for i in keys.add([sample.key for sample in found]))
-        return SampleBatch(stream.path, first, found, again)
+        return SampleBatch(archive, first, found, again)
 
     try:
-        for sample in samples(stream, load=load):
+        for sample in samples(stream, archive, load=load):
             found.append(sample)
             size += sample.size
             if len(found) == BATCH_ROWS or size >= BATCH_BYTES:
@@ -285,6 +371,7 @@ class TarReader(RunReader):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
+        self.archive = Archive(path, distinct_names([path])[path])
         self._index: tuple[array, array, frozenset[int]] | None = None
 
     @property
@@ -309,7 +396,7 @@ class TarReader(RunReader):
         begins, rows, again = self._index
         for i in range(len(rows) - 1):
             numbers = frozenset(number for number in again if rows[i] < number <= rows[i + 1]) if again else again
-            yield TarBatch(self.path, begins[i], begins[i + 1], rows[i] + 1, 0, rows[i + 1] - rows[i], numbers)
+            yield TarBatch(self.archive, begins[i], begins[i + 1], rows[i] + 1, 0, rows[i + 1] - rows[i], numbers)
 
     def _scan(self) -> Iterator[TarBatch]:
         """Read the headers. The index holds of each run its first byte and the samples before it: 16 bytes."""
@@ -318,9 +405,9 @@ class TarReader(RunReader):
         if not source.size_bytes(self.path):
             raise InputError(f"input {self.path} is empty (0 bytes); recreate it, or leave it out")
         with source.open_binary(self.path, decompress=False, buffer_bytes=_SCAN_BUFFER_BYTES) as handle:
-            for run in _runs(TarStream(handle, self.path, can_seek=True), load=False):
+            for run in _runs(TarStream(handle, self.path, can_seek=True), self.archive, load=False):
                 end = run.found[-1].end
-                yield TarBatch(self.path, begins[-1], end, run.first, 0, len(run.found), run.again)
+                yield TarBatch(self.archive, begins[-1], end, run.first, 0, len(run.found), run.again)
                 begins.append(end)
                 rows.append(rows[-1] + len(run.found))
                 again |= run.again
@@ -328,8 +415,29 @@ class TarReader(RunReader):
 
 
 class TarStreamReader(StreamReader):
-    """A compressed or remote archive: what is read of each sample is shipped to the workers."""
+    """A compressed or remote archive, or one of recordings: what is read of each sample is shipped to the workers."""
+
+    def __init__(self, path: str, *, recordings: bool = False) -> None:
+        super().__init__(path)
+        self.archive = Archive(path, distinct_names([path])[path], recordings)
 
     def _stream(self) -> Iterator[SampleBatch]:
+        if self.archive.recordings:
+            if source.is_compressed(self.path):
+                raise InputError(
+                    f"input {self.path}: recordings in a compressed archive cannot be found again; decompress it"
+                )
+            # What lies between the texts is skipped, and of a remote archive not fetched.
+            with source.open_binary(self.path, decompress=False) as handle, source.sentences(self.path):
+                yield from _runs(TarStream(handle, self.path, can_seek=True), self.archive, load=True)
+            return
         with source.open_binary(self.path, sequential=True) as handle:
-            yield from _runs(TarStream(handle, self.path), load=True)
+            yield from _runs(TarStream(handle, self.path), self.archive, load=True)
+
+
+def name_archives(readers: Sequence[RowReader]) -> None:
+    """Tell archives of one name apart, so that their samples' sources are: by the folders before the name."""
+    archives = [reader for reader in readers if isinstance(reader, TarReader | TarStreamReader)]
+    names = distinct_names([reader.path for reader in archives])
+    for reader in archives:
+        reader.archive = replace(reader.archive, name=names[reader.path])
