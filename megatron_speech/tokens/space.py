@@ -3,6 +3,8 @@
     0 ............ text_size ........... +specials ........ +codebook 0 ... +codebook K-1 ... size ... padded_size
     text pieces    named specials        audio codes, one id range per codebook            inert padding
 
+(`<system>` and `</system>`, which came later, are the last two ids before `size`.)
+
 A codec with several codebooks is flattened frame by frame, so that one document stays one run of ids (K = 1 stream)
 and the id alone tells which codebook a code belongs to. The layouts of other projects (`token_layouts`) have the same
 parts in another order. The saved JSON holds the tokenizer itself: a checkpoint with
@@ -47,7 +49,12 @@ SPECIALS = (
     "</user>",
     "<assistant>",
     "</assistant>",
+    "<system>",
+    "</system>",
 )
+# Specials that came later: behind the codes, so that a space laid out anew has all other ids where they were. Spaces
+# saved before that lack them.
+_BEHIND_THE_CODES = ("<system>", "</system>")
 
 # megatron-core stores ids below 65,500 as uint16 (its `DType.optimal_dtype`).
 UINT16_LIMIT = 65_500
@@ -184,7 +191,7 @@ class TokenSpace:
             text_size, kept = _base_layout(Path(base), encoder)
         next_id = text_size
         special_ids = {}
-        for name in SPECIALS:
+        for name in (name for name in SPECIALS if name not in _BEHIND_THE_CODES):
             if name in kept:
                 special_ids[name] = kept[name]
             else:
@@ -196,6 +203,9 @@ class TokenSpace:
             next_id += int(codebook_size)
         if not codebooks:
             raise InputError(f"codec {codec.name} has no codebook; a token space needs at least one")
+        for name in _BEHIND_THE_CODES:
+            special_ids[name] = next_id
+            next_id += 1
         padded_size = -(-next_id // pad_multiple) * pad_multiple
         return cls(kind, payload, text_size, special_ids, codec, tuple(codebooks), next_id, padded_size)
 
@@ -512,7 +522,8 @@ class TokenSpace:
         books = " ".join(f"{book.name}:{book.size}" for book in self.codebooks)
         return (
             f"token space {self.hash[:12]}{whose}: {self.size:,} ids ({self.padded_size:,} padded) = "
-            f"text {self.text_size:,} ({self.text_kind}) + {len(SPECIALS)} specials + {self.codec.name} [{books}]"
+            f"text {self.text_size:,} ({self.text_kind}) + {len(self.special_ids)} specials + "
+            f"{self.codec.name} [{books}]"
         )
 
 

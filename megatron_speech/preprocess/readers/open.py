@@ -58,7 +58,7 @@ def _readers(path: str, options: ReadOptions) -> list[RowReader]:
     if plain.endswith((".tsv", ".csv")):
         return [_lines_reader(path, plain)]
     if name.endswith(PARQUET):
-        return [ParquetReader(path)]
+        return [ParquetReader(path, recordings=options.recordings)]
     if name.endswith(TAR) and options.recordings:
         return [TarStreamReader(path, recordings=True)]
     if name.endswith(TAR):
@@ -213,6 +213,10 @@ class InputFiles:
         for path in paths:
             self.readers += open_readers(os.fspath(path), options or ReadOptions())
         name_archives(self.readers)
+        stems = self.stems()
+        for reader in self.readers:
+            if isinstance(reader, ParquetReader):
+                reader.name = stems.get(reader.path, reader.name)
 
     def stems(self) -> dict[str, str]:
         """What rows without a sample_id are called by, of those files whose name another one has too."""

@@ -148,16 +148,22 @@ def plan_columns(file: pq.ParquetFile) -> ColumnPlan:
 class ParquetBatch:
     """Rows that were decoded already; `first` is the number of the first one, from 1.
 
-    `audio`: columns of recordings, and whether their bytes lie in the file.
+    Attributes:
+        notices: of columns that are not read.
+        labels: names of class labels, by column.
+        audio: columns of recordings, where rows are to say where theirs are.
+        embedded: whether the recordings' bytes lie in the file.
+        name: what rows are called by that have no name of their own.
     """
 
     path: str
     first: int
     table: pa.RecordBatch
     notices: tuple[str, ...] = ()
+    labels: dict[str, list[str]] = field(default_factory=dict)
     audio: tuple[str, ...] = ()
     embedded: bool = False
-    labels: dict[str, list[str]] = field(default_factory=dict)
+    name: str = ""
 
     @property
     def rows(self) -> int:
@@ -195,7 +201,7 @@ class ParquetBatch:
 
     def _name_recordings(self, rows: list[Row]) -> None:
         """Say where each row's recording is: in this file, or beside it."""
-        folder, stem = source.folder(self.path), source.stem(self.path)
+        folder = source.folder(self.path)
         file_name = self.path[len(folder) :].removeprefix("/")
         column = self.audio[0] if len(self.audio) == 1 else None
         own_id = next((name for name in _SAMPLE_NAMES if name in self.table.schema.names), None)
@@ -204,7 +210,7 @@ class ParquetBatch:
             # The file holds many recordings: its name, which stands for the recording elsewhere, tells none apart.
             name = row.fields.get(own_id) if own_id is not None else None
             if name is None:
-                row.fields["sample_id"] = name = f"{stem}-{row.number:08d}"
+                row.fields["sample_id"] = name = f"{self.name}-{row.number:08d}"
             if not has_source:
                 row.fields["source_id"] = str(name)
             cell = row.fields.get(column) if column is not None else None
@@ -302,11 +308,17 @@ def _grid(frames: pa.Array) -> np.ndarray:
 
 
 class ParquetReader:
-    """A `.parquet` file, decoded batch by batch by the parent."""
+    """A `.parquet` file, decoded batch by batch by the parent.
 
-    def __init__(self, path: str) -> None:
+    `recordings`: rows say where in the file, or beside it, their recordings lie. `name`: what rows are called by that
+    have no name of their own.
+    """
+
+    def __init__(self, path: str, *, recordings: bool = False) -> None:
         self.path = path
         self.files: tuple[str, ...] = (path,)
+        self.name = source.stem(path)
+        self._recordings = recordings
         self._rows: int | None = None
 
     @property
@@ -373,15 +385,15 @@ class ParquetReader:
     ) -> Iterator[ParquetBatch]:
         """Rows of a row group whose first one is row `position`, as far as they lie between `start` and `stop`."""
         end = position + file.metadata.row_group(group).num_rows
-        embedded = bool(plan.audio) and not _without_bytes(file, plan, group)
+        audio = plan.audio if self._recordings else ()
+        embedded = bool(audio) and not _without_bytes(file, plan, group)
         try:
             for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=plan.leaves):
                 first, last = max(start - position, 0), min(stop - position, batch.num_rows)
                 if first < last:
                     part = batch.slice(first, last - first)
-                    yield ParquetBatch(
-                        self.path, position + first + 1, part, plan.notices, plan.audio, embedded, plan.labels
-                    )
+                    number = position + first + 1
+                    yield ParquetBatch(self.path, number, part, plan.notices, plan.labels, audio, embedded, self.name)
                 position += batch.num_rows
         except ConnectionError:
             raise
