@@ -131,14 +131,12 @@ def _lines_reader(path: str, plain: str) -> RowReader:
         return LinesReader(path, has_header=True)
     if plain == "metadata.csv" and is_ljspeech(head):
         return LinesReader(path, has_header=False)
-    kind, sign = ("tsv", "\\t") if plain.endswith(".tsv") else ("csv", ",")
-    read = (
-        "Common Voice's lists (columns path and sentence)"
-        if kind == "tsv"
-        else "metadata.csv as LJSpeech has it (ID|text)"
-    )
+    if plain.endswith(".tsv"):
+        kind, sign, read = "tsv", "\\t", "lists of Common Voice (columns path and sentence) are"
+    else:
+        kind, sign, read = "csv", ",", "LJSpeech's metadata.csv (ID|text) is"
     raise InputError(
-        f"input {path}: of .{kind} only {read} are read, since others do not say what their columns mean; write it as "
+        f"input {path}: of .{kind} only {read} read, since others do not say what their columns mean; write it as "
         'JSON lines with wav_path, transcript, language, …: python -c "import csv, json, sys; [print(json.dumps(row)) '
         f"for row in csv.DictReader(sys.stdin, delimiter='{sign}')]\" < X.{kind} > X.jsonl"
     )
