@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_speech.data.blend import strata as blending
 from megatron_speech.data.dataset.indexed import TokenDataset, file_of
+from megatron_speech.data.dataset.split import SplitSides
 from megatron_speech.data.dataset.staging import stage_datasets
 from megatron_speech.data.sequences.history import Continuation, History, blend_spec
 from megatron_speech.data.sequences.index_build import index_builder, index_key
@@ -268,12 +269,13 @@ class StageData:
                 ]
             return []
         where = f"stage {self.stage.name!r}"
+        warnings = self._split_findings(where)
         often: dict[float, list[str]] = {}
         for stratum in self.strata:
             limit = self._max_epochs(stratum)
             if (epochs := self._epochs(stratum)) > limit:
                 often.setdefault(limit, []).append(f"{stratum['name']} ({epochs:.1f})")
-        warnings = [
+        warnings += [
             f"{where}: repeated more than {limit:g} epochs: {_some(names)}" for limit, names in sorted(often.items())
         ]
         held_back = [
@@ -286,6 +288,17 @@ class StageData:
                 f"{_some(held_back)}"
             )
         return warnings
+
+    def _split_findings(self, where: str) -> list[str]:
+        """What is worth knowing of the split of the datasets that the stage takes from."""
+        taken = {stratum["dataset"] for stratum in self.strata}
+        taken |= self._content["excluded_documents"].get("other_side_of_split", {}).keys()
+        return [
+            finding
+            for name, sides in self._content.get("split", {}).items()  # an index of an older version has none
+            if name in taken
+            for finding in SplitSides(**sides).findings(f"{where}: dataset {name}", self.data.validation_fraction)
+        ]
 
     def _max_epochs(self, stratum: Report) -> float:
         """Epochs above which a stratum is warned about."""
@@ -343,6 +356,7 @@ class StageData:
             "by_source": _sums(strata, "source"),
             "strata": strata,
             "limited": self._content["limited"],
+            "split_sides": self._content.get("split", {}),
             "history": self.history.report(),
             "warnings": self.warnings,
         }

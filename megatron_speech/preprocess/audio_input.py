@@ -126,13 +126,19 @@ class RowParser:
 
     def _sample_id(self, fields: dict[str, Any]) -> str:
         wav_path = fields.get("wav_path")
+        if wav_path is None:
+            found = ", ".join(sorted(fields)[:12]) or "none"
+            raise RowError(
+                "missing_wav_path",
+                f"no field names a recording (fields: {found}); needed is wav_path, or --map wav_path=FIELD",
+            )
         if not isinstance(wav_path, str) or not wav_path:
             raise RowError("missing_wav_path", f"wav_path is {wav_path!r}, needed is the path of a recording")
         sample_id = fields.get("sample_id")
         if sample_id is None:
             start, end = fields.get("start_time"), fields.get("end_time")
             segment = "" if start is None and end is None else f"@{start or 0}-{'' if end is None else end}"
-            sample_id = recording_name(wav_path, self.base) + segment
+            sample_id = self._recording(fields) + segment
         elif isinstance(sample_id, int) and not isinstance(sample_id, bool):
             sample_id = str(sample_id)
         elif not isinstance(sample_id, str) or not sample_id:
@@ -141,10 +147,16 @@ class RowParser:
             raise RowError("bad_sample_id", f"sample_id {sample_id!r} ends like the name of an augmented variant (#v1)")
         return sample_id
 
+    def _recording(self, fields: dict[str, Any]) -> str:
+        """What the row's recording is called: by its file, and by its place there where the file holds several."""
+        name = recording_name(fields["wav_path"], self.base)
+        place = next((fields[at] for at in ("wav_row", "wav_offset") if fields.get(at) is not None), None)
+        return name if place is None else f"{name}/{place}"
+
     def _source_id(self, fields: dict[str, Any], result: InputRow) -> Any:
         given = fields.get("source_id")
         if given in (None, ""):
-            given = recording_name(fields["wav_path"], self.base)
+            given = self._recording(fields)
         if not isinstance(given, str):
             return given
         name = local_name(given, self.base)

@@ -55,6 +55,8 @@ class Field(NamedTuple):
     uses: tuple[Use, ...] = ("encode", "speech")
 
 
+_STARTS_MS = ("start_ms", "offset_ms")
+
 FIELDS = (
     Field(
         "wav_path",
@@ -70,7 +72,8 @@ FIELDS = (
         ("normalized_text", "text_normalized", "raw_transcription", "raw_text", "text_original"),
         ours=("transcript_native",),
     ),
-    Field("language", "name", ("lang",), ("locale", "source_lang"), uses=("encode", "speech", "text")),
+    Field("language", "name", ("lang",), ("locale", "source_lang")),
+    Field("language", "name", ("lang",), ("locale",), uses=("text",)),
     Field("speaker_id", "name", ("speaker", "spk", "spk_id"), ("speaker_name", "client_id")),
     Field("sample_id", "name", (), ("utt", "utt_id", "utterance_id", "_id", "id")),
     Field("source_id", "name", (), ("recording_id", "audio_id")),
@@ -79,17 +82,7 @@ FIELDS = (
     Field(
         "start_time",
         "seconds",
-        (
-            "start",
-            "offset",
-            "begin",
-            "begin_time",
-            "segment_start",
-            "start_sec",
-            "start_seconds",
-            "start_ms",
-            "offset_ms",
-        ),
+        ("start", "offset", "begin", "begin_time", "segment_start", "start_sec", "start_seconds", *_STARTS_MS),
     ),
     Field("end_time", "seconds", ("end", "segment_end", "end_sec", "end_seconds", "end_ms")),
     Field("duration", "seconds", ("duration_sec", "duration_seconds", "duration_ms")),
@@ -111,6 +104,9 @@ _OTHERS = (
     "transcript_tagged",
 )
 
+# What encode_audio writes into every row, beside this project's names of all fields that it knew.
+_WRITTEN = frozenset(("codec", "codec_hash", "code_offset"))
+
 # Counts in a unit that only the file's own rate makes a time.
 _IN_SAMPLES = (
     "start_frame", "end_frame", "frame_offset", "start_sample", "end_sample", "sample_start", "sample_end",
@@ -118,12 +114,10 @@ _IN_SAMPLES = (
 )  # fmt: skip
 _OF_CUTS = ("supervisions", "recording", "tracks", "transforms")
 
-
 # All names under which a row may say what it is a part of.
 SOURCE_NAMES = frozenset(
     name for field in FIELDS if field.name == "source_id" for name in (field.name, *field.same, *field.instead)
 )
-
 
 # Names of nothing but a recording.
 RECORDING_NAMES = frozenset(
@@ -214,15 +208,19 @@ class FieldNames:
             FieldError: field_conflict, unsupported_field, bad_segment.
         """
         present = self._watched.intersection(fields)
-        if not present:
+        written = fields.keys() >= _WRITTEN
+        if not present or (written and not self.given):
             return fields, []
-        self._refuse_foreign(fields)
+        if not written:
+            self._refuse_foreign(fields)
         found: dict[str, Any] = {}
         gone: set[str] = set()
         notices: list[str] = []
         foreign_start = False
         for step in self._plan(present):
             name = step.field.name
+            if written and step.given is None:
+                continue
             if name == "wav_path" and (fields.get("wav_offset") is not None or fields.get("wav_row") is not None):
                 continue  # the recording lies in a file with others; another path is that of where it once lay
             if step.given is not None:
@@ -287,6 +285,10 @@ class FieldNames:
         if kind == "path":
             if isinstance(value, dict):  # as datasets of Hugging Face have it
                 return value.get("path") if isinstance(value.get("path"), str) else None
+            if not isinstance(value, str) and name in field.same:
+                raise FieldError(
+                    "unsupported_field", f"field {name} is {_short(value)}; needed is the path of one recording"
+                )
             return value if isinstance(value, str) else None
         if kind == "text":
             return value if isinstance(value, str) else None
@@ -509,7 +511,7 @@ def distinct_names(paths: Sequence[str]) -> dict[str, str]:
             else:
                 again.append(path)
         left, depth = again, depth + 1
-    return result
+    return {path: result[path] for path in parts}
 
 
 def _parts(path: str) -> list[str]:

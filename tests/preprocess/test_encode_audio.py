@@ -21,6 +21,7 @@ import soundfile
 from megatron_speech.codecs.audio import read_audio
 from megatron_speech.codecs.codec2 import Codec2
 from megatron_speech.preprocess import audio_input, encode_audio
+from megatron_speech.preprocess.fields import recording_name
 
 Rows = list[dict[str, Any]]
 
@@ -74,7 +75,7 @@ def test_codes_in_the_file_are_those_of_the_codec(
     for row, given in zip(rows, recordings, strict=True):
         assert {**row, **given, "duration": 0} == {**row, "duration": 0}, "an input field was changed"
         assert row["duration"] == pytest.approx(given["duration"], abs=1e-3)
-        assert row["sample_id"] == row["source_id"] == given["wav_path"]
+        assert row["sample_id"] == row["source_id"] == recording_name(given["wav_path"], str(tmp_path / "in"))
         assert (row["codec"], row["codec_hash"]) == ("codec2", Codec2().hash)
         assert row["code_offset"] == offset
         offset += row["code_len"]
@@ -370,7 +371,8 @@ def test_unusable_rows_are_set_aside_with_their_reason(
     assert rejected[0]["row"] == {"wav_path": "absent.wav", "note": "kept"}
     assert all(row["detail"] for row in rejected)
     rows = read_rows(tmp_path / "out" / "samples.jsonl")
-    assert [row["sample_id"] for row in rows] == [good["wav_path"], "frame.wav", "another", "7"]
+    called = recording_name(good["wav_path"], str(tmp_path / "in"))
+    assert [row["sample_id"] for row in rows] == [called, "frame.wav", "another", "7"]
     assert [row["code_len"] for row in rows][1] == 2
     manifest = json.loads((tmp_path / "out" / "codes-00000-of-00001.json").read_text())
     assert (manifest["rows"], manifest["samples"]) == (len(lines), 4)

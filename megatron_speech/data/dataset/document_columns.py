@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 
 from megatron_speech.data.dataset.documents_table import document_batches
 from megatron_speech.data.dataset.indexed import TokenDataset, file_of
-from megatron_speech.data.dataset.split import held_out, quotes_held_out
+from megatron_speech.data.dataset.split import SplitCount, SplitSides, is_held_out, quotes_held_out, split_hashes
 from megatron_speech.errors import InputError
 from megatron_speech.recipe.data import DataConfig
 from megatron_speech.recipe.stage import StageDataConfig
@@ -29,7 +30,7 @@ class DocumentTable:
     lengths, targets: int32 steps, and steps after the prompt (empty where the stage does not count them); seconds:
     float32 of audio; language, source: uint16 codes into `languages`, `sources`; held_out: bool, True for validation
     documents; quotes_held_out: bool, True where the reference is held out (never trained on; validated on if itself
-    held out).
+    held out); sides: sums over both sides of the split.
     """
 
     name: str
@@ -44,6 +45,7 @@ class DocumentTable:
     held_out: np.ndarray
     quotes_held_out: np.ndarray
     marks: np.ndarray | None = dataclasses.field(default=None, kw_only=True)
+    sides: SplitSides | None = dataclasses.field(default=None, kw_only=True)
 
     def counted(self, stage: StageDataConfig) -> np.ndarray:
         """Steps that a document counts for in the proportions of `stage`, int32 [D]."""
@@ -99,6 +101,7 @@ def read_documents(
     held = np.zeros(rows, dtype=bool)
     quotes = np.zeros(rows, dtype=bool)
     names = ["language", "dataset_source", "duration_seconds", "split_hash", "reference_split_hash"]
+    count = SplitCount()
     at = 0
     wanted = [*names, "target_tokens"] if targets else names
     for batch in document_batches(path, wanted, rows, dictionary=names[:2]):
@@ -109,9 +112,19 @@ def read_documents(
         if targets:
             target_tokens[part] = batch.column("target_tokens").fill_null(0).to_numpy(zero_copy_only=False)
         columns = pa.Table.from_batches([batch])
-        held[part] = held_out(columns, data.validation_fraction, data.split_seed)
+        hashes = split_hashes(columns)
+        held[part] = is_held_out(hashes, data.validation_fraction, data.split_seed)
+        count.add(hashes, np.asarray(dataset.lengths[part]), held[part])
         quotes[part] = quotes_held_out(columns, data.validation_fraction, data.split_seed)
         at += batch.num_rows
+
+    def again() -> Iterator[tuple[np.ndarray, np.ndarray, pa.Table]]:
+        first = 0
+        for batch in document_batches(path, ["split_hash", "source_id", "sample_id"], rows):
+            columns = pa.Table.from_batches([batch])
+            yield split_hashes(columns), np.asarray(dataset.lengths[first : first + batch.num_rows]), columns
+            first += batch.num_rows
+
     language_codes, languages = language.finish()
     source_codes, sources = source.finish()
     if dataset.streams > 1:  # the table counts ids
@@ -128,4 +141,5 @@ def read_documents(
         sources=sources,
         held_out=held,
         quotes_held_out=quotes,
+        sides=count.finish(again),
     )

@@ -11,6 +11,9 @@ Names are hashed once, when a dataset is written; training reads eight bytes a d
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -133,3 +136,95 @@ def quotes_held_out(columns: pa.Table, fraction: float, seed: int) -> np.ndarray
         return np.zeros(columns.num_rows, dtype=bool)
     hashes = quoted.fill_null(0).to_numpy(zero_copy_only=False) if hashed else name_hash(quoted)
     return is_held_out(hashes, fraction, seed) & quoted.is_valid().to_numpy(zero_copy_only=False)
+
+
+# Above this share of a dataset's tokens a source decides alone how much of it is held out.
+HEAVY_SHARE = 0.5
+
+_BIN_BITS = 16  # of a hash: tokens are summed by them first, in half a megabyte
+
+
+@dataclass(frozen=True)
+class SplitSides:
+    """How much of a dataset is on which side of the split.
+
+    Attributes:
+        documents, tokens: in all.
+        held_out_documents, held_out_tokens: of them on the side of validation.
+        heavy_source: name of the source that holds more than half of the tokens; None: there is none.
+        heavy_tokens: of that source.
+    """
+
+    documents: int
+    tokens: int
+    held_out_documents: int
+    held_out_tokens: int
+    heavy_source: str | None = None
+    heavy_tokens: int = 0
+
+    def findings(self, where: str, fraction: float) -> list[str]:
+        """Sentences on a split that leaves nothing on one side, or that one source decides.
+
+        Args:
+            where: names the dataset.
+            fraction: `data.validation_fraction`.
+        """
+        if fraction <= 0.0 or self.documents < 2:
+            return []
+        sides = (
+            f"{self.held_out_documents:,} of its {self.documents:,} documents "
+            f"({self.held_out_tokens / max(1, self.tokens):.1%} of the tokens) are held out, for "
+            f"data.validation_fraction {fraction:g}"
+        )
+        advice = "a source is held out whole: give rows the source_id of the recording that they are cut from"
+        if self.heavy_source is not None:
+            share = self.heavy_tokens / max(1, self.tokens)
+            return [f"{where}: source {self.heavy_source!r} holds {share:.0%} of the tokens; {sides}; {advice}"]
+        if self.held_out_documents == self.documents:
+            return [f"{where}: nothing is left to train on; {sides}; {advice}"]
+        if not self.held_out_documents:
+            return [f"{where}: nothing is held out to validate on; {sides}; it has too few sources for that"]
+        return []
+
+
+class SplitCount:
+    """Adds up the sides of the split, batch by batch, in memory that does not grow with the documents."""
+
+    def __init__(self) -> None:
+        self._documents = self._held_documents = self._held_tokens = 0
+        self._mass = np.zeros(1 << _BIN_BITS, dtype=np.float64)
+
+    def add(self, hashes: np.ndarray, tokens: np.ndarray, held: np.ndarray) -> None:
+        """Count documents: name hashes uint64 [n], tokens int [n], held out bool [n]."""
+        self._documents += len(hashes)
+        self._held_documents += int(np.count_nonzero(held))
+        self._held_tokens += int(tokens[held].sum(dtype=np.int64))
+        bins = (hashes >> np.uint64(64 - _BIN_BITS)).astype(np.int64)
+        self._mass += np.bincount(bins, tokens, minlength=len(self._mass))
+
+    def finish(self, again: Callable[[], Iterable[tuple[np.ndarray, np.ndarray, pa.Table]]]) -> SplitSides:
+        """The sums.
+
+        Args:
+            again: passes once more over hashes, tokens and names (columns `source_id`, `sample_id`); called only where
+                one source may hold most of the tokens.
+        """
+        total = int(self._mass.sum())
+        sides = SplitSides(self._documents, total, self._held_documents, self._held_tokens)
+        heaviest = int(np.argmax(self._mass))
+        if self._mass[heaviest] <= HEAVY_SHARE * total:
+            return sides
+        of_source: dict[int, int] = {}  # few: those of one bin of 65,536
+        names: dict[int, str] = {}
+        for hashes, tokens, columns in again():
+            chosen = np.flatnonzero((hashes >> np.uint64(64 - _BIN_BITS)).astype(np.int64) == heaviest)
+            found, first, index = np.unique(hashes[chosen], return_index=True, return_inverse=True)
+            sums = np.bincount(index, tokens[chosen], minlength=len(found)).tolist()
+            for value, at, count in zip(found.tolist(), chosen[first].tolist(), sums, strict=True):
+                of_source[value] = of_source.get(value, 0) + int(count)
+                if value not in names:
+                    names[value] = split_names(columns.slice(at, 1))[0].as_py() or ""
+        source, tokens_of_it = max(of_source.items(), key=lambda item: item[1])
+        if tokens_of_it <= HEAVY_SHARE * total:
+            return sides
+        return replace(sides, heavy_source=names[source], heavy_tokens=tokens_of_it)

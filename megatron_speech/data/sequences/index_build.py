@@ -9,6 +9,7 @@ order and the table are never held.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -272,4 +273,5 @@ def _describe(
         "masses": dict(zip(blend.groups, blend.masses, strict=True)),
         "excluded_documents": excluded,
         "limited": blend.limited,
+        "split": {table.name: dataclasses.asdict(table.sides) for table in tables if table.sides is not None},
     }
