@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "estimate": ("megatron_speech.commands.estimate", "what each layout takes of a GPU's memory, without a GPU"),
     "train": ("megatron_speech.commands.train", "train the stages of a recipe, or continue a run"),
     "generate": ("megatron_speech.commands.generate", "speech from a checkpoint"),
+    "decode": ("megatron_speech.commands.decode", "codes, or tokens that stand for them, to audio"),
     "evaluate": (
         "megatron_speech.commands.evaluate",
         "generate and score fixed canaries: report.json, report.html",

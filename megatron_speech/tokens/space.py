@@ -16,6 +16,8 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import math
+import numbers
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -60,6 +62,42 @@ _BEHIND_THE_CODES = ("<system>", "</system>")
 UINT16_LIMIT = 65_500
 
 
+def check_description(
+    where: str,
+    sample_rate_hz: int,
+    frame_rate_hz: float,
+    codebook_names: Sequence[str],
+    codebook_sizes: Sequence[int],
+) -> None:
+    """Refuse rates and codebooks that are none, of the codec that errors call `where`.
+
+    Raises:
+        InputError: a rate is not a positive number, the names are not as many as the sizes, one of them twice, or a
+            size is not a positive integer.
+    """
+    for name, rate, kinds in (
+        ("sample_rate_hz", sample_rate_hz, numbers.Integral),
+        ("frame_rate_hz", frame_rate_hz, numbers.Real),
+    ):
+        if isinstance(rate, bool) or not isinstance(rate, kinds) or not 0 < rate < math.inf:
+            needed = "a positive integer" if kinds is numbers.Integral else "a positive number"
+            raise InputError(f"{where} has {name} {rate!r}; needed is {needed}")
+    for name, values in (("codebook_names", codebook_names), ("codebook_sizes", codebook_sizes)):
+        if not isinstance(values, list | tuple):
+            raise InputError(f"{where} has {name} {values!r}; needed is a tuple, an entry per codebook")
+    if len(codebook_names) != len(codebook_sizes) or not codebook_sizes:
+        raise InputError(
+            f"{where} has {len(codebook_names)} codebook_names ({', '.join(map(str, codebook_names))}) and "
+            f"{len(codebook_sizes)} codebook_sizes ({', '.join(map(str, codebook_sizes))}); needed is one of each per "
+            "codebook, and at least one codebook"
+        )
+    for book, size in zip(codebook_names, codebook_sizes, strict=True):
+        if not isinstance(book, str) or not book or list(codebook_names).count(book) > 1:
+            raise InputError(f"{where} has a codebook called {book!r}; needed is a name of its own for each")
+        if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
+            raise InputError(f"{where} has size {size!r} for codebook {book!r}; needed is a positive integer")
+
+
 @dataclass(frozen=True)
 class CodecDescription:
     """What the id space and the manifests need to know of a codec, without loading it."""
@@ -70,6 +108,15 @@ class CodecDescription:
     frame_rate_hz: float
     codebook_names: tuple[str, ...]
     codebook_sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_description(
+            f"the codec {self.name!r}",
+            self.sample_rate_hz,
+            self.frame_rate_hz,
+            self.codebook_names,
+            self.codebook_sizes,
+        )
 
     @property
     def codebook_count(self) -> int:
