@@ -211,10 +211,6 @@ class InputFiles:
         for path in paths:
             self.readers += open_readers(os.fspath(path), options or ReadOptions())
         name_archives(self.readers)
-        stems = self.stems()
-        for reader in self.readers:
-            if isinstance(reader, ParquetReader):
-                reader.name = stems.get(reader.path, reader.name)
 
     def stems(self) -> dict[str, str]:
         """What rows without a sample_id are called by, of those files whose name another one has too."""

@@ -46,10 +46,6 @@ _TEXTS = frozenset(
     "checksum".split()
 )
 
-# Columns that name a row, and those that name what it is a part of, here and elsewhere.
-_SAMPLE_NAMES = ("sample_id", "id", "utt_id", "utt", "utterance_id", "_id")
-_SOURCE_NAMES = frozenset(("source_id", "recording_id", "audio_id"))
-
 _EXACT_DIGITS = 15  # of decimals that a float holds
 
 # Rows of recordings that are read at a time: what a process keeps of them.
@@ -153,7 +149,6 @@ class ParquetBatch:
         labels: names of class labels, by column.
         audio: columns of recordings, where rows are to say where theirs are.
         embedded: whether the recordings' bytes lie in the file.
-        name: what rows are called by that have no name of their own.
     """
 
     path: str
@@ -163,7 +158,6 @@ class ParquetBatch:
     labels: dict[str, list[str]] = field(default_factory=dict)
     audio: tuple[str, ...] = ()
     embedded: bool = False
-    name: str = ""
 
     @property
     def rows(self) -> int:
@@ -204,15 +198,7 @@ class ParquetBatch:
         folder = source.folder(self.path)
         file_name = self.path[len(folder) :].removeprefix("/")
         column = self.audio[0] if len(self.audio) == 1 else None
-        own_id = next((name for name in _SAMPLE_NAMES if name in self.table.schema.names), None)
-        has_source = not _SOURCE_NAMES.isdisjoint(self.table.schema.names)
         for row in rows:
-            # The file holds many recordings: its name, which stands for the recording elsewhere, tells none apart.
-            name = row.fields.get(own_id) if own_id is not None else None
-            if name is None:
-                row.fields["sample_id"] = name = f"{self.name}-{row.number:08d}"
-            if not has_source:
-                row.fields["source_id"] = str(name)
             cell = row.fields.get(column) if column is not None else None
             if self.embedded or column is None:
                 row.fields |= {"wav_path": file_name, "wav_row": row.number - 1}
@@ -310,14 +296,12 @@ def _grid(frames: pa.Array) -> np.ndarray:
 class ParquetReader:
     """A `.parquet` file, decoded batch by batch by the parent.
 
-    `recordings`: rows say where in the file, or beside it, their recordings lie. `name`: what rows are called by that
-    have no name of their own.
+    `recordings`: rows say where in the file, or beside it, their recordings lie.
     """
 
     def __init__(self, path: str, *, recordings: bool = False) -> None:
         self.path = path
         self.files: tuple[str, ...] = (path,)
-        self.name = source.stem(path)
         self._recordings = recordings
         self._rows: int | None = None
 
@@ -393,7 +377,7 @@ class ParquetReader:
                 if first < last:
                     part = batch.slice(first, last - first)
                     number = position + first + 1
-                    yield ParquetBatch(self.path, number, part, plan.notices, plan.labels, audio, embedded, self.name)
+                    yield ParquetBatch(self.path, number, part, plan.notices, plan.labels, audio, embedded)
                 position += batch.num_rows
         except ConnectionError:
             raise
