@@ -145,6 +145,7 @@ class ParquetBatch:
     """Rows that were decoded already; `first` is the number of the first one, from 1.
 
     Attributes:
+        rows: number of rows, which a table without columns does not keep on its way to a worker.
         notices: of columns that are not read.
         labels: names of class labels, by column.
         audio: columns of recordings, where rows are to say where theirs are.
@@ -154,15 +155,11 @@ class ParquetBatch:
     path: str
     first: int
     table: pa.RecordBatch
+    rows: int
     notices: tuple[str, ...] = ()
     labels: dict[str, list[str]] = field(default_factory=dict)
     audio: tuple[str, ...] = ()
     embedded: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Number of rows."""
-        return self.table.num_rows
 
     def read(self) -> list[Row]:
         """The rows as dicts; an empty cell is a field that is not there."""
@@ -377,7 +374,9 @@ class ParquetReader:
                 if first < last:
                     part = batch.slice(first, last - first)
                     number = position + first + 1
-                    yield ParquetBatch(self.path, number, part, plan.notices, plan.labels, audio, embedded)
+                    yield ParquetBatch(
+                        self.path, number, part, last - first, plan.notices, plan.labels, audio, embedded
+                    )
                 position += batch.num_rows
         except ConnectionError:
             raise
