@@ -519,9 +519,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         required=True,
         nargs="+",
-        metavar="SAMPLES.jsonl",
-        help="one JSON object per line, with wav_path: a path or URL, .gz and .zst too; or .tar archives of recordings "
-        "(KEY.wav or .flac, .mp3, .ogg; KEY.json and KEY.txt), also as globs and ranges (a-{000..099}.tar)",
+        action="extend",
+        metavar="FILE",
+        help="paths, URLs, globs or ranges (a-{000..099}.tar) of JSON lines or arrays (wav_path, or NeMo's names), "
+        ".tar archives of recordings (KEY.wav …, KEY.json, KEY.txt), .parquet with recordings inside, Common Voice's "
+        ".tsv, LJSpeech's metadata.csv, Lhotse's cuts, or Kaldi's folders; .gz and .zst too; repeatable",
     )
     parser.add_argument("--codec", required=True, metavar="NAME", help=f"here: {', '.join(codec_names())}")
     parser.add_argument("--output-dir", required=True, type=Path, metavar="CODES", help="made if it is not there")

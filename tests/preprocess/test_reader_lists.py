@@ -23,6 +23,7 @@ from megatron_speech.preprocess import encode_audio
 from megatron_speech.preprocess.readers import json_array
 from megatron_speech.preprocess.readers.base import Row
 from megatron_speech.preprocess.readers.open import InputFiles
+from megatron_speech.tokens.templates import render
 
 ReadRows = Callable[..., list[Row]]
 FILES = Path(__file__).parent / "files"
@@ -150,7 +151,7 @@ def test_a_folder_of_kaldi_joins_its_lists_by_utterance(tmp_path: Path, read_row
             },
         ]
         assert [row.rejected.reason for row in rows[3:] if row.rejected] == [
-            "segments line 4: recording lost of u4 is not in wav.scp",
+            "segments: recording lost of u4 is not in wav.scp",
             "text line 3: utterance u9 is not in segments",
         ]
     whole = fields(read_rows(kaldi(tmp_path / "whole", wav_scp="a x.wav\n", text="a b c\n")))
@@ -247,11 +248,11 @@ def test_arrays_that_are_none_are_refused(tmp_path: Path, text: str, message: st
 # ---- encoded
 
 
-def write_lists(folder: Path) -> dict[str, list[str]]:
-    """The three recordings in every format: its name → inputs."""
+def write_lists(folder: Path, *, encoded: bool = True) -> dict[str, list[str]]:
+    """The three recordings in every format: its name → inputs. Without recordings unless they are to be encoded."""
     for name in ("clips", "wavs"):
         (folder / name).mkdir()
-    for i in range(3):
+    for i in range(3 if encoded else 0):
         recording = (folder / "audio" / f"{i}.wav").read_bytes()
         (folder / "clips" / f"{i}.wav").write_bytes(recording)
         (folder / "wavs" / f"{i}.wav").write_bytes(recording)
@@ -296,10 +297,29 @@ def test_recordings_of_every_list_become_the_same_codes(audio: Path, tmp_path: P
     assert encode(tmp_path / "plain", str(audio / "plain.jsonl")) == 0
     expected = [(row["checksum"], row["transcript"]) for row in encoded(tmp_path / "plain")]
     for name, inputs in write_lists(audio).items():
-        assert encode(tmp_path / name, *inputs) == 0, name
+        repeated = [word for more in inputs[1:] for word in ("--input", more)]
+        assert encode(tmp_path / name, inputs[0], flags=tuple(repeated)) == 0, name
         found = encoded(tmp_path / name)
         assert [(row["checksum"], row["transcript"]) for row in found] == expected, name
         assert len({row["source_id"] for row in found}) == len({row["sample_id"] for row in found}) == 3, name
+
+
+def test_a_repeated_input_adds_to_the_first(corpus: Any) -> None:
+    rows = [{"a": "one", "b": "two"}, {"a": "three", "b": "four"}]
+    first = corpus.write(rows[:1], "first.jsonl")
+    (corpus.folder / "second.json").write_text(json.dumps(rows[1:]))
+    keys = ("--json-keys", "a", "--json-keys", "b")
+    dataset = corpus.convert("text_lm", "--input", corpus.folder / "second.json", *keys, inputs=[first])
+    shown = [render(corpus.space, dataset.document(i)) for i in range(len(dataset))]
+    assert shown == [f"<bos> {text} <eos>" for text in ("one", "two", "three", "four")]
+
+
+def test_transcripts_of_lists_are_texts_too(corpus: Any) -> None:
+    lists = write_lists(corpus.folder, encoded=False)
+    for name in ("common voice", "ljspeech", "kaldi"):
+        dataset = corpus.convert("text_lm", "--json-keys", "transcript", inputs=lists[name], prefix=f"out/{name}")
+        shown = [render(corpus.space, dataset.document(i)) for i in range(len(dataset))]
+        assert shown == [f"<bos> {text} <eos>" for text in TEXTS], name
 
 
 @pytest.mark.slow
