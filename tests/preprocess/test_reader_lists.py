@@ -158,13 +158,19 @@ def test_a_folder_of_kaldi_joins_its_lists_by_utterance(tmp_path: Path, read_row
     assert whole == [{"sample_id": "a", "source_id": "a", "wav_path": "x.wav", "transcript": "b c"}]
 
 
-def test_relative_paths_of_kaldi_are_of_the_folder_or_of_the_working_directory(
+def test_relative_paths_are_of_the_list_or_of_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_rows: ReadRows
 ) -> None:
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio" / "0.wav").touch()
+    (tmp_path / "lists").mkdir()
+    cuts = put(tmp_path / "lists", "lhotse_cuts.json")
+    assert fields(read_rows(cuts))[0]["wav_path"] == "audio/0.wav"
+    monkeypatch.chdir(tmp_path)
+    assert fields(read_rows(cuts))[0]["wav_path"] == str(tmp_path / "audio" / "0.wav")
     folder = kaldi(tmp_path / "data", wav_scp="a db/a.wav\n")
     (tmp_path / "db").mkdir()
     (tmp_path / "db" / "a.wav").touch()
-    monkeypatch.chdir(tmp_path)
     assert fields(read_rows(folder))[0]["wav_path"] == str(tmp_path / "db" / "a.wav")
     (folder / "db").mkdir()
     (folder / "db" / "a.wav").touch()

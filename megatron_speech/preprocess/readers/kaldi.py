@@ -10,7 +10,6 @@ an entry of a Kaldi archive (`X.ark:1234`), is refused: nothing here runs comman
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -20,8 +19,7 @@ from typing import Any
 from megatron_speech.errors import InputError
 from megatron_speech.preprocess.readers import source
 from megatron_speech.preprocess.readers.base import BATCH_ROWS, Row, RowBatch, RowRejected
-from megatron_speech.preprocess.readers.recognise import recognised
-from megatron_speech.remote import is_url
+from megatron_speech.preprocess.readers.recognise import base_of, recognised
 
 _FIELDS = {"text": "transcript", "utt2spk": "speaker_id", "utt2lang": "language", "utt2dur": "duration"}
 _LISTS = ("wav.scp", "segments", *_FIELDS)
@@ -176,7 +174,7 @@ class KaldiReader:
                     elif key not in orphan_keys:
                         orphan_keys.add(key)
                         orphans.append((name, number, key))
-            lists = _Lists(recordings, segments, values, orphans, _base(self._folder, list(recordings.values())))
+            lists = _Lists(recordings, segments, values, orphans, base_of(self._folder, recordings.values()))
             if not len(lists):
                 raise InputError(f"input {self.path} holds no rows; recreate it, or leave it out")
             self._lists = lists
@@ -198,14 +196,6 @@ class KaldiReader:
         if not value or value == "-":
             raise InputError(f"{where} has no path; name its file")
         return value
-
-
-def _base(folder: str, paths: list[str]) -> str:
-    """What stands before relative paths. Kaldi's are of the folder in which its commands run; often that is this."""
-    relative = next((path for path in paths if not os.path.isabs(path) and not is_url(path)), None)
-    if relative is None or is_url(folder) or os.path.exists(os.path.join(folder, relative)):
-        return ""
-    return os.path.join(os.getcwd(), "") if os.path.exists(relative) else ""
 
 
 def _seconds(text: str) -> float | str:

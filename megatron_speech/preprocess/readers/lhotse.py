@@ -8,12 +8,16 @@ which change what is heard and are done by Lhotse alone.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_speech.preprocess.readers import source
 from megatron_speech.preprocess.readers.base import Row, RowBatch, RowReader, RowRejected
+from megatron_speech.preprocess.readers.recognise import base_of
+from megatron_speech.remote import is_url
 
 _CUT = re.compile(rb'"type"\s*:\s*"(?:MonoCut|MultiCut|MixedCut|PaddingCut|DataCut|Cut)"')
 _RECORDING = re.compile(rb'\s*\[?\s*\{\s*"id"\s*:\s*"[^"]*"\s*,\s*"sources"\s*:\s*\[\s*\{')
@@ -64,6 +68,12 @@ class CutsBatch:
                 row.rejected = error
             except (TypeError, ValueError, KeyError, AttributeError) as error:
                 row.rejected = RowRejected("bad_cut", f"the row is no cut of Lhotse: {error!r}")
+        paths = (str(row.fields["wav_path"]) for row in rows if row.rejected is None)
+        if base := base_of(source.folder(self.path), paths):
+            for row in rows:
+                where = row.fields.get("wav_path", "")
+                if row.rejected is None and not os.path.isabs(where) and not is_url(where):
+                    row.fields["wav_path"] = base + where
         return rows
 
 

@@ -109,7 +109,7 @@ def _holds_recordings(kind: pa.DataType) -> bool:
     return _is_binary(kind)
 
 
-def plan_columns(file: pq.ParquetFile) -> ColumnPlan:
+def plan_columns(file: pq.ParquetFile, path: str) -> ColumnPlan:
     """What is read of a file's columns."""
     schema = file.schema_arrow
     features = _features(schema)
@@ -127,6 +127,8 @@ def plan_columns(file: pq.ParquetFile) -> ColumnPlan:
             else:
                 leaves.append(file.schema.column(index).path)
             index += 1
+    if index != file.metadata.num_columns:
+        raise InputError(f"input {path} has {file.metadata.num_columns} leaf columns, but its schema tells of {index}")
     can = [column.name for column in schema if _holds_recordings(column.type) and column.name not in BINARY_CODES]
     audio = [name for name in can if features.get(name, {}).get("_type") == "Audio"]
     audio = audio or [name for name in can if name in AUDIO_COLUMNS]
@@ -348,7 +350,7 @@ class ParquetReader:
         with self._open() as file:
             self._rows = file.metadata.num_rows
             stop = self._rows if stop is None else stop
-            plan = plan_columns(file)
+            plan = plan_columns(file, self.path)
             position = 0
             # Group by group: reading several at once, Arrow holds more than one of them.
             for group in range(file.metadata.num_row_groups):
@@ -430,7 +432,7 @@ class _Recordings:
             reason = source.what_is(path) or error
             raise InputError(f"input {path} is not a readable parquet file: {reason}") from error
         if column is None or column not in self._file.schema_arrow.names:
-            found = plan_columns(self._file).audio
+            found = plan_columns(self._file, path).audio
             several = f"several columns of recordings ({', '.join(found)})" if found else "no column of recordings"
             raise InputError(f"input {path} has {several}; rename the one to read to audio")
         groups = (self._file.metadata.row_group(i).num_rows for i in range(self._file.metadata.num_row_groups))

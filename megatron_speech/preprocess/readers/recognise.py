@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Iterable
+
+from megatron_speech.remote import is_url
 
 # How many first bytes of a file :func:`recognised` looks at.
 HEAD_BYTES = 4096
@@ -67,6 +70,17 @@ def other_spelling(path: str) -> str | None:
             return None
         found = os.path.join(found, there)
     return found
+
+
+def base_of(folder: str, paths: Iterable[str]) -> str:
+    """What has to stand before relative paths of a list in `folder` whose tools resolve them by the working directory.
+
+    Nothing, where the first of them lies beside the list or nowhere; else the working directory.
+    """
+    relative = next((path for path in paths if not os.path.isabs(path) and not is_url(path)), None)
+    if relative is None or is_url(folder) or os.path.exists(os.path.join(folder, relative)):
+        return ""
+    return os.path.join(os.getcwd(), "") if os.path.exists(relative) else ""
 
 
 def why_missing(path: str) -> str:
