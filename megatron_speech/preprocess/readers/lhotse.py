@@ -19,7 +19,7 @@ from megatron_speech.preprocess.readers.base import Row, RowBatch, RowReader, Ro
 from megatron_speech.preprocess.readers.recognise import base_of
 from megatron_speech.remote import is_url
 
-_CUT = re.compile(rb'"type"\s*:\s*"(?:MonoCut|MultiCut|MixedCut|PaddingCut|DataCut|Cut)"')
+_CUT = re.compile(rb'"type"\s*:\s*"(?:MonoCut|MultiCut|MixedCut|PaddingCut|DataCut)"')
 _RECORDING = re.compile(rb'\s*\[?\s*\{\s*"id"\s*:\s*"[^"]*"\s*,\s*"sources"\s*:\s*\[\s*\{')
 _SUPERVISION = re.compile(
     rb'\s*\[?\s*\{\s*"id"\s*:\s*"[^"]*"\s*,\s*"recording_id"\s*:\s*"[^"]*"\s*,\s*"start"\s*:[^,]*,'
@@ -84,7 +84,7 @@ def row_of_cut(cut: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         RowRejected: unsupported_cut, with the reason; bad_cut.
     """
     kind = cut.get("type", "MonoCut")
-    if kind not in ("MonoCut", "Cut"):
+    if kind != "MonoCut":
         what = _KINDS.get(kind, "of a kind that is not read")
         raise RowRejected("unsupported_cut", f"cut {cut.get('id')} is a {kind}: {what}")
     supervisions = cut.get("supervisions") or []

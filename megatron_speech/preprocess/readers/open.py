@@ -102,7 +102,8 @@ def _json_reader(path: str, in_place: bool) -> RowReader:
     """The reader of JSON lines, of an array, or of Lhotse's cuts in one of the two, by how the file begins."""
     # Looking at a remote file is a request, and there may be ten thousand: only at those whose name leaves it open.
     name = source.ending_name(path)
-    look = source.local_path(path) is not None or ".json" in name.replace(".jsonl", "") or "cuts" in name
+    is_json = name.removesuffix(".gz").removesuffix(".zst").endswith(".json")  # as lines, or as an array
+    look = source.local_path(path) is not None or is_json or "cuts" in name
     head = source.head_of(path) if look else b""
     reason = recognised(head)
     if reason is not None:
@@ -113,8 +114,8 @@ def _json_reader(path: str, in_place: bool) -> RowReader:
             f"input {path} is a list of Lhotse with {other}; needed are cuts: "
             "CutSet.from_manifests(recordings, supervisions).trim_to_supervisions().to_file('cuts.jsonl.gz')"
         )
-    array = is_array(head)
-    if not array and re.match(rb"\s*\{\s*\n", head):
+    array = is_json and is_array(head)
+    if is_json and not array and re.match(rb"\s*\{\s*\n", head):
         raise InputError(
             f"input {path} is one JSON object over several lines; needed is one object in each line, an array of "
             "objects, or {\"data\": [...]}; write it as one: jq -c . X.json > X.jsonl, or jq -c '.KEY[]' for a list "
