@@ -22,7 +22,7 @@ from typing import IO, Any, BinaryIO, NoReturn
 import numpy as np
 
 from megatron_speech.errors import InputError
-from megatron_speech.preprocess.fields import FieldError, FieldNames, local_name, recording_name
+from megatron_speech.preprocess.fields import OUTSIDE, FieldError, FieldNames, local_name, recording_name
 from megatron_speech.preprocess.readers import source
 from megatron_speech.preprocess.readers.base import ReadOptions, Row, RowRejected
 from megatron_speech.preprocess.readers.jsonl import JsonlReader, JsonlStream
@@ -161,7 +161,7 @@ class RowParser:
             return given
         name = local_name(given, self.base)
         if name.startswith("/"):
-            result.notices.append("source_id:absolute path outside the list's folder")
+            result.notices.append(OUTSIDE)
         return name
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_speech.preprocess.fields import local_name
+from megatron_speech.preprocess.fields import OUTSIDE, local_name
 from megatron_speech.preprocess.readers import source
 from megatron_speech.preprocess.readers.base import Row, RowRejected, Rows
 from megatron_speech.preprocess.samples import (
@@ -153,6 +153,9 @@ def read_samples(rules: SampleRules, rows: Sequence[Row] | Rows, path: str) -> S
     for notices in rows.notices.values():
         samples.notices.update(notices)
     samples.notices.update(renamed)
+    if "\n/" in "\n" + "\n".join(samples.source_id):
+        left = (name for i, name in enumerate(samples.source_id) if i not in samples.rejected)
+        samples.notices[OUTSIDE] += sum(name.startswith("/") for name in left)
     return samples
 
 

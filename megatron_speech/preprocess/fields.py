@@ -61,8 +61,8 @@ FIELDS = (
     Field(
         "wav_path",
         "path",
-        ("audio_filepath", "audio_path", "audio_file", "audio_filename", "wav", "wav_file", "wav_filename"),
-        ("audio", "file_name", "filepath", "file_path", "file", "path"),
+        ("audio_filepath", "audio_path", "audio_file", "audio_filename", "audio", "wav", "wav_file", "wav_filename"),
+        ("file_name", "filepath", "file_path", "file", "path"),
         uses=("encode",),
     ),
     Field(
@@ -120,9 +120,7 @@ SOURCE_NAMES = frozenset(
 )
 
 # Names of nothing but a recording.
-RECORDING_NAMES = frozenset(
-    name for field in FIELDS if field.name == "wav_path" for name in (field.name, *field.same, "audio")
-)
+RECORDING_NAMES = frozenset(name for field in FIELDS if field.name == "wav_path" for name in (field.name, *field.same))
 
 
 class _Step(NamedTuple):
@@ -193,6 +191,11 @@ class FieldNames:
         errors: dict[int, FieldError] = {}
         if self._watched.isdisjoint(present):
             return renamed, errors
+        alike = self._alike(rows, present)
+        if alike is not None:
+            if alike:
+                rows[:] = [{alike.get(name, name): value for name, value in fields.items()} for fields in rows]
+            return Counter({f"field:{theirs}->{ours}": len(rows) for theirs, ours in alike.items()}), errors
         for i, fields in enumerate(rows):
             try:
                 rows[i], found = self.of_row(fields)
@@ -200,6 +203,28 @@ class FieldNames:
             except FieldError as error:
                 errors[i] = error
         return renamed, errors
+
+    def _alike(self, rows: list[dict[str, Any]], present: set[str]) -> dict[str, str] | None:
+        """Names to replace, where every row has the same ones and nothing is to be decided; else None."""
+        if self.use == "encode" or self.given or "target_lang" in present or present >= _WRITTEN:
+            return None
+        alike: dict[str, str] = {}
+        for step in self._plan(self._watched.intersection(present)):
+            field = step.field
+            if field.kind not in ("text", "name"):
+                return None
+            theirs = (*step.same, *step.instead)
+            ours = [name for name in (field.name, *field.ours) if name in present]
+            if ours:
+                values = [fields.get(ours[0]) for fields in rows]
+                if step.same or None in values or "" in values:
+                    return None
+                continue
+            values = [fields.get(theirs[0]) for fields in rows]
+            if len(theirs) > 1 or set(map(type, values)) != {str} or "" in values:
+                return None
+            alike[theirs[0]] = field.name
+        return alike
 
     def of_row(self, fields: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """A row's fields by their names here, and what was renamed: `field:theirs->ours` each.
@@ -285,7 +310,7 @@ class FieldNames:
         if kind == "path":
             if isinstance(value, dict):  # as datasets of Hugging Face have it
                 return value.get("path") if isinstance(value.get("path"), str) else None
-            if not isinstance(value, str) and name in field.same:
+            if isinstance(value, list):
                 raise FieldError(
                     "unsupported_field", f"field {name} is {_short(value)}; needed is the path of one recording"
                 )
@@ -330,7 +355,7 @@ class FieldNames:
                     "it is; needed are wav_path, start_time, end_time and transcript of each segment",
                 )
         audio = fields.get("audio")
-        if isinstance(audio, dict) and audio.get("array") is not None and fields.get("wav_path") is None:
+        if isinstance(audio, dict) and audio.get("array") is not None and not isinstance(audio.get("path"), str):
             raise FieldError(
                 "unsupported_field", "field audio holds the samples as numbers; needed is the path of a recording"
             )
@@ -396,7 +421,7 @@ def _one_channel(name: str, value: Any) -> int | None:
     raise FieldError(
         "unsupported_field",
         f"field {name} is {_short(value)}{several}; needed is the number of one channel, from 0, or none for the "
-        "average of all",
+        "average of all (--map channel= reads no field as it)",
     )
 
 
@@ -436,6 +461,11 @@ def parse_map(values: Sequence[str] | None, *, more: Sequence[str] = ()) -> tupl
         ours, sign, theirs = value.partition("=")
         if not sign or not ours:
             raise InputError(f"--map {value}: needed NAME=THEIRS, such as transcript=sentence")
+        if ours == "text":
+            raise InputError(
+                f"--map {value}: the text of documents is named by --json-keys, and what is spoken is the transcript: "
+                f"--map transcript={theirs}"
+            )
         if ours not in known:
             raise InputError(f"--map {value}: {ours} is no field that is read; {suggestion(ours, known)}")
         if ours in result:
@@ -459,12 +489,15 @@ def warn_of_unused(given: Sequence[tuple[str, str]], notices: Mapping[str, int])
 
 # ---------------------------------------------------------------------------------------------------- sources
 
+OUTSIDE = "source_id:absolute path outside the list's folder"
+
 
 def local_name(name: str, folder: str) -> str:
     """A name without the place of the corpus: an absolute path or URL under `folder` relative to it.
 
     Others stay as they are. `folder` is that of the list which the name stands in.
     """
+    name, folder = _without_file(name), _without_file(folder)
     if is_url(name):
         if name.lower().startswith(("http://", "https://")):
             name = re.split(r"[?#]", name, maxsplit=1)[0]  # a signature is no part of what it names
@@ -480,12 +513,16 @@ def local_name(name: str, folder: str) -> str:
 
 def recording_name(path: str, folder: str) -> str:
     """What a recording is known by: its path as the list spells it, or relative to the list where it is absolute."""
-    name = local_name(path, folder)
+    name, folder = local_name(path, folder), _without_file(folder)
     if name.startswith("/") and not is_url(folder):
         base = os.path.abspath(folder or ".")
         if os.path.commonpath([base, name]) != "/":  # a corpus in several folders is moved as a whole
             return os.path.relpath(name, base)
     return name
+
+
+def _without_file(path: str) -> str:
+    return path[len("file://") :] if path[:7].lower() == "file://" else path
 
 
 @functools.lru_cache(maxsize=64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,9 @@ REFUSED: dict[str, tuple[Fields, str, str]] = {
     "speed": ({"transforms": [{"name": "Speed", "factor": 1.1}]}, "unsupported_field", "field transforms"),
     "a translation": ({"source_lang": "en", "target_lang": "de", "text": "x"}, "unsupported_field", "a translation"),
     "numbers": ({"audio": {"array": [0.0], "sampling_rate": 8000}}, "unsupported_field", "samples as numbers"),
+    "two recordings, one as Hugging Face has it": (
+        {"wav_path": "a.wav", "audio": {"path": "b.wav"}}, "field_conflict", "both are the wav_path",
+    ),
     "several files": ({"audio_filepath": ["l.wav", "r.wav"]}, "unsupported_field", "the path of one recording"),
     "no length": ({"offset": 1.0, "duration": -1}, "bad_segment", "field duration is -1"),
 }  # fmt: skip
@@ -136,6 +140,9 @@ def test_a_field_is_where_the_map_says_and_nowhere_else() -> None:
         "field:clean->transcript", "field:clip->wav_path", "field:start_time not read", "field:wav_path not read",
     ]  # fmt: skip
     assert names.of_row({"transcript": "no", "text": "no"})[0] == {"text": "no"}
+    assert FieldNames("encode", parse_map(["channel="])).of_row({"channel": "news", "wav_path": "a"})[0] == {
+        "wav_path": "a"
+    }
     chosen = FieldNames("encode", parse_map(["transcript=transcript"]))
     assert chosen.of_row({"transcript": "ten", "text": "10"})[0] == {"transcript": "ten", "text": "10"}
 
@@ -154,6 +161,7 @@ def test_what_encode_audio_wrote_has_its_names_already() -> None:
     ("given", "message"),
     [
         (["transcrpt=text"], "did you mean 'transcript'?"),
+        (["text=content"], "--json-keys"),
         (["text"], "needed NAME=THEIRS"),
         (["=text"], "needed NAME=THEIRS"),
         (["transcript=a", "transcript=b"], "names transcript twice"),
@@ -200,6 +208,24 @@ def test_batches_and_single_rows_are_renamed_alike_and_counted_once() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("odd", [{}, {"text": ""}, {"text": 3}, {"sample_id": ""}, {"transcript": "t"}, {"spk": "s"}])
+def test_rows_that_are_all_alike_are_renamed_as_each_is_alone(odd: Fields) -> None:
+    alike = [{"text": f"t{i}", "speaker": f"s{i}", "id": i, "sample_id": f"x{i}", "mood": [i]} for i in range(4)]
+    alike[2] |= odd
+    rows, names = [dict(row) for row in alike], FieldNames("speech")
+    renamed, errors = names.rename(rows, set().union(*rows))
+    counted: Counter[str] = Counter()
+    for i, row in enumerate(alike):
+        try:
+            expected, notices = names.of_row(row)
+        except FieldError as error:
+            assert errors[i].reason == error.reason
+            continue
+        counted.update(notices)
+        assert rows[i] == expected
+    assert renamed == counted and renamed["field:text->transcript"] in (3, 4)
+
+
 def test_rows_with_names_of_this_project_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FieldNames, "of_row", lambda *_: pytest.fail("a row was looked at"))
     ours = {"sample_id": "a", "transcript": "t", "codes": [[1]], "duration": 1.0, "wav_path": "a.wav", "language": "en",
@@ -232,6 +258,7 @@ def test_a_name_does_not_hold_the_place_of_the_corpus(tmp_path: Path) -> None:
     inside = str(corpus / "lists" / "wavs" / "a.wav")
     assert local_name(inside, str(corpus / "lists")) == "wavs/a.wav"
     assert local_name(inside, str(tmp_path / "link" / "lists")) == "wavs/a.wav"
+    assert local_name(f"file://{inside}", f"file://{corpus}/lists") == "wavs/a.wav"
     assert local_name("s3://b/c/wavs/a.wav", "s3://b/c") == "wavs/a.wav"
     assert local_name("https://h/a.wav?signature=1", "/x") == "https://h/a.wav"
     for name in ("talk", "wavs/a.wav", "/elsewhere/a.wav", "s3://b/cc/a.wav"):

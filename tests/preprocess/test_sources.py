@@ -155,9 +155,11 @@ def test_moving_a_corpus_with_absolute_paths_changes_no_name(tmp_path: Path, whe
 def test_a_source_that_is_a_path_is_relative_to_its_list(corpus: Any) -> None:
     rows = [{**row, "source_id": str(corpus.folder / "talks" / row["source_id"])} for row in corpus.rows[:6]]
     rows += [{**row, "source_id": None, "sample_id": str(corpus.folder / f"{i}.wav")} for i, row in enumerate(rows[:2])]
-    table = documents(corpus.convert("tts", inputs=[corpus.write(rows, "paths.jsonl")]))
+    rows.append({**rows[0], "source_id": "/on another disk/a.wav"})
+    dataset = corpus.convert("tts", inputs=[corpus.write(rows, "paths.jsonl")])
     sources = [f"talks/{row['source_id']}" for row in corpus.rows[:6]]
-    assert table["source_id"].to_pylist() == [*sources, "0.wav", "1.wav"]
+    assert documents(dataset)["source_id"].to_pylist() == [*sources, "0.wav", "1.wav", "/on another disk/a.wav"]
+    assert dataset.manifest.notices == {"source_id:absolute path outside the list's folder": 1}
 
 
 def test_rows_without_names_of_files_of_one_name_are_told_apart(corpus: Any) -> None:
