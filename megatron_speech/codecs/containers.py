@@ -105,11 +105,11 @@ def complete(file: BinaryIO, kind: str, path: object) -> bytes | None:
     Raises:
         AudioError: unreadable: it is shorter than it says, or two recordings are joined in one file.
     """
-    size = file.seek(0, os.SEEK_END)
+    size = _size_of(file)
     if kind == "flac":
         return _complete_flac(file, size, path)
-    if kind == "mp4":
-        _check_mp4(file, size, path)
+    if kind in ("mp4", "matroska"):
+        (_check_mp4 if kind == "mp4" else _check_matroska)(file, size, path)
         return None
     samples = _WALKS[kind](file, size) if kind in _WALKS else None
     if samples is None:
@@ -118,7 +118,8 @@ def complete(file: BinaryIO, kind: str, path: object) -> bytes | None:
     if samples.announced:
         if found < samples.announced:
             raise breaks_off(path, f"{found} bytes of audio", f"{samples.announced}")
-        _refuse_second(file, kind, samples.start + samples.announced, path)
+        if found > samples.announced:
+            _refuse_second(file, kind, samples.start + samples.announced, path)
         return None
     if samples.field is None or (samples.announced is None and kind != "caf"):
         return None  # libsndfile reads on to the end of the file
@@ -132,9 +133,17 @@ def complete(file: BinaryIO, kind: str, path: object) -> bytes | None:
     return bytes(data)
 
 
+def _size_of(file: BinaryIO) -> int:
+    """Bytes of the file; of a local one without moving in it, which would empty its buffer."""
+    try:
+        return os.fstat(file.fileno()).st_size
+    except OSError:  # bytes in memory
+        return file.seek(0, os.SEEK_END)
+
+
 def samples_of(file: BinaryIO, kind: str) -> bytes:
     """The bytes of the samples themselves, of a file that :func:`complete` found whole."""
-    size = file.seek(0, os.SEEK_END)
+    size = _size_of(file)
     samples = _WALKS[kind](file, size)
     assert samples is not None, "libsndfile found samples where there are none"
     file.seek(samples.start)
@@ -267,6 +276,23 @@ def _check_mp4(file: BinaryIO, size: int, path: object) -> None:
         if position + length > size:
             raise breaks_off(path, f"{size} bytes", f"{position + length}")
         position += max(length, 8)
+
+
+def _check_matroska(file: BinaryIO, size: int, path: object) -> None:
+    """The segment, which holds all the rest, has a size; one of ones alone is that of a stream (RFC 8794, 6.2)."""
+    position = 0
+    for identifier in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):
+        file.seek(position)
+        head = file.read(12)
+        width = 9 - head[4].bit_length() if len(head) > 4 else 0
+        if len(head) < 12 or head[:4] != identifier or not 1 <= width <= 8:
+            return  # for PyAV to say
+        value = int.from_bytes(head[4 : 4 + width], "big") & ((1 << 7 * width) - 1)
+        if value == (1 << 7 * width) - 1:
+            return
+        position += 4 + width + value
+    if position > size:
+        raise breaks_off(path, f"{size} bytes", f"{position}")
 
 
 # ---------------------------------------------------------------------------------------------------- flac

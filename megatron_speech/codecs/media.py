@@ -21,7 +21,7 @@ DEMUXERS = {
     "matroska": ("matroska", "WebM or Matroska"),
     "asf": ("asf", "WMA"),
     "amr": ("amr", "AMR"),
-    "ogg": ("ogg", "Ogg of another codec than Vorbis, Opus and FLAC"),
+    "ogg": ("ogg", "Ogg of a codec that libsndfile does not read (Speex, FLAC of some encoders)"),
     "wav": ("wav", "a wav file of an unusual codec"),
     "aiff": ("aiff", "an AIFF file of an unusual codec"),
     "caf": ("caf", "a CAF file of an unusual codec"),
@@ -67,7 +67,7 @@ class MediaPart:
             )
         file.seek(0)
         try:
-            with av.open(file, format=demuxer) as container:
+            with av.open(file, format=demuxer, metadata_errors="replace") as container:
                 streams = container.streams.audio
                 if len(streams) != 1:
                     raise AudioError(
@@ -75,21 +75,24 @@ class MediaPart:
                         f"{path} has {len(streams)} streams of sound, needed is one; extract the one that is meant",
                     )
                 stream = streams[0]
+                if getattr(stream, "codec_context", None) is None or not stream.rate:
+                    raise AudioError("unreadable", f"{path} is {called}, of a codec that PyAV does not decode")
                 seconds = float(stream.duration * stream.time_base) if stream.duration else None
                 if seconds is None and container.duration and kind in ("mp4", "matroska", "asf"):
                     seconds = container.duration / av.time_base
                 self.rate = int(stream.rate)
                 self.channels = int(stream.codec_context.channels)
                 self._blocks = [self._samples(av, frame, path) for frame in container.decode(stream)]
-        except (av.FFmpegError, EOFError) as error:
+        except AudioError:
+            raise
+        except (av.FFmpegError, EOFError, ValueError) as error:  # ValueError: a damaged file names places before it
             raise AudioError(
                 "unreadable", f"{path} cannot be read as {called}: {getattr(error, 'strerror', None) or error}"
             ) from error
         self.length = sum(map(len, self._blocks))
         if kind in ("mp4", "matroska", "asf") and seconds is not None:
             # Their clocks are rounded to milliseconds, and their lengths to frames.
-            missing = seconds - self.length / self.rate
-            if missing > 0.1 + self.padding / self.rate:
+            if seconds - self.length / self.rate > 0.1:
                 raise breaks_off(path, f"{self.length / self.rate:.3f} s", f"{seconds:.3f} s")
 
     def _samples(self, av: Any, frame: Any, path: object) -> np.ndarray:

@@ -49,7 +49,8 @@ class RowError(Exception):
 def parse_row(line: bytes, augment: int) -> tuple[dict[str, Any], str]:
     """The object of one input line and its sample_id.
 
-    Without `sample_id`, it is the wav_path as written, and `@start-end` where the row names a segment.
+    Without `sample_id`, it is the wav_path as written, `@start-end` where the row names a segment, and `/channel` where
+    it names one: the two speakers of a telephone call are two samples.
 
     Raises:
         RowError: bad_json, missing_wav_path, bad_sample_id.
@@ -68,7 +69,8 @@ def parse_row(line: bytes, augment: int) -> tuple[dict[str, Any], str]:
     if sample_id is None:
         start, end = row.get("start_time"), row.get("end_time")
         segment = "" if start is None and end is None else f"@{start or 0}-{'' if end is None else end}"
-        sample_id = wav_path + segment
+        channel = row.get("channel")
+        sample_id = wav_path + segment + ("" if channel is None else f"/{channel}")
     elif isinstance(sample_id, int) and not isinstance(sample_id, bool):
         sample_id = str(sample_id)
     elif not isinstance(sample_id, str) or not sample_id:
