@@ -156,8 +156,8 @@ def _open_parts(path: Path, file: BinaryIO, *, is_local: bool) -> Sequence[Audio
         links = ogg.split_links(data, path)
         try:
             return [_SoundPart(path, data[start:stop] if len(links) > 1 else data) for start, stop in links]
-        except soundfile.LibsndfileError:
-            return [media.MediaPart(file, kind, path)]
+        except soundfile.LibsndfileError as error:
+            return [media.MediaPart(file, kind, path, error.error_string)]
     patched = complete(file, kind, path) if kind is not None else None
     if kind == "aac" and not media.adts_is_whole(_bytes_of(file)):
         raise AudioError("unreadable", f"{path} breaks off within a frame of AAC; copy it again")
@@ -168,10 +168,12 @@ def _open_parts(path: Path, file: BinaryIO, *, is_local: bool) -> Sequence[Audio
         patched = _bytes_of(file)
     try:
         part = _SoundPart(path, patched)
-    except soundfile.LibsndfileError:
-        if kind not in media.DEMUXERS:
-            raise
-        return [media.MediaPart(file, kind, path)]
+    except soundfile.LibsndfileError as error:
+        if kind in media.DEMUXERS:
+            return [media.MediaPart(file, kind, path, error.error_string)]
+        if kind is None and path.suffix.lower() in (".mp3", ".mp2"):
+            return _mpeg_parts(path, _bytes_of(file))
+        raise
     if part.subtype.startswith("MPEG_"):  # junk in front of the frames, or frames within a wav
         return _mpeg_parts(path, samples_of(file, kind) if kind == "wav" else _bytes_of(file))
     return [part]

@@ -17,7 +17,7 @@ from typing import BinaryIO
 from megatron_speech.errors import InputError
 
 # Sizes from here on are not sizes of a 32-bit container, but what a program writes that does not know the size.
-_UNKNOWN_32_BIT = 0x7FFF_0000
+_UNKNOWN_32_BIT = 0x7F00_0000
 _UNKNOWN_64_BIT = 1 << 60
 
 
@@ -111,9 +111,13 @@ def complete(file: BinaryIO, kind: str, path: object) -> bytes | None:
     if kind in ("mp4", "matroska"):
         (_check_mp4 if kind == "mp4" else _check_matroska)(file, size, path)
         return None
-    samples = _WALKS[kind](file, size) if kind in _WALKS else None
-    if samples is None:
+    if kind not in _WALKS:
         return None
+    samples = _WALKS[kind](file, size)
+    if samples is None and kind == "nist":  # of a compressed kind
+        return None
+    if samples is None:
+        raise AudioError("unreadable", f"{path} breaks off within its header, after {size} bytes; copy it again")
     found = size - samples.start
     if samples.announced:
         if found < samples.announced:
@@ -121,7 +125,7 @@ def complete(file: BinaryIO, kind: str, path: object) -> bytes | None:
         if found > samples.announced:
             _refuse_second(file, kind, samples.start + samples.announced, path)
         return None
-    if samples.field is None or (samples.announced is None and kind != "caf"):
+    if samples.field is None or (samples.announced is None and kind not in ("caf", "w64")):
         return None  # libsndfile reads on to the end of the file
     if samples.announced == 0 and not _is_streamed(file, samples.start, found):
         return None

@@ -21,11 +21,10 @@ DEMUXERS = {
     "matroska": ("matroska", "WebM or Matroska"),
     "asf": ("asf", "WMA"),
     "amr": ("amr", "AMR"),
-    "ogg": ("ogg", "Ogg of a codec that libsndfile does not read (Speex, FLAC of some encoders)"),
-    "wav": ("wav", "a wav file of an unusual codec"),
-    "aiff": ("aiff", "an AIFF file of an unusual codec"),
-    "caf": ("caf", "a CAF file of an unusual codec"),
-    "mpeg": ("mp3", "MPEG audio of an unusual kind"),
+    "ogg": ("ogg", "Ogg"),
+    "wav": ("wav", "wav"),
+    "aiff": ("aiff", "AIFF"),
+    "caf": ("caf", "CAF"),
 }
 
 
@@ -45,13 +44,14 @@ class MediaPart:
     # AAC's encoders put up to 2,112 samples in front and fill the last frame of 1,024; not all files say so.
     padding = 4096
 
-    def __init__(self, file: BinaryIO, kind: str, path: object) -> None:
+    def __init__(self, file: BinaryIO, kind: str, path: object, reason: str | None = None) -> None:
         """Decode the recording.
 
         Args:
             file: the recording.
             kind: a key of `DEMUXERS`.
             path: its name, for errors.
+            reason: why libsndfile does not read it, where it usually reads such files.
 
         Raises:
             AudioError: unreadable: PyAV is not installed or cannot read it, it breaks off, or it has no or several
@@ -60,11 +60,12 @@ class MediaPart:
         demuxer, called = DEMUXERS[kind]
         av = _library()
         if av is None:
-            raise AudioError(
-                "unreadable",
-                f"{path} is {called}, which needs PyAV to be read: pip install 'megatron-speech[m4a]', or convert it "
-                "to flac",
+            what = (
+                f"is {called}, which needs PyAV to be read"
+                if reason is None
+                else (f"cannot be read as audio: {reason}; it may be of a codec for which PyAV is needed")
             )
+            raise AudioError("unreadable", f"{path} {what}: pip install 'megatron-speech[m4a]', or convert it to flac")
         file.seek(0)
         try:
             with av.open(file, format=demuxer, metadata_errors="replace") as container:
