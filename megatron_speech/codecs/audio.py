@@ -123,7 +123,7 @@ def read_recording(
     path = Path(path)
     try:
         if content is None and not path.is_file():
-            raise AudioError("missing_file", f"{path} does not exist or is not a file")
+            raise AudioError("missing_file", f"{path} does not exist or is not a file; check the path")
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(open(path, "rb")) if content is None else content
             parts = _open_parts(path, file, is_local=content is None)

@@ -32,7 +32,7 @@ from megatron_speech.remote import is_url
 DUPLICATE_ROWS_IN_MEMORY = 1 << 22
 
 # Endings of recordings in an archive; others that soundfile reads can be added.
-AUDIO_ENDINGS = ("wav", "flac", "mp3", "ogg", "opus")
+AUDIO_ENDINGS = ("wav", "flac", "mp3", "ogg", "opus", "m4a", "aac", "aiff", "aif", "au", "caf", "w64", "sph")
 
 
 class RowError(Exception):
@@ -57,7 +57,8 @@ def parse_row(line: bytes, augment: int) -> tuple[dict[str, Any], str]:
     """
     try:
         row = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-        json.dumps(row, ensure_ascii=False).encode("utf-8")  # a lone surrogate is JSON, but cannot be written again
+        # A lone surrogate and 1e400 are JSON, but cannot be written again.
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise RowError("bad_json", f"the line is not one JSON object in UTF-8: {error}") from error
     if not isinstance(row, dict):

@@ -489,8 +489,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.description = (
         "Encode recordings with a frozen codec: samples.jsonl with wav_path in, samples.jsonl with codes_path out. "
-        "Reads wav, flac, mp3 and ogg of any sample rate and channel count; start_time and end_time (seconds) of a row "
-        "name a segment of its file. Output does not depend on --workers."
+        "Reads wav, flac, mp3, ogg and more (docs/codecs.md) of any sample rate and channel count; start_time and "
+        "end_time (seconds) of a row name a segment of its file, channel (from 0) one of its channels. Output does not "
+        "depend on --workers."
     )
     parser.add_argument(
         "--input",
