@@ -146,6 +146,8 @@ def _open_parts(path: Path, file: BinaryIO, *, is_local: bool) -> Sequence[Audio
     if size := id3_size(head):
         file.seek(size)
         kind = kind_of(file.read(64)) or "mpeg"
+        if kind != "mpeg":  # where nobody expects such a tag
+            file, is_local = io.BytesIO(_bytes_of(file)[size:]), False
     if kind == "mpeg":
         if is_local:
             found = os.fstat(file.fileno())
@@ -161,7 +163,7 @@ def _open_parts(path: Path, file: BinaryIO, *, is_local: bool) -> Sequence[Audio
     patched = complete(file, kind, path) if kind is not None else None
     if kind == "aac" and not media.adts_is_whole(_bytes_of(file)):
         raise AudioError("unreadable", f"{path} breaks off within a frame of AAC; copy it again")
-    if kind in ("mp4", "aac", "matroska", "asf", "amr"):
+    if kind in ("mp4", "aac", "matroska", "asf"):
         return [media.MediaPart(file, kind, path)]
     if patched is None and (not is_local or path.suffix.lower() == ".raw"):
         # soundfile takes the name, not the bytes, for what says that samples have no header.

@@ -72,7 +72,7 @@ def kind_of(head: bytes) -> str | None:
         return "aiff"
     known = {
         b".snd": "au", b"dns.": "au", b"NIST": "nist", b"caff": "caf", b"fLaC": "flac", b"OggS": "ogg",
-        b"\x1a\x45\xdf\xa3": "matroska", b"\x30\x26\xb2\x75": "asf", b"#!AM": "amr",
+        b"\x1a\x45\xdf\xa3": "matroska", b"\x30\x26\xb2\x75": "asf",
     }  # fmt: skip
     if four in known:
         return known[four]
@@ -305,8 +305,6 @@ def _check_matroska(file: BinaryIO, size: int, path: object) -> None:
 def _complete_flac(file: BinaryIO, size: int, path: object) -> bytes | None:
     """The file with its number of samples, where the header does not have it: counted from the last frame."""
     file.seek(0)
-    skipped = id3_size(file.read(10))
-    file.seek(skipped)
     head = file.read(42)
     if len(head) < 42:
         raise breaks_off(path, f"{size} bytes", "a FLAC header of 42")
@@ -318,9 +316,7 @@ def _complete_flac(file: BinaryIO, size: int, path: object) -> bytes | None:
     total = _last_flac_sample(data, fixed)
     if total is None:
         raise breaks_off(path, f"{size} bytes, within a frame of FLAC,", "a stream of unknown length")
-    field = skipped + 21
-    value = int.from_bytes(data[field : field + 5], "big") | total
-    data[field : field + 5] = value.to_bytes(5, "big")
+    data[21:26] = (int.from_bytes(data[21:26], "big") | total).to_bytes(5, "big")
     return bytes(data)
 
 

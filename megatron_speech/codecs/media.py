@@ -20,7 +20,6 @@ DEMUXERS = {
     "aac": ("aac", "AAC"),
     "matroska": ("matroska", "WebM or Matroska"),
     "asf": ("asf", "WMA"),
-    "amr": ("amr", "AMR"),
     "ogg": ("ogg", "Ogg"),
     "wav": ("wav", "wav"),
     "aiff": ("aiff", "AIFF"),

@@ -258,6 +258,15 @@ def test_a_wav_of_no_samples_is_not_filled_with_the_chunk_behind_them() -> None:
     assert caught.value.reason == "empty_audio"
 
 
+@pytest.mark.parametrize("name", ["wav", "flac", "vorbis", "mp3"])
+def test_a_tag_in_front_of_a_recording_is_skipped(name: str, tmp_path: Path) -> None:
+    data = bytes_of(noise(0.5), **CONTAINERS[name])
+    tagged = b"ID3\3\0\0\0\0\1\x0a" + bytes(138) + data
+    np.testing.assert_array_equal(read(tagged), read(data))
+    (tmp_path / "a").write_bytes(tagged)
+    np.testing.assert_array_equal(read_audio(tmp_path / "a", RATE), read(data))
+
+
 @pytest.mark.parametrize("seconds", [0.05, 1.0, 1.3])
 def test_a_flac_that_does_not_say_its_length_is_read_whole_and_a_cut_one_refused(seconds: float) -> None:
     """As ffmpeg and flac write it into a pipe: the count of samples is 0."""
@@ -321,6 +330,26 @@ def test_an_m4a_of_ffmpeg_is_decoded_with_pyav() -> None:
     assert np.abs(np.fft.rfft(tone * np.hanning(len(tone)))).argmax() * RATE / len(tone) == pytest.approx(440, abs=10)
     part = read_audio(FILES / "ffmpeg_aac.m4a", RATE, start_time=0.1, end_time=0.3)
     np.testing.assert_array_equal(part, recording.audio[1600:4800])
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"),
+    [("adts", "aac"), ("webm", "libopus"), ("asf", "wmav2"), ("ogg", "libspeex"), ("ogg", "flac"), ("ipod", "alac")],
+)
+def test_what_libsndfile_does_not_read_is_decoded_with_pyav(container: str, codec: str, tmp_path: Path) -> None:
+    pytest.importorskip("av", reason="PyAV is not installed")
+    if shutil.which("ffmpeg") is None:
+        pytest.skip("ffmpeg is not installed")
+    tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(2 * RATE) / RATE)
+    soundfile.write(tmp_path / "source.wav", tone, RATE)
+    command = f"ffmpeg -loglevel error -i {tmp_path}/source.wav -c:a {codec} -f {container} {tmp_path}/a"
+    subprocess.run(command.split(), check=True)
+    recording = read_recording(tmp_path / "a", RATE)
+    assert abs(recording.file_seconds - 2.0) < 0.1 + recording.padding_seconds
+    middle = recording.audio[RATE // 2 : 3 * RATE // 2]
+    assert np.abs(np.fft.rfft(middle * np.hanning(RATE))).argmax() == 440
+    data = (tmp_path / "a").read_bytes()
+    refused(data[: len(data) * 6 // 10])
 
 
 # ---------------------------------------------------------------------------------------------------- other people's
