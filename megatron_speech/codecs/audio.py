@@ -85,10 +85,17 @@ def read_audio(
     end_time: float | None = None,
     channel: int | None = None,
     content: BinaryIO | None = None,
+    allow_silence: bool = False,
 ) -> np.ndarray:
     """The audio of :func:`read_recording`, mono float32 [n]. Takes and raises the same."""
     return read_recording(
-        path, sample_rate_hz, start_time=start_time, end_time=end_time, channel=channel, content=content
+        path,
+        sample_rate_hz,
+        start_time=start_time,
+        end_time=end_time,
+        channel=channel,
+        content=content,
+        allow_silence=allow_silence,
     ).audio
 
 
@@ -100,6 +107,7 @@ def read_recording(
     end_time: float | None = None,
     channel: int | None = None,
     content: BinaryIO | None = None,
+    allow_silence: bool = False,
 ) -> DecodedAudio:
     """Read a recording of any rate and channel count as mono float32 at `sample_rate_hz`.
 
@@ -114,6 +122,7 @@ def read_recording(
     0.1 s past the end is taken to the end.
 
     `content` holds the file's bytes where they do not lie in a local file of their own; `path` then only names them.
+    `allow_silence` takes digital silence for what it is, as where generated speech is judged.
 
     Raises:
         AudioError: with `reason` missing_file, unreadable, empty_audio, non_finite, bad_segment, bad_channel (the file
@@ -127,7 +136,7 @@ def read_recording(
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(open(path, "rb")) if content is None else content
             parts = _open_parts(path, file, is_local=content is None)
-            return _read_parts(path, parts, sample_rate_hz, start_time, end_time, channel)
+            return _read_parts(path, parts, sample_rate_hz, start_time, end_time, channel, allow_silence)
     except soundfile.LibsndfileError as error:
         raise AudioError("unreadable", f"{path} cannot be read as audio: {error.error_string}") from error
     except OSError as error:
@@ -277,6 +286,7 @@ def _read_parts(
     start_time: float | None,
     end_time: float | None,
     channel: int | None,
+    allow_silence: bool,
 ) -> DecodedAudio:
     rates = {part.rate for part in parts}
     rate = rates.pop() if len(rates) == 1 else sample_rate_hz
@@ -303,7 +313,7 @@ def _read_parts(
     if not (math.isfinite(low) and math.isfinite(high)):
         raise AudioError("non_finite", f"{path} holds NaN or infinite samples; repair it or leave it out")
     mixer.refuse_antiphase()
-    if high - low < SILENCE_RANGE:
+    if high - low < SILENCE_RANGE and not allow_silence:
         where = "" if channel is None else f" in channel {channel}"
         part_of = "" if (begin, end) == (0, total) else f" from {begin / rate:.3f} to {end / rate:.3f} s"
         raise AudioError(

@@ -230,7 +230,8 @@ def _read_tag(data: bytes, start: int, end: int) -> tuple[tuple[int, int] | None
     if not count:
         return None, None, (0, 0)
     lame = at + 8 + 4 * (flags & 1) + 4 * (flags >> 1 & 1) + 100 * (flags >> 2 & 1) + 4 * (flags >> 3 & 1)
-    delays = int.from_bytes(frame[lame + 21 : lame + 24], "big") if len(frame) >= lame + 24 else 0
+    has_delays = len(frame) >= lame + 24 and frame[lame] != 0  # an encoder that leaves its name empty tells nothing
+    delays = int.from_bytes(frame[lame + 21 : lame + 24], "big") if has_delays else 0
     return (start, end), count, (delays >> 12, delays & 0xFFF)
 
 

@@ -84,6 +84,20 @@ def test_frames_are_counted_whatever_the_tag_says() -> None:
     assert len(read(fewer)) == len(samples)
 
 
+@pytest.mark.parametrize("flags", [15, 1, 3, 5, 7])
+def test_a_tag_without_the_encoder_s_delays_is_read(flags: int) -> None:
+    """Its fields follow each other as the flags say; what comes behind them is LAME's only where it has a name."""
+    data = bytearray(vbr_mp3(noise(1)))
+    at = data.index(b"Xing" if b"Xing" in data else b"Info")
+    behind = at + 12 + sum(size for bit, size in ((2, 4), (4, 100), (8, 4)) if flags & bit)
+    data[at + 7] = flags
+    data[behind : behind + 24] = bytes(24)
+    frames = mpeg.split_parts(bytes(data), "a")[0].frame_count
+    whole = read(bytes(data))
+    assert len(whole) == frames * 576 - mpeg.DECODER_DELAY
+    np.testing.assert_array_equal(read(bytes(data), start_time=0.5), whole[RATE // 2 :])
+
+
 def test_joined_mp3_files_are_read_one_after_the_other() -> None:
     first, second = vbr_mp3(noise(0.5)), vbr_mp3(noise(0.7, seed=1))
     id3v2, id3v1 = b"ID3\4\0\0\0\0\0\x0a" + bytes(10), b"TAG" + b"x" * 125

@@ -175,6 +175,7 @@ def test_digital_silence_is_refused(tmp_path: Path, value: float, channels: int)
     with pytest.raises(AudioError, match=r"digital silence.* 1\.000 to 2\.000 s") as caught:
         read_audio(tmp_path / "a.wav", 8000, start_time=1.0)
     assert caught.value.reason == "silence"
+    assert len(read_audio(tmp_path / "a.wav", 8000, start_time=1.0, allow_silence=True)) == 8000
     # The softest noise of 16-bit audio is none.
     soundfile.write(tmp_path / "soft.wav", np.array([0, 1] * 4000, np.int16), 8000)
     assert len(read_audio(tmp_path / "soft.wav", 8000)) == 8000

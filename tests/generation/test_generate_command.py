@@ -15,7 +15,9 @@ import soundfile
 
 from megatron_speech.cli import main
 from megatron_speech.codecs.audio import write_wav
+from megatron_speech.codecs.codec2 import Codec2
 from megatron_speech.commands.generate import add_arguments
+from megatron_speech.errors import InputError
 from megatron_speech.generation.engine import DEFAULT_BATCH_SIZE, SpeechGenerator
 from megatron_speech.generation.sampling import SamplingConfig
 
@@ -73,6 +75,17 @@ def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(
     assert main(["generate", *words]) == 2
     assert f"{found}" in (error := capsys.readouterr().err) and "use .wav, .flac, .mp3" in error
     assert not (tmp_path / name).exists()
+
+
+def test_what_are_no_codes_of_the_codec_is_refused_where_it_enters(
+    codec2_generator: SpeechGenerator, recording: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert codec2_generator.encode_audio(recording).shape[1] == 4
+    with pytest.raises(InputError, match="code -1 at frame 0 is outside codebook 'vq1'"):
+        codec2_generator.decode_audio(np.full((3, 4), -1))
+    monkeypatch.setattr(Codec2, "encode", lambda self, audio, *, gain=1.0: np.zeros((3, 5), np.int32))
+    with pytest.raises(InputError, match=r"codec 'codec2' are an array of shape \[3, 5\]"):
+        codec2_generator.encode_audio(recording)
 
 
 def test_many_prompts_become_wavs_codes_and_a_table(checkpoint: Path, recording: Path, tmp_path: Path) -> None:
