@@ -68,7 +68,7 @@ def draw_blend(axes: Axes, run: RunFiles) -> None:
 
 def draw_spectrogram(axes: Axes, path: Path, title: str) -> None:
     """Spectrogram of a recording, frequency upwards."""
-    image = spectrogram(read_audio(path, SAMPLE_RATE_HZ), SAMPLE_RATE_HZ)
+    image = spectrogram(read_audio(path, SAMPLE_RATE_HZ, allow_silence=True), SAMPLE_RATE_HZ)
     axes.imshow(image, origin="lower", aspect="auto", cmap="magma")
     axes.set_title(title, fontsize=8)
     axes.set_xticks([])

@@ -17,7 +17,7 @@ from typing import BinaryIO
 from megatron_speech.errors import InputError
 
 # Sizes from here on are not sizes of a 32-bit container, but what a program writes that does not know the size.
-_UNKNOWN_32_BIT = 0x7FFF_0000
+_UNKNOWN_32_BIT = 0x7F00_0000
 _UNKNOWN_64_BIT = 1 << 60
 
 
@@ -72,7 +72,7 @@ def kind_of(head: bytes) -> str | None:
         return "aiff"
     known = {
         b".snd": "au", b"dns.": "au", b"NIST": "nist", b"caff": "caf", b"fLaC": "flac", b"OggS": "ogg",
-        b"\x1a\x45\xdf\xa3": "matroska", b"\x30\x26\xb2\x75": "asf", b"#!AM": "amr",
+        b"\x1a\x45\xdf\xa3": "matroska", b"\x30\x26\xb2\x75": "asf",
     }  # fmt: skip
     if four in known:
         return known[four]
@@ -105,22 +105,27 @@ def complete(file: BinaryIO, kind: str, path: object) -> bytes | None:
     Raises:
         AudioError: unreadable: it is shorter than it says, or two recordings are joined in one file.
     """
-    size = file.seek(0, os.SEEK_END)
+    size = _size_of(file)
     if kind == "flac":
         return _complete_flac(file, size, path)
-    if kind == "mp4":
-        _check_mp4(file, size, path)
+    if kind in ("mp4", "matroska"):
+        (_check_mp4 if kind == "mp4" else _check_matroska)(file, size, path)
         return None
-    samples = _WALKS[kind](file, size) if kind in _WALKS else None
+    if kind not in _WALKS:
+        return None
+    samples = _WALKS[kind](file, size)
+    if samples is None and kind == "nist":  # of a compressed kind
+        return None
     if samples is None:
-        return None
+        raise AudioError("unreadable", f"{path} breaks off within its header, after {size} bytes; copy it again")
     found = size - samples.start
     if samples.announced:
         if found < samples.announced:
             raise breaks_off(path, f"{found} bytes of audio", f"{samples.announced}")
-        _refuse_second(file, kind, samples.start + samples.announced, path)
+        if found > samples.announced:
+            _refuse_second(file, kind, samples.start + samples.announced, path)
         return None
-    if samples.field is None or (samples.announced is None and kind != "caf"):
+    if samples.field is None or (samples.announced is None and kind not in ("caf", "w64")):
         return None  # libsndfile reads on to the end of the file
     if samples.announced == 0 and not _is_streamed(file, samples.start, found):
         return None
@@ -132,9 +137,17 @@ def complete(file: BinaryIO, kind: str, path: object) -> bytes | None:
     return bytes(data)
 
 
+def _size_of(file: BinaryIO) -> int:
+    """Bytes of the file; of a local one without moving in it, which would empty its buffer."""
+    try:
+        return os.fstat(file.fileno()).st_size
+    except OSError:  # bytes in memory
+        return file.seek(0, os.SEEK_END)
+
+
 def samples_of(file: BinaryIO, kind: str) -> bytes:
     """The bytes of the samples themselves, of a file that :func:`complete` found whole."""
-    size = file.seek(0, os.SEEK_END)
+    size = _size_of(file)
     samples = _WALKS[kind](file, size)
     assert samples is not None, "libsndfile found samples where there are none"
     file.seek(samples.start)
@@ -269,14 +282,29 @@ def _check_mp4(file: BinaryIO, size: int, path: object) -> None:
         position += max(length, 8)
 
 
+def _check_matroska(file: BinaryIO, size: int, path: object) -> None:
+    """The segment, which holds all the rest, has a size; one of ones alone is that of a stream (RFC 8794, 6.2)."""
+    position = 0
+    for identifier in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):
+        file.seek(position)
+        head = file.read(12)
+        width = 9 - head[4].bit_length() if len(head) > 4 else 0
+        if len(head) < 12 or head[:4] != identifier or not 1 <= width <= 8:
+            return  # for PyAV to say
+        value = int.from_bytes(head[4 : 4 + width], "big") & ((1 << 7 * width) - 1)
+        if value == (1 << 7 * width) - 1:
+            return
+        position += 4 + width + value
+    if position > size:
+        raise breaks_off(path, f"{size} bytes", f"{position}")
+
+
 # ---------------------------------------------------------------------------------------------------- flac
 
 
 def _complete_flac(file: BinaryIO, size: int, path: object) -> bytes | None:
     """The file with its number of samples, where the header does not have it: counted from the last frame."""
     file.seek(0)
-    skipped = id3_size(file.read(10))
-    file.seek(skipped)
     head = file.read(42)
     if len(head) < 42:
         raise breaks_off(path, f"{size} bytes", "a FLAC header of 42")
@@ -288,9 +316,7 @@ def _complete_flac(file: BinaryIO, size: int, path: object) -> bytes | None:
     total = _last_flac_sample(data, fixed)
     if total is None:
         raise breaks_off(path, f"{size} bytes, within a frame of FLAC,", "a stream of unknown length")
-    field = skipped + 21
-    value = int.from_bytes(data[field : field + 5], "big") | total
-    data[field : field + 5] = value.to_bytes(5, "big")
+    data[21:26] = (int.from_bytes(data[21:26], "big") | total).to_bytes(5, "big")
     return bytes(data)
 
 

@@ -20,12 +20,10 @@ DEMUXERS = {
     "aac": ("aac", "AAC"),
     "matroska": ("matroska", "WebM or Matroska"),
     "asf": ("asf", "WMA"),
-    "amr": ("amr", "AMR"),
-    "ogg": ("ogg", "Ogg of another codec than Vorbis, Opus and FLAC"),
-    "wav": ("wav", "a wav file of an unusual codec"),
-    "aiff": ("aiff", "an AIFF file of an unusual codec"),
-    "caf": ("caf", "a CAF file of an unusual codec"),
-    "mpeg": ("mp3", "MPEG audio of an unusual kind"),
+    "ogg": ("ogg", "Ogg"),
+    "wav": ("wav", "wav"),
+    "aiff": ("aiff", "AIFF"),
+    "caf": ("caf", "CAF"),
 }
 
 
@@ -45,13 +43,14 @@ class MediaPart:
     # AAC's encoders put up to 2,112 samples in front and fill the last frame of 1,024; not all files say so.
     padding = 4096
 
-    def __init__(self, file: BinaryIO, kind: str, path: object) -> None:
+    def __init__(self, file: BinaryIO, kind: str, path: object, reason: str | None = None) -> None:
         """Decode the recording.
 
         Args:
             file: the recording.
             kind: a key of `DEMUXERS`.
             path: its name, for errors.
+            reason: why libsndfile does not read it, where it usually reads such files.
 
         Raises:
             AudioError: unreadable: PyAV is not installed or cannot read it, it breaks off, or it has no or several
@@ -60,14 +59,15 @@ class MediaPart:
         demuxer, called = DEMUXERS[kind]
         av = _library()
         if av is None:
-            raise AudioError(
-                "unreadable",
-                f"{path} is {called}, which needs PyAV to be read: pip install 'megatron-speech[m4a]', or convert it "
-                "to flac",
+            what = (
+                f"is {called}, which needs PyAV to be read"
+                if reason is None
+                else (f"cannot be read as audio: {reason}; it may be of a codec for which PyAV is needed")
             )
+            raise AudioError("unreadable", f"{path} {what}: pip install 'megatron-speech[m4a]', or convert it to flac")
         file.seek(0)
         try:
-            with av.open(file, format=demuxer) as container:
+            with av.open(file, format=demuxer, metadata_errors="replace") as container:
                 streams = container.streams.audio
                 if len(streams) != 1:
                     raise AudioError(
@@ -75,21 +75,24 @@ class MediaPart:
                         f"{path} has {len(streams)} streams of sound, needed is one; extract the one that is meant",
                     )
                 stream = streams[0]
+                if getattr(stream, "codec_context", None) is None or not stream.rate:
+                    raise AudioError("unreadable", f"{path} is {called}, of a codec that PyAV does not decode")
                 seconds = float(stream.duration * stream.time_base) if stream.duration else None
                 if seconds is None and container.duration and kind in ("mp4", "matroska", "asf"):
                     seconds = container.duration / av.time_base
                 self.rate = int(stream.rate)
                 self.channels = int(stream.codec_context.channels)
                 self._blocks = [self._samples(av, frame, path) for frame in container.decode(stream)]
-        except (av.FFmpegError, EOFError) as error:
+        except AudioError:
+            raise
+        except (av.FFmpegError, EOFError, ValueError) as error:  # ValueError: a damaged file names places before it
             raise AudioError(
                 "unreadable", f"{path} cannot be read as {called}: {getattr(error, 'strerror', None) or error}"
             ) from error
         self.length = sum(map(len, self._blocks))
         if kind in ("mp4", "matroska", "asf") and seconds is not None:
             # Their clocks are rounded to milliseconds, and their lengths to frames.
-            missing = seconds - self.length / self.rate
-            if missing > 0.1 + self.padding / self.rate:
+            if seconds - self.length / self.rate > 0.1:
                 raise breaks_off(path, f"{self.length / self.rate:.3f} s", f"{seconds:.3f} s")
 
     def _samples(self, av: Any, frame: Any, path: object) -> np.ndarray:

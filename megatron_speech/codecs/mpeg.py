@@ -10,6 +10,7 @@ Formats: ISO/IEC 11172-3 and 13818-3 (frame header); the Xing, LAME and VBRI tag
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 
 from megatron_speech.codecs.containers import AudioError, breaks_off, id3_size
@@ -25,6 +26,7 @@ _BIT_RATES = {  # kbit/s by (version 1 or 2, layer)
 _SAMPLE_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}  # by version bits
 # Bytes that may precede the first frame, such as the rest of a frame where a stream was joined.
 _LEADING_JUNK = 1 << 16
+_TAG = re.compile(b"Xing|Info|VBRI")
 # Samples by which mpg123, libsndfile's decoder, lags behind the frames; it takes them away where there is a tag.
 DECODER_DELAY = 529
 # mpg123 adds in another order from frame to frame; begun a multiple of these frames on, it rounds as it would have.
@@ -162,6 +164,7 @@ def split_parts(data: bytes, path: object) -> list[MpegPart]:
     tag: tuple[int, int] | None = None
     announced: int | None = None
     delays = (0, 0)
+    tags = sorted((match.start() for match in _TAG.finditer(data)), reverse=True)  # or what looks like one
 
     def close() -> None:
         nonlocal run, tag, announced, delays, kind
@@ -188,7 +191,9 @@ def split_parts(data: bytes, path: object) -> list[MpegPart]:
             if kind is None or (base is not kind[0] and base != kind[0]) or channels != kind[1]:
                 close()
                 kind = base, channels
-            if base.layer == 3 and (found := _read_tag(data, position, end)) is not None:
+            while tags and tags[-1] < position:
+                tags.pop()
+            if tags and tags[-1] < end and base.layer == 3 and (found := _read_tag(data, position, end)) is not None:
                 close()
                 kind = base, channels
                 tag, announced, delays = found
@@ -225,7 +230,8 @@ def _read_tag(data: bytes, start: int, end: int) -> tuple[tuple[int, int] | None
     if not count:
         return None, None, (0, 0)
     lame = at + 8 + 4 * (flags & 1) + 4 * (flags >> 1 & 1) + 100 * (flags >> 2 & 1) + 4 * (flags >> 3 & 1)
-    delays = int.from_bytes(frame[lame + 21 : lame + 24], "big") if len(frame) >= lame + 24 else 0
+    has_delays = len(frame) >= lame + 24 and frame[lame] != 0  # an encoder that leaves its name empty tells nothing
+    delays = int.from_bytes(frame[lame + 21 : lame + 24], "big") if has_delays else 0
     return (start, end), count, (delays >> 12, delays & 0xFFF)
 
 

@@ -6,6 +6,7 @@ Format: RFC 3533. A page says which stream (serial number) it is of and whether 
 from __future__ import annotations
 
 import struct
+import zlib
 
 from megatron_speech.codecs.containers import AudioError, breaks_off
 
@@ -17,8 +18,8 @@ def split_links(data: bytes, path: object) -> list[tuple[int, int]]:
     """(first byte, byte behind the last) of each link of an Ogg file, in order.
 
     Raises:
-        AudioError: unreadable: a page is cut or missing, the last page of a stream of sound is not there, or two
-            streams of sound are interleaved.
+        AudioError: unreadable: a page is cut, damaged or missing, the last page of a stream of sound is not there, or
+            two streams of sound are interleaved.
     """
     starts: list[int] = []
     numbers: dict[int, int] = {}  # of the last page of each stream of the link
@@ -36,7 +37,11 @@ def split_links(data: bytes, path: object) -> list[tuple[int, int]]:
         end = body + sum(data[position + 27 : body])
         if position + 27 > len(data) or end > len(data):
             raise breaks_off(path, f"{len(data)} bytes, within a page of Ogg,", "a stream without its last page")
-        flags, granule, serial, number = struct.unpack_from("<xBqII", data, position + 4)
+        flags, granule, serial, number, checksum = struct.unpack_from("<xBqIII", data, position + 4)
+        if _checksum(data[position : position + 22] + bytes(4) + data[position + 26 : end]) != checksum:
+            raise AudioError(
+                "unreadable", f"{path} is damaged: the checksum of the page at byte {position} is wrong; copy it again"
+            )
         if flags & _FIRST:
             if not heading:
                 _require_end(open_streams, path, position)
@@ -66,6 +71,15 @@ def split_links(data: bytes, path: object) -> list[tuple[int, int]]:
         position = end
     _require_end(open_streams, path, len(data))
     return list(zip(starts, [*starts[1:], len(data)], strict=True))
+
+
+def _checksum(page: bytes) -> int:
+    """CRC-32 of a page: zlib's polynomial, but with the bits in the other order and without its inversions."""
+    crc = zlib.crc32(page.translate(_REVERSED), 0xFFFF_FFFF) ^ 0xFFFF_FFFF
+    return int.from_bytes(crc.to_bytes(4, "little").translate(_REVERSED), "big")
+
+
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def _require_end(open_streams: dict[int, bool], path: object, position: int) -> None:

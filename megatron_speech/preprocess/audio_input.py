@@ -88,8 +88,8 @@ class RowParser:
     def parse(self, line: bytes) -> InputRow:
         """The row of one line. Errors: bad_json, missing_wav_path, bad_sample_id, and those of names and readers.
 
-        Without `sample_id`, a row is called by its wav_path, and `@start-end` where it names a segment; without
-        `source_id`, it is a part of that recording.
+        Without `sample_id`, a row is called by its wav_path, `@start-end` where it names a segment, and `/channel`
+        where it names one; without `source_id`, it is a part of that recording.
         """
         result = InputRow()
         try:
@@ -109,8 +109,8 @@ class RowParser:
     def _load(self, line: bytes, result: InputRow) -> dict[str, Any]:
         try:
             fields = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-            # A lone surrogate is JSON, but cannot be written again.
-            json.dumps(fields, ensure_ascii=False).encode("utf-8")
+            # A lone surrogate and 1e400 are JSON, but cannot be written again.
+            json.dumps(fields, ensure_ascii=False, allow_nan=False).encode("utf-8")
         except (ValueError, RecursionError) as error:
             raise RowError("bad_json", f"the line is not one JSON object in UTF-8: {error}") from error
         if not isinstance(fields, dict):
@@ -138,7 +138,8 @@ class RowParser:
         if sample_id is None:
             start, end = fields.get("start_time"), fields.get("end_time")
             segment = "" if start is None and end is None else f"@{start or 0}-{'' if end is None else end}"
-            sample_id = self._recording(fields) + segment
+            channel = fields.get("channel")  # the two speakers of a telephone call are two samples
+            sample_id = self._recording(fields) + segment + ("" if channel is None else f"/{channel}")
         elif isinstance(sample_id, int) and not isinstance(sample_id, bool):
             sample_id = str(sample_id)
         elif not isinstance(sample_id, str) or not sample_id:

@@ -158,11 +158,11 @@ class Encoder:
             RowError, AudioError: the recording cannot be used.
         """
         path = source.join(self.job.input_directory, row["wav_path"])
-        times = {name: seconds_of(row, name) for name in ("start_time", "end_time")}
         recording = read_recording(
             path,
             self.codec.sample_rate_hz,
-            **times,
+            start_time=seconds_of(row, "start_time"),
+            end_time=seconds_of(row, "end_time"),
             channel=channel_of(row),
             content=open_recording(row, path),
         )
@@ -512,8 +512,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.description = (
         "Encode recordings with a frozen codec: samples.jsonl with wav_path in, samples.jsonl with codes_path out. "
-        "Reads wav, flac, mp3 and ogg of any sample rate and channel count; start_time and end_time (seconds) of a row "
-        "name a segment of its file. Output does not depend on --workers."
+        "Reads wav, flac, mp3, ogg and more (docs/codecs.md) of any sample rate and channel count; start_time and "
+        "end_time (seconds) of a row name a segment of its file, channel (from 0) one of its channels. Output does not "
+        "depend on --workers."
     )
     parser.add_argument(
         "--input",

@@ -350,6 +350,7 @@ def test_unusable_rows_are_set_aside_with_their_reason(
         ("bad_json", b'{"wav_path": "\xff.wav"}'),
         ("bad_json", b'{"wav_path": "frame.wav", "duration": NaN}'),
         ("bad_json", b'{"wav_path": "\\ud800.wav"}'),
+        ("bad_json", b'{"wav_path": "frame.wav", "snr": 1e400}'),
         ("bad_json", b"[" * 100_000),
         ("missing_wav_path", b'{"codes_path": "a.npy"}'),
         ("missing_wav_path", b'{"wav_path": 3}'),
