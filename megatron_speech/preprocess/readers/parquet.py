@@ -370,15 +370,15 @@ class ParquetReader:
         end = position + file.metadata.row_group(group).num_rows
         audio = plan.audio if self._recordings else ()
         embedded = bool(audio) and not _without_bytes(file, plan, group)
+        # Where rows say where their recordings lie, those are not left out.
+        notices = tuple(notice for notice in plan.notices if notice.partition(":")[2].split(".")[0] not in audio)
         try:
             for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=plan.leaves):
                 first, last = max(start - position, 0), min(stop - position, batch.num_rows)
                 if first < last:
                     part = batch.slice(first, last - first)
                     number = position + first + 1
-                    yield ParquetBatch(
-                        self.path, number, part, last - first, plan.notices, plan.labels, audio, embedded
-                    )
+                    yield ParquetBatch(self.path, number, part, last - first, notices, plan.labels, audio, embedded)
                 position += batch.num_rows
         except ConnectionError:
             raise
