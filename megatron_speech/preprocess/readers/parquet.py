@@ -454,11 +454,11 @@ class _Recordings:
                 self._start(row)
             while self._batch is None or row >= self._first + self._batch.num_rows:
                 self._next()
-        except (pa.ArrowException, OSError) as error:
+            return self._batch.column(0)[row - self._first].as_py()
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             if isinstance(error, ConnectionError):
                 raise
             raise InputError(f"input {self.path} cannot be read at row {row:,}: {error}") from error
-        return self._batch.column(0)[row - self._first].as_py()
 
     def _group_of(self, row: int) -> int:
         return int(np.searchsorted(self._edges, row, side="right")) - 1
