@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "schema": ("megatron_speech.commands.schema", "every key of a recipe: type, default, unit, meaning"),
     "generate": ("megatron_speech.commands.generate", "speech from a checkpoint"),
     "transcribe": ("megatron_speech.commands.transcribe", "the text of recordings, from a checkpoint of the task asr"),
+    "decode": ("megatron_speech.commands.decode", "codes, or tokens that stand for them, to audio"),
     "evaluate": (
         "megatron_speech.commands.evaluate",
         "generate and score fixed canaries: report.json, report.html",

@@ -324,7 +324,9 @@ def main() -> int:
     training = read_codes([row for _, row in read_json_lines(encoded, "codes")], args.codes, encoded)
     generated_codes = read_codes(rows, args.generated.parent, args.generated)
     prepare_output_directory(args.output.absolute().parent)
-    generated = [read_audio(args.generated.parent / row["wav_path"], codec.sample_rate_hz) for row in rows]
+    generated = [
+        read_audio(args.generated.parent / row["wav_path"], codec.sample_rate_hz, allow_silence=True) for row in rows
+    ]
 
     started = time.monotonic()
     judge = train(recordings, clips, codec.sample_rate_hz, epochs=args.epochs)

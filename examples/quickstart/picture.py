@@ -69,7 +69,7 @@ def draw_blend(axes: Axes, run: RunFiles) -> None:
 
 def draw_spectrogram(axes: Axes, path: Path, title: str, longest: float) -> None:
     """Spectrogram of a recording over seconds and kHz; all of a picture reach to `longest` seconds."""
-    audio = read_audio(path, SAMPLE_RATE_HZ)
+    audio = read_audio(path, SAMPLE_RATE_HZ, allow_silence=True)
     image = spectrogram(audio, SAMPLE_RATE_HZ)
     extent = (0.0, len(audio) / SAMPLE_RATE_HZ, 0.0, SAMPLE_RATE_HZ / 2000)
     axes.imshow(image, origin="lower", aspect="auto", cmap="magma", extent=extent)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -79,21 +78,63 @@ def check_audio(audio: np.ndarray) -> None:
         raise InputError("audio holds NaN or infinite samples; repair or leave out the recording")
 
 
-def check_codes(codes: np.ndarray, codebook_names: Sequence[str], codebook_sizes: Sequence[int]) -> None:
-    """Refuse codes that are not an integer array [T, K] within the codebooks.
+def check_codes(codec: Codec | CodecDescription | type[Codec], codes: np.ndarray) -> None:
+    """Refuse codes that are not an integer array [T, K] within the codebooks of `codec`.
+
+    Everything that comes from a codec or goes into one passes here: a codec may be another package's.
 
     Raises:
-        InputError: naming the first code that is outside, its frame and its codebook.
+        InputError: naming the codec, what was found and what is needed; of codes that are outside the first, its frame
+            and its codebook.
     """
-    if codes.ndim != 2 or codes.shape[1] != len(codebook_sizes) or not np.issubdtype(codes.dtype, np.integer):
+    names, sizes = codec.codebook_names, codec.codebook_sizes
+    needed = f"needed are integers of shape [frames, {len(sizes)}], one column for each of {', '.join(names)}"
+    if not isinstance(codes, np.ndarray):
+        raise InputError(f"codes of the codec {codec.name!r} are of type {type(codes).__name__}; {needed}, in NumPy")
+    if codes.ndim != 2 or codes.shape[1] != len(sizes) or not np.issubdtype(codes.dtype, np.integer):
         raise InputError(
-            f"codes are an array of shape {list(codes.shape)} and type {codes.dtype}; "
-            f"needed are integers of shape [frames, {len(codebook_sizes)}]"
+            f"codes of the codec {codec.name!r} are an array of shape {list(codes.shape)} and type {codes.dtype}; "
+            f"{needed}"
         )
-    outside = (codes < 0) | (codes >= np.asarray(codebook_sizes))
+    outside = (codes < 0) | (codes >= np.asarray(sizes))
     if outside.any():
         frame, column = (int(index) for index in np.argwhere(outside)[0])
         raise InputError(
-            f"code {int(codes[frame, column])} at frame {frame} is outside codebook "
-            f"{codebook_names[column]!r}, whose codes are 0..{codebook_sizes[column] - 1}"
+            f"code {int(codes[frame, column])} at frame {frame} is outside codebook {names[column]!r}, whose codes are "
+            f"0..{sizes[column] - 1} in the codec {codec.name!r}"
         )
+
+
+def encode_checked(codec: Codec, audio: np.ndarray, *, gain: float = 1.0) -> np.ndarray:
+    """Codes [T, K] of `audio` (see :meth:`Codec.encode`), at least one frame.
+
+    Raises:
+        InputError: the audio cannot be encoded, or the codec gives what are no codes of it.
+    """
+    codes = codec.encode(audio, gain=gain)
+    check_codes(codec, codes)
+    if not len(codes):
+        raise InputError(f"the codec {codec.name!r} gave no frames for {len(audio)} samples; needed is one or more")
+    return codes
+
+
+def decode_checked(codec: Codec, codes: np.ndarray) -> np.ndarray:
+    """Audio float32 [n] of codes [T, K] (see :meth:`Codec.decode`).
+
+    Raises:
+        InputError: the codes are not the codec's, or it gives what is no audio.
+    """
+    check_codes(codec, codes)
+    audio = codec.decode(codes)
+    is_audio = isinstance(audio, np.ndarray) and audio.ndim == 1 and np.issubdtype(audio.dtype, np.floating)
+    if not is_audio or not np.isfinite(audio).all():
+        found = (
+            f"an array of shape {list(audio.shape)} and type {audio.dtype}{' with NaN or infinity' if is_audio else ''}"
+            if isinstance(audio, np.ndarray)
+            else f"a {type(audio).__name__}"
+        )
+        raise InputError(
+            f"the codec {codec.name!r} decoded {len(codes)} frames to {found}; needed are finite floating-point "
+            "samples of shape [n]"
+        )
+    return audio.astype(np.float32, copy=False)

@@ -63,7 +63,7 @@ def pack_frames(codes: np.ndarray) -> bytes:
     Raises:
         InputError: a code is outside its codebook.
     """
-    check_codes(codes, Codec2.codebook_names, Codec2.codebook_sizes)
+    check_codes(Codec2, codes)
     words = np.bitwise_or.reduce(codes.astype(np.uint32) << _SHIFTS, axis=1)
     return words.astype(">u4").tobytes()
 

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ema", action="store_true", help="use the moving average of the weights")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", help="text to synthesise; writes one wav to --output")
+    what.add_argument("--text", help="text to synthesise; writes one recording to --output")
     what.add_argument(
         "--input",
         type=Path,
@@ -40,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reference-audio", type=Path, metavar="WAV", help="wav, flac, mp3 or ogg of the speaker to clone"
     )
     parser.add_argument("--reference-text", help="transcript of --reference-audio")
-    parser.add_argument("--output", type=Path, metavar="OUT.wav", help="the file for --text")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="OUT.wav",
+        help="the file for --text; its ending names its format (wav, flac, mp3, ogg, opus, …)",
+    )
     parser.add_argument(
         "--output-dir", type=Path, metavar="DIR", help="for --input: wavs/, codes.npy and generated.jsonl go here"
     )
@@ -68,6 +73,9 @@ def run(args: argparse.Namespace) -> int:
     """Generate speech for the text or the prompts; returns the exit status."""
     if args.text is not None:
         _require(args, "--text", needed="output", refused=("output_dir",))
+        from megatron_speech.codecs.audio import check_output_format
+
+        check_output_format(args.output)
         utterances = [
             Utterance(
                 id="speech",
@@ -108,9 +116,9 @@ def run(args: argparse.Namespace) -> int:
         results = generator.generate(requests, config, batch_size=args.batch_size, progress=bar.update)
     seconds = time.monotonic() - started
     if args.text is not None:
-        from megatron_speech.codecs.audio import write_wav
+        from megatron_speech.codecs.audio import write_audio
 
-        write_wav(args.output, generator.decode_audio(results[0].codes), generator.codec.sample_rate_hz)
+        write_audio(args.output, generator.decode_audio(results[0].codes), generator.codec.sample_rate_hz)
         where = str(args.output)
     else:
         where = str(write_generated(args.output_dir, generator, utterances, results))

@@ -75,4 +75,5 @@ def read_codec_description(path: str) -> CodecDescription:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = ".".join(map(str, problem["loc"]))
-        raise InputError(f"codec description {path}: {where}: {problem['msg']}") from error
+        message = problem["msg"].removeprefix("Value error, ")
+        raise InputError(f"codec description {path}: {where + ': ' if where else ''}{message}") from error

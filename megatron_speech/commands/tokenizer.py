@@ -24,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--input", nargs="+", required=True, metavar="F", help="text: .jsonl (.gz, .zst) or .parquet, paths or URLs"
+        "--input",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="F",
+        help="text: .jsonl (.gz, .zst) or .parquet, paths or URLs",
     )
     parser.add_argument(
         "--json-keys", nargs="+", default=["text"], metavar="KEY", help="fields with text (text); transcript for speech"

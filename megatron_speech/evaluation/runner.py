@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_speech.codecs import encode_checked
 from megatron_speech.codecs.audio import read_audio, write_wav
 from megatron_speech.errors import InputError
 from megatron_speech.evaluation.canaries import Canary, CanarySet
@@ -135,7 +136,7 @@ def evaluate(
     real = {}
     for canary in canaries.items:
         if canary.id in originals:
-            codes = generator.codec.encode(originals[canary.id])
+            codes = encode_checked(generator.codec, originals[canary.id])
             real[canary.id] = Recording(
                 original=transcribe(canary, originals[canary.id]),
                 round_trip=transcribe(canary, generator.decode_audio(codes)),

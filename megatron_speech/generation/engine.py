@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_speech.codecs import Codec, get_codec
+from megatron_speech.codecs import Codec, decode_checked, encode_checked, get_codec
 from megatron_speech.codecs.audio import read_audio
 from megatron_speech.errors import InputError
 from megatron_speech.generation.prompts import Utterance
@@ -345,11 +345,11 @@ class SpeechGenerator:
         Raises:
             InputError: the file is missing, unreadable or empty.
         """
-        return self.codec.encode(read_audio(path, self.codec.sample_rate_hz))
+        return encode_checked(self.codec, read_audio(path, self.codec.sample_rate_hz))
 
     def decode_audio(self, codes: np.ndarray) -> np.ndarray:
         """Audio float32 [n] at `codec.sample_rate_hz` of codes [T, K]."""
-        return self.codec.decode(codes)
+        return decode_checked(self.codec, codes)
 
     def prompt(self, request: GenerationRequest) -> np.ndarray:
         """The ids that the model is given for `request`, int32 [n].

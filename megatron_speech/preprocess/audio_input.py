@@ -27,6 +27,8 @@ from megatron_speech.preprocess.readers import source
 from megatron_speech.preprocess.readers.base import ReadOptions, Row, RowRejected
 from megatron_speech.preprocess.readers.jsonl import JsonlReader, JsonlStream
 from megatron_speech.preprocess.readers.open import InputFiles
+from megatron_speech.preprocess.readers.parquet import recording
+from megatron_speech.preprocess.readers.recognise import other_spelling, recognised, why_missing
 from megatron_speech.preprocess.readers.webdataset import SampleBatch
 from megatron_speech.remote import is_url
 
@@ -35,6 +37,9 @@ DUPLICATE_ROWS_IN_MEMORY = 1 << 22
 
 _LISTING = "input.jsonl"
 _ABOUT = "\0about"  # what a listed line holds beside the row's own fields: no field is called so
+
+
+_POINTER_BYTES = 1024  # more than a git-lfs pointer has
 
 
 class RowError(Exception):
@@ -83,8 +88,8 @@ class RowParser:
     def parse(self, line: bytes) -> InputRow:
         """The row of one line. Errors: bad_json, missing_wav_path, bad_sample_id, and those of names and readers.
 
-        Without `sample_id`, a row is called by its wav_path, and `@start-end` where it names a segment; without
-        `source_id`, it is a part of that recording.
+        Without `sample_id`, a row is called by its wav_path, `@start-end` where it names a segment, and `/channel`
+        where it names one; without `source_id`, it is a part of that recording.
         """
         result = InputRow()
         try:
@@ -104,8 +109,8 @@ class RowParser:
     def _load(self, line: bytes, result: InputRow) -> dict[str, Any]:
         try:
             fields = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-            # A lone surrogate is JSON, but cannot be written again.
-            json.dumps(fields, ensure_ascii=False).encode("utf-8")
+            # A lone surrogate and 1e400 are JSON, but cannot be written again.
+            json.dumps(fields, ensure_ascii=False, allow_nan=False).encode("utf-8")
         except (ValueError, RecursionError) as error:
             raise RowError("bad_json", f"the line is not one JSON object in UTF-8: {error}") from error
         if not isinstance(fields, dict):
@@ -133,7 +138,8 @@ class RowParser:
         if sample_id is None:
             start, end = fields.get("start_time"), fields.get("end_time")
             segment = "" if start is None and end is None else f"@{start or 0}-{'' if end is None else end}"
-            sample_id = self._recording(fields) + segment
+            channel = fields.get("channel")  # the two speakers of a telephone call are two samples
+            sample_id = self._recording(fields) + segment + ("" if channel is None else f"/{channel}")
         elif isinstance(sample_id, int) and not isinstance(sample_id, bool):
             sample_id = str(sample_id)
         elif not isinstance(sample_id, str) or not sample_id:
@@ -354,14 +360,35 @@ def open_recording(row: dict[str, Any], path: str) -> BinaryIO | None:
         RowError: it cannot be read.
     """
     offset, size = row.get("wav_offset"), row.get("wav_bytes")
+    local = source.local_path(path)
     try:
+        if row.get("wav_row") is not None:
+            return io.BytesIO(_in_table(row, path))
         if offset is not None or size is not None:
             if not (isinstance(offset, int) and isinstance(size, int) and offset >= 0 and size >= 0):
                 raise RowError("bad_segment", f"wav_offset {offset!r} and wav_bytes {size!r}: needed are two numbers")
             return io.BytesIO(source.read_range(path, offset, offset + size))
-        if source.local_path(path) is None:
+        if local is None:
             with source.open_binary(path, decompress=False) as handle, source.sentences(path):
                 return io.BytesIO(handle.read())
     except InputError as error:
         raise RowError("missing_file", str(error)) from error
+    if not os.path.exists(local):
+        spelled = other_spelling(local)
+        if spelled is None:
+            raise RowError("missing_file", f"{path} does not exist; check wav_path{why_missing(local)}")
+        return open(spelled, "rb")
+    if os.path.isfile(local) and os.stat(local).st_size <= _POINTER_BYTES:
+        with open(local, "rb") as handle:
+            reason = recognised(handle.read(_POINTER_BYTES))
+        if reason is not None:
+            raise RowError("unreadable", f"{path} is no recording: {reason}")
     return None
+
+
+def _in_table(row: dict[str, Any], path: str) -> bytes:
+    """The bytes of a recording inside a parquet file."""
+    number, column = row["wav_row"], row.get("wav_column")
+    if type(number) is not int or not isinstance(column, str | None):
+        raise RowError("bad_segment", f"wav_row {number!r} and wav_column {column!r}: needed are a number and a name")
+    return recording(path, number, column)

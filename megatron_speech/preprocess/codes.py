@@ -10,13 +10,15 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import orjson
 
 from megatron_speech.errors import InputError
 from megatron_speech.preprocess.readers import source
 from megatron_speech.preprocess.readers.base import RowRejected
+from megatron_speech.preprocess.readers.recognise import other_spelling, why_missing
 from megatron_speech.preprocess.samples import CodesAt
 from megatron_speech.tokens.space import TokenSpace
 
@@ -47,6 +49,7 @@ class _Header(NamedTuple):
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
+    order: Literal["C", "F"]
 
 
 class CodesLoader:
@@ -123,9 +126,9 @@ class CodesLoader:
     def _load(self, place: CodesAt) -> np.ndarray:
         """Integer codes [frames, codebooks], at least one frame."""
         if place.path is None:
-            codes = self._grid(self._inline(place.inline), "field codes")
+            codes = self._grid(self._framed(self._inline(place.inline), place), "field codes")
         elif place.offset is None:
-            codes = self._grid(self._read(place.path), place.path)
+            codes = self._grid(self._framed(self._read(place.path), place), place.path)
         else:
             codes = self._slice(place)
         if not len(codes):
@@ -135,19 +138,32 @@ class CodesLoader:
             raise RowRejected("codes_length", f"{where} holds {len(codes)} frames, but code_len is {place.length}")
         return codes
 
+    def _framed(self, codes: np.ndarray, place: CodesAt) -> np.ndarray:
+        """Codes of several codebooks that are one run, frame by frame, as [code_len, codebooks]."""
+        if codes.ndim == 1 and self._count > 1 and place.length and len(codes) == place.length * self._count:
+            return codes.reshape(place.length, self._count)
+        return codes
+
     def _grid(self, codes: np.ndarray, where: str) -> np.ndarray:
         """Codes as [frames, codebooks]."""
         count = self._count
         if codes.ndim == 1 and count == 1:
             codes = codes[:, None]
         if codes.ndim != 2 or codes.shape[1] != count or codes.dtype.kind not in "iu":
+            remedy = ""
+            if codes.ndim == 1 and codes.dtype.kind in "iu":
+                remedy = "; codes of all codebooks in one run, frame by frame, need code_len (frames) beside them"
+            elif codes.ndim == 2 and codes.shape[0] == count:
+                remedy = "; it is [codebooks, frames]: transpose it"
             raise RowRejected(
                 "codes_shape",
-                f"{where} holds {codes.dtype} of shape {list(codes.shape)}, needed integers [frames, {count}]",
+                f"{where} holds {codes.dtype} of shape {list(codes.shape)}, needed integers [frames, {count}]{remedy}",
             )
         return codes
 
     def _inline(self, value: Any) -> np.ndarray:
+        if isinstance(value, str):
+            value = _numbers(value)
         try:
             codes = np.asarray(value)
         except ValueError as error:  # rows of unequal length
@@ -194,18 +210,32 @@ class CodesLoader:
         header = self._headers[key]
         if header is None or len(data) != begin + header.dtype.itemsize * math.prod(header.shape):
             return _read_npy(path, mapped=False)
-        return np.frombuffer(data, header.dtype, offset=begin).reshape(header.shape)
+        return np.frombuffer(data, header.dtype, offset=begin).reshape(header.shape, order=header.order)
+
+
+def _numbers(text: str) -> list[Any]:
+    """The numbers of a text: `12 5 99`, `12,5,99`, or a list as JSON has it, `[[12, 5], [99, 1]]`."""
+    try:
+        if text.lstrip()[:1] == "[":
+            numbers = orjson.loads(text)
+        else:
+            numbers = orjson.loads(f"[{','.join(text.replace(',', ' ').split())}]")
+    except ValueError as error:
+        found = text if len(text) <= 40 else text[:37] + "..."
+        needed = "needed numbers with blanks or commas between them"
+        raise RowRejected("codes_shape", f"field codes is the text {found!r}, {needed}") from error
+    return numbers
 
 
 def _parse_header(data: bytes) -> _Header | None:
-    """The header of a plain array in row order; None for any other, which `np.load` has to look at."""
+    """The header of a plain array; None for any other, which `np.load` has to look at."""
     handle = io.BytesIO(data)
     try:
         np.lib.format.read_magic(handle)
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(handle)
     except ValueError:
         return None
-    return None if fortran_order or dtype.hasobject or not shape else _Header(dtype, shape)
+    return None if dtype.hasobject or not shape else _Header(dtype, shape, "F" if fortran_order else "C")
 
 
 def _read_npy(path: str, *, mapped: bool) -> np.ndarray:
@@ -213,14 +243,23 @@ def _read_npy(path: str, *, mapped: bool) -> np.ndarray:
         local = source.local_path(path)
         if local is None:
             with source.open_binary(path) as handle:
-                return np.asarray(np.load(io.BytesIO(handle.read()), allow_pickle=False))
-        # asarray: slicing an ndarray is several times faster than slicing a memmap
-        return np.asarray(np.load(local, mmap_mode="r" if mapped else None, allow_pickle=False))
+                array = np.load(io.BytesIO(handle.read()), allow_pickle=False)
+        else:
+            array = np.load(local, mmap_mode="r" if mapped else None, allow_pickle=False)
     except InputError as error:  # a remote file: already a sentence
         missing = isinstance(error.__cause__, FileNotFoundError)
         raise RowRejected("codes_missing" if missing else "codes_unreadable", str(error)) from error
     except FileNotFoundError as error:
-        raise RowRejected("codes_missing", f"{path} does not exist") from error
+        spelled = other_spelling(path)
+        if spelled is not None:
+            return _read_npy(spelled, mapped=mapped)
+        raise RowRejected("codes_missing", f"{path} does not exist{why_missing(path)}") from error
     except (OSError, ValueError, EOFError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        raise RowRejected("codes_unreadable", f"{path} is not a readable .npy file: {reason}") from error
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else source.what_is(path)
+        raise RowRejected("codes_unreadable", f"{path} is not a readable .npy file: {reason or error}") from error
+    if not isinstance(array, np.ndarray):  # np.load opens a zip archive of arrays, too
+        reason = source.what_is(path)
+        array.close()
+        raise RowRejected("codes_unreadable", f"{path} is not a readable .npy file: {reason}")
+    # asarray: slicing an ndarray is several times faster than slicing a memmap
+    return np.asarray(array)

@@ -21,7 +21,15 @@ import pyarrow as pa
 from megatron_speech.preprocess.fields import OUTSIDE, local_name
 from megatron_speech.preprocess.readers import source
 from megatron_speech.preprocess.readers.base import Row, RowRejected, Rows
-from megatron_speech.preprocess.samples import TEXT_IDS, TRANSCRIPTS, CodesAt, Sample, SampleRules, extra_json
+from megatron_speech.preprocess.samples import (
+    CONVERSATIONS,
+    TEXT_IDS,
+    TRANSCRIPTS,
+    CodesAt,
+    Sample,
+    SampleRules,
+    extra_json,
+)
 from megatron_speech.remote import is_url
 from megatron_speech.tokens.normalization import normalize_documents, normalize_transcripts
 
@@ -299,7 +307,7 @@ class _Columns:
         return self._normal(column, normalize_transcripts)
 
     def _documents(self) -> Sequence[Sequence[str]]:
-        for name in ("messages", "turns", TEXT_IDS):
+        for name in (*CONVERSATIONS, TEXT_IDS):
             if name in self.present:
                 self.odd.update(i for i, fields in enumerate(self.fields) if fields.get(name) is not None)
         columns = [self._normal(self._get(key), normalize_documents) for key in self.rules.json_keys]

@@ -39,6 +39,7 @@ from megatron_speech.tokens.templates import (
     SEGMENTS,
     TEXT,
     TURNS,
+    check_role,
     segment_ids,
     turn_ids,
 )
@@ -157,6 +158,8 @@ class Converter:
         samples = read_samples(self.job.rules, batch.read(), batch.path)
         if self.job.rules.needs_codes:
             self._check_codec(samples, batch.path)
+        elif not isinstance(samples.roles, Constant):
+            self._check_roles(samples, batch.path)
         return Batch(self.space, self.loader, samples, batch.path, has_texts=self.job.rules.task != "speech_lm")
 
     def _check_codec(self, samples: Samples, path: str) -> None:
@@ -169,6 +172,15 @@ class Converter:
                     f"{path} line {samples.number[row]}: codec_hash is {found}, needed {codec.hash} "
                     f"({codec.name}) of the token space; encode the audio with that codec, or make another token space"
                 )
+
+    def _check_roles(self, samples: Samples, path: str) -> None:
+        for row, roles in enumerate(samples.roles):
+            if roles is not None and row not in samples.rejected:
+                for role in set(roles):
+                    try:
+                        check_role(self.space, role)
+                    except InputError as error:
+                        raise InputError(f"{path} line {samples.number[row]}: {error}") from error
 
     # ---- the index of the whole input
 

@@ -34,8 +34,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron_speech.codecs import Codec, codec_names, get_codec
-from megatron_speech.codecs.audio import AudioError, read_audio
+from megatron_speech.codecs import Codec, check_codes, codec_names, encode_checked, get_codec
+from megatron_speech.codecs.audio import TIME_TOLERANCE_SECONDS, AudioError, DecodedAudio, read_recording
 from megatron_speech.console import Progress, output, tables
 from megatron_speech.errors import InputError, command
 from megatron_speech.files import (
@@ -158,8 +158,16 @@ class Encoder:
             RowError, AudioError: the recording cannot be used.
         """
         path = source.join(self.job.input_directory, row["wav_path"])
-        times = {name: seconds_of(row, name) for name in ("start_time", "end_time")}
-        audio = read_audio(path, self.codec.sample_rate_hz, **times, content=open_recording(row, path))
+        recording = read_recording(
+            path,
+            self.codec.sample_rate_hz,
+            start_time=seconds_of(row, "start_time"),
+            end_time=seconds_of(row, "end_time"),
+            channel=channel_of(row),
+            content=open_recording(row, path),
+        )
+        audio = recording.audio
+        check_duration(row, recording, self.codec.sample_rate_hz)
         if len(audio) < self.hop:
             raise RowError(
                 "too_short",
@@ -194,6 +202,12 @@ class Encoder:
             codes = self.codec.encode(audio, gain=gain)
         except InputError as error:
             raise RowError("not_encodable", f"{row['wav_path']}: {error}") from error
+        try:
+            check_codes(self.codec, codes)
+        except InputError as error:  # a broken codec is no fault of this row, and would do no better with the next
+            raise InputError(f"{row['wav_path']} was encoded to what are no codes: {error}") from error
+        if not len(codes):
+            raise RowError("not_encodable", f"{row['wav_path']}: the codec {self.codec.name!r} gave no frames")
         own: dict[str, Any] = {
             "sample_id": sample_id if variant == 0 else f"{sample_id}#v{variant}",
             "checksum": sha256_hex(codes.astype("<i4").tobytes()),
@@ -235,6 +249,48 @@ def encode_chunk(encoder: Encoder, chunk: RowChunk) -> ChunkResult:
         seconds = sum(new["duration"] for new, _ in encoded)
         result.totals.add(read.fields, len(encoded), seconds, sum(len(codes) for _, codes in encoded))
     return result
+
+
+def channel_of(row: dict[str, Any]) -> int | None:
+    """The channel that the row names, from 0; None: the average of all.
+
+    Raises:
+        RowError: bad_channel.
+    """
+    value = row.get("channel")
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < 1 << 16 or value != int(value):
+        raise RowError("bad_channel", f"channel is {value!r}, needed is the number of one channel, from 0")
+    return int(value)
+
+
+def check_duration(row: dict[str, Any], recording: DecodedAudio, sample_rate_hz: int) -> None:
+    """Compare the row's own `duration` (seconds) with what was read: a file that is not the one that was meant.
+
+    It may be that of the segment or of the whole file. Allowed is 0.1 s, what the file's codec may have added, and one
+    second where the duration is a whole number, which is a rounded one.
+
+    Raises:
+        RowError: bad_duration, duration_mismatch.
+    """
+    value = row.get("duration")
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
+        raise RowError("bad_duration", f"duration is {value!r}, needed are seconds as a number")
+    found = len(recording.audio) / sample_rate_hz
+    allowed = TIME_TOLERANCE_SECONDS + recording.padding_seconds
+    if isinstance(value, int):
+        allowed = max(allowed, 1.0)
+    if min(abs(found - value), abs(recording.file_seconds - value)) > allowed:
+        whole = "" if abs(found - recording.file_seconds) < 0.001 else f" of a file of {recording.file_seconds:.3f} s"
+        raise RowError(
+            "duration_mismatch",
+            f"duration is {value:g} s, but {found:.3f} s were read{whole} from {row['wav_path']}: another file or a "
+            "part of it; correct the row or copy the file again",
+        )
 
 
 def variant_shift_and_gain(sample_id: str, variant: int, hop: int) -> tuple[int, float]:
@@ -456,16 +512,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.description = (
         "Encode recordings with a frozen codec: samples.jsonl with wav_path in, samples.jsonl with codes_path out. "
-        "Reads wav, flac, mp3 and ogg of any sample rate and channel count; start_time and end_time (seconds) of a row "
-        "name a segment of its file. Output does not depend on --workers."
+        "Reads wav, flac, mp3, ogg and more (docs/codecs.md) of any sample rate and channel count; start_time and "
+        "end_time (seconds) of a row name a segment of its file, channel (from 0) one of its channels. Output does not "
+        "depend on --workers."
     )
     parser.add_argument(
         "--input",
         required=True,
         nargs="+",
-        metavar="SAMPLES.jsonl",
-        help="one JSON object per line, with wav_path: a path or URL, .gz and .zst too; or .tar archives of recordings "
-        "(KEY.wav or .flac, .mp3, .ogg; KEY.json and KEY.txt), also as globs and ranges (a-{000..099}.tar)",
+        action="extend",
+        metavar="FILE",
+        help="paths, URLs, globs or ranges (a-{000..099}.tar) of JSON lines or arrays (wav_path, or NeMo's names), "
+        ".tar archives of recordings (KEY.wav …, KEY.json, KEY.txt), .parquet with recordings inside, Common Voice's "
+        ".tsv, LJSpeech's metadata.csv, Lhotse's cuts, or Kaldi's folders; .gz and .zst too; repeatable",
     )
     parser.add_argument("--codec", required=True, metavar="NAME", help=f"here: {', '.join(codec_names())}")
     parser.add_argument("--output-dir", required=True, type=Path, metavar="CODES", help="made if it is not there")
@@ -533,7 +592,7 @@ def run(arguments: argparse.Namespace) -> int:
         source.expand(pattern)  # what is not there is refused before a folder is made
     codec = get_codec(arguments.codec)
     # A missing library is found here and not in the first worker.
-    codec.encode(np.zeros(codec.sample_rate_hz, dtype=np.float32))
+    encode_checked(codec, np.zeros(codec.sample_rate_hz, dtype=np.float32))
     outputs = Outputs(arguments.output_dir, arguments.shard)
     created = _missing_directories(outputs.directory)
     try:

@@ -51,7 +51,9 @@ AGREEMENTS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.description = (__doc__ or "").split("\n")[0]
-    parser.add_argument("--input", required=True, nargs="+", metavar="P", help="prefixes of the datasets, in order")
+    parser.add_argument(
+        "--input", required=True, nargs="+", action="extend", metavar="P", help="prefixes of the datasets, in order"
+    )
     parser.add_argument("--output-prefix", required=True, metavar="P", help="prefix of the joined dataset")
     parser.add_argument(
         "--allow-missing", action="store_true", help="join shards even where others of the same conversion are missing"

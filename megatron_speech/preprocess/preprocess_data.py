@@ -75,11 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         required=True,
         nargs="+",
+        action="extend",
         metavar="FILE",
-        help="paths, URLs, globs or brace ranges of .jsonl, .parquet or .tar (.gz and .zst too), X.offsets.npy, a "
-        "vectorised folder, S_input_ids.memmap, or a megatron .idx",
+        help="paths, URLs, globs or brace ranges of .jsonl, .json, .parquet or .tar (.gz and .zst too), X.offsets.npy, "
+        "a vectorised folder, S_input_ids.memmap, a megatron .idx, or what docs/data.md lists; repeatable",
     )
-    add("--input-tokenizer", metavar="DIR", help="Hugging Face tokenizer that wrote the ids of S_input_ids.memmap")
+    add("--input-tokenizer", metavar="DIR", help="tokenizer that wrote S_input_ids.memmap or S_pretraining_codes.npy")
     add(
         "--input-eod",
         type=int,
@@ -109,7 +110,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--restart", action="store_true", help="start over even if a stopped conversion could be resumed")
     text = parser.add_argument_group("text_lm")
     text.add_argument(
-        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="fields with text, a document each"
+        "--json-keys",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY",
+        help="fields with text, a document each (text where none is named)",
     )
     add(
         "--transcript",
@@ -152,6 +158,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _checked(arguments: argparse.Namespace) -> argparse.Namespace:
     """The arguments as the conversion reads them; what needs no input to be refused is refused."""
     arguments = argparse.Namespace(**{name: value for name, value in vars(arguments).items() if name != "command"})
+    arguments.json_keys = arguments.json_keys or ["text"]
     _check_arguments(arguments)
     arguments.map = parse_map(arguments.map)
     arguments.filters = Filters.load(arguments.filters, arguments.task) if arguments.filters else Filters()

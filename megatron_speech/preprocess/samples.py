@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import functools
 import json
 import math
@@ -16,7 +18,7 @@ from megatron_speech.preprocess.fields import RECORDING_NAMES, FieldError, Field
 from megatron_speech.preprocess.readers import source
 from megatron_speech.preprocess.readers.base import Row, RowRejected
 from megatron_speech.tokens.normalization import normalize_document, normalize_transcript
-from megatron_speech.tokens.templates import ROLES
+from megatron_speech.tokens.templates import ROLES, SYSTEM
 
 # --transcript: the field of the row that is spoken text
 TRANSCRIPTS = {
@@ -32,6 +34,10 @@ OWN_FIELDS = frozenset(
     "transcript_native transcript_romanized codes codes_path code_offset code_len codec_hash checksum".split()
 )
 
+
+# Fields that hold a conversation, and what others call its roles (ShareGPT: human and gpt).
+CONVERSATIONS = ("messages", "turns", "conversations")
+_ROLE_NAMES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 
 # Pretokenised text: ids of the token space's own text tokenizer.
 TEXT_IDS = "text_ids"
@@ -230,10 +236,14 @@ def _transcript(fields: dict[str, Any], names: tuple[str, ...]) -> str:
 
 def _written_text(fields: dict[str, Any], keys: tuple[str, ...]) -> tuple[list[str] | None, tuple[str, ...], set[str]]:
     """(roles or None, texts, fields used) of a text row: a conversation if there is one, else the named fields."""
-    for name in ("messages", "turns"):
+    for name in CONVERSATIONS:
         if fields.get(name) is not None:
             roles, texts = _conversation(fields[name], name)
-            return roles, tuple(texts), {name}
+            system = fields.get(SYSTEM)
+            if system in (None, "") or SYSTEM in roles:
+                return roles, tuple(texts), {name}
+            more_roles, more_texts = _conversation([{"role": SYSTEM, "content": system}], SYSTEM)
+            return more_roles + roles, (*more_texts, *texts), {name, SYSTEM}
     texts = []
     for key in keys:
         if fields.get(key) is None:
@@ -248,12 +258,18 @@ def _written_text(fields: dict[str, Any], keys: tuple[str, ...]) -> tuple[list[s
 
 
 def _conversation(turns: Any, name: str) -> tuple[list[str], list[str]]:
-    """Roles and texts of `[{"role": …, "content": …}, …]` or `[[role, text], …]`."""
+    """Roles and texts of `[{"role": …, "content": …}, …]`, `[{"from": …, "value": …}, …]` or `[[role, text], …]`."""
+    if isinstance(turns, str) and turns.lstrip()[:1] == "[":  # as tables without columns of lists hold it
+        try:
+            turns = orjson.loads(turns)
+        except ValueError as error:
+            raise RowRejected("bad_turns", f"field {name} is {_short(turns)}, needed a list of turns") from error
     if not isinstance(turns, list) or not turns:
         raise RowRejected("bad_turns", f"field {name} is {_short(turns)}, needed a list of turns")
     roles, texts = [], []
     for i, turn in enumerate(turns):
         role, content = _turn(turn)
+        role = _ROLE_NAMES.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             needed = " or ".join(ROLES)
             raise RowRejected("bad_turns", f"field {name}: role of turn {i} is {_short(role)}, needed {needed}")
@@ -269,6 +285,8 @@ def _conversation(turns: Any, name: str) -> tuple[list[str], list[str]]:
 
 def _turn(turn: Any) -> tuple[Any, Any]:
     if isinstance(turn, dict):
+        if "from" in turn and "role" not in turn:
+            return turn["from"], turn.get("value")
         return turn.get("role"), turn.get("content", turn.get("text"))
     if isinstance(turn, list) and len(turn) == 2:
         return turn[0], turn[1]
@@ -306,7 +324,7 @@ def extra_json(fields: dict[str, Any]) -> str | None:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A cell as JSON can hold it; parquet has types of its own (dates, bytes)."""
+    """A cell as JSON can hold it; parquet has types of its own: times become ISO 8601, maps objects."""
     if isinstance(value, float):
         if not math.isfinite(value):
             raise RowRejected("not_finite", f"field {name} holds NaN or infinity; leave it out")
@@ -317,8 +335,18 @@ def _plain(value: Any, name: str) -> Any:
         return {str(key): _plain(item, name) for key, item in value.items()}
     if isinstance(value, np.ndarray):
         return _plain(value.tolist(), name)
+    if isinstance(value, list) and value and all(type(item) is tuple and type(item[0]) is str for item in value):
+        return {key: _plain(item, name) for key, item in value}  # as pyarrow gives a map
     if isinstance(value, (list, tuple)):
         return [_plain(item, name) for item in value]
+    if isinstance(value, (datetime.date, datetime.time)):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta):
+        return value.total_seconds()
+    if isinstance(value, decimal.Decimal) and math.isfinite(value) and len(value.as_tuple().digits) <= 15:
+        return float(value)  # which is written with the same digits
+    if isinstance(value, np.generic):
+        return _plain(value.item(), name)
     return str(value)
 
 

@@ -23,11 +23,15 @@ NORMALIZATION_VERSION = "nfc-whitespace-2"
 _INVISIBLE = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff]")
 # Whatever a document might have to be changed for, but for runs of spaces and line ends.
 _UNUSUAL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]")
+# Characters without a width of their own. Beside others they decide how those are written; alone they are no text.
+_ZERO_WIDTH = "\u200b\u200c\u200d\u2060"
 _SPACE, _LINE_FEED, _TROUBLE = 1, 2, 8
 # Of each code point up to U+FFFF one of these, or 0, which is also right for all beyond.
 _KINDS = np.zeros(1 << 16, dtype=np.uint8)
 _KINDS[[code for code in range(1 << 16) if _UNUSUAL.match(chr(code))]] = _TROUBLE
 _KINDS[[ord(" "), ord("\n")]] = _SPACE, _LINE_FEED
+_IS_ZERO_WIDTH = np.zeros(1 << 16, dtype=bool)
+_IS_ZERO_WIDTH[list(map(ord, _ZERO_WIDTH))] = True
 _BLANK_IN_LINE = re.compile(r"[^\S\n]+")
 _LINE_END = re.compile(r" ?\n ?")
 _EMPTY_LINES = re.compile(r"\n{3,}")
@@ -41,8 +45,16 @@ def _composed(text: str) -> str:
 
 
 def normalize_transcript(text: str) -> str:
-    """What is spoken: Unicode NFC, no control characters, every run of whitespace one space, none at the ends."""
-    return " ".join(_composed(_INVISIBLE.sub("", text)).split())
+    """What is spoken: Unicode NFC, no control characters, every run of whitespace one space, none at the ends.
+
+    A text of nothing but zero-width characters (U+200B to U+200D, U+2060, U+FEFF) is empty.
+    """
+    return _unless_invisible(" ".join(_composed(_INVISIBLE.sub("", text)).split()))
+
+
+def _unless_invisible(text: str) -> str:
+    """The text, or none where nothing in it can be seen."""
+    return text if text[:1] not in _ZERO_WIDTH or text.strip(_ZERO_WIDTH + " \n") else ""
 
 
 def normalize_document(text: str) -> str:
@@ -59,7 +71,7 @@ def normalize_document(text: str) -> str:
         text = _LINE_END.sub("\n", text)
     if "\n\n\n" in text:
         text = _EMPTY_LINES.sub("\n\n", text)
-    return text.strip()
+    return _unless_invisible(text.strip())
 
 
 def normalize_transcripts(texts: Sequence[str]) -> list[str]:
@@ -82,7 +94,8 @@ def _normalize_all(texts: Sequence[str], normalize: Callable[[str], str], allowe
     joined = "".join(result)
     if not joined:
         return [normalize(text) for text in result]
-    kinds = _KINDS.take(np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32), mode="clip")
+    codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
+    kinds = _KINDS.take(codes, mode="clip")
     ends = np.fromiter(itertools.accumulate(map(len, result)), np.int64, len(result))
     odd = kinds > allowed
     pairs = kinds[:-1] * kinds[1:]
@@ -92,7 +105,7 @@ def _normalize_all(texts: Sequence[str], normalize: Callable[[str], str], allowe
     odd[ends[ends > 0] - 1] |= kinds[ends[ends > 0] - 1] > 0
     starts = np.concatenate([[0], ends[:-1]])
     starts = starts[starts < len(kinds)]
-    odd[starts] |= kinds[starts] > 0
+    odd[starts] |= (kinds[starts] > 0) | _IS_ZERO_WIDTH.take(codes[starts], mode="clip")
     looked_at = set(np.searchsorted(ends, np.flatnonzero(odd), side="right").tolist())
     if not joined.isascii() and not unicodedata.is_normalized("NFC", joined):
         looked_at.update(i for i, text in enumerate(result) if not unicodedata.is_normalized("NFC", text))

@@ -3,6 +3,8 @@
     0 ............ text_size ........... +specials ........ +codebook 0 ... +codebook K-1 ... size ... padded_size
     text pieces    named specials        audio codes, one id range per codebook            inert padding
 
+(`<system>` and `</system>`, which came later, are the last two ids before `size`.)
+
 A codec with several codebooks is flattened frame by frame, so that one document stays one run of ids (K = 1 stream)
 and the id alone tells which codebook a code belongs to. The layouts of other projects (`token_layouts`) have the same
 parts in another order. The saved JSON holds the tokenizer itself: a checkpoint with
@@ -15,6 +17,8 @@ import base64
 import functools
 import json
 import logging
+import math
+import numbers
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -50,10 +54,51 @@ SPECIALS = (
     "</user>",
     "<assistant>",
     "</assistant>",
+    "<system>",
+    "</system>",
 )
+# Specials that came later: behind the codes, so that a space laid out anew has all other ids where they were. Spaces
+# saved before that lack them.
+_BEHIND_THE_CODES = ("<system>", "</system>")
 
 # megatron-core stores ids below 65,500 as uint16 (its `DType.optimal_dtype`).
 UINT16_LIMIT = 65_500
+
+
+def check_description(
+    where: str,
+    sample_rate_hz: int,
+    frame_rate_hz: float,
+    codebook_names: Sequence[str],
+    codebook_sizes: Sequence[int],
+) -> None:
+    """Refuse rates and codebooks that are none, of the codec that errors call `where`.
+
+    Raises:
+        InputError: a rate is not a positive number, the names are not as many as the sizes, one of them twice, or a
+            size is not a positive integer.
+    """
+    for name, rate, kinds in (
+        ("sample_rate_hz", sample_rate_hz, numbers.Integral),
+        ("frame_rate_hz", frame_rate_hz, numbers.Real),
+    ):
+        if isinstance(rate, bool) or not isinstance(rate, kinds) or not 0 < rate < math.inf:
+            needed = "a positive integer" if kinds is numbers.Integral else "a positive number"
+            raise InputError(f"{where} has {name} {rate!r}; needed is {needed}")
+    for name, values in (("codebook_names", codebook_names), ("codebook_sizes", codebook_sizes)):
+        if not isinstance(values, list | tuple):
+            raise InputError(f"{where} has {name} {values!r}; needed is a tuple, an entry per codebook")
+    if len(codebook_names) != len(codebook_sizes) or not codebook_sizes:
+        raise InputError(
+            f"{where} has {len(codebook_names)} codebook_names ({', '.join(map(str, codebook_names))}) and "
+            f"{len(codebook_sizes)} codebook_sizes ({', '.join(map(str, codebook_sizes))}); needed is one of each per "
+            "codebook, and at least one codebook"
+        )
+    for book, size in zip(codebook_names, codebook_sizes, strict=True):
+        if not isinstance(book, str) or not book or list(codebook_names).count(book) > 1:
+            raise InputError(f"{where} has a codebook called {book!r}; needed is a name of its own for each")
+        if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
+            raise InputError(f"{where} has size {size!r} for codebook {book!r}; needed is a positive integer")
 
 
 @dataclass(frozen=True)
@@ -66,6 +111,15 @@ class CodecDescription:
     frame_rate_hz: float
     codebook_names: tuple[str, ...]
     codebook_sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_description(
+            f"the codec {self.name!r}",
+            self.sample_rate_hz,
+            self.frame_rate_hz,
+            self.codebook_names,
+            self.codebook_sizes,
+        )
 
     @property
     def codebook_count(self) -> int:
@@ -187,7 +241,7 @@ class TokenSpace:
             text_size, kept = _base_layout(Path(base), encoder)
         next_id = text_size
         special_ids = {}
-        for name in SPECIALS:
+        for name in (name for name in SPECIALS if name not in _BEHIND_THE_CODES):
             if name in kept:
                 special_ids[name] = kept[name]
             else:
@@ -199,6 +253,9 @@ class TokenSpace:
             next_id += int(codebook_size)
         if not codebooks:
             raise InputError(f"codec {codec.name} has no codebook; a token space needs at least one")
+        for name in _BEHIND_THE_CODES:
+            special_ids[name] = next_id
+            next_id += 1
         padded_size = -(-next_id // pad_multiple) * pad_multiple
         return cls(kind, payload, text_size, special_ids, codec, tuple(codebooks), next_id, padded_size)
 
@@ -518,7 +575,8 @@ class TokenSpace:
         books = " ".join(f"{book.name}:{book.size}" for book in self.codebooks)
         return (
             f"token space {self.hash[:12]}{whose}: {self.size:,} ids ({self.padded_size:,} padded) = "
-            f"text {self.text_size:,} ({self.text_kind}) + {len(SPECIALS)} specials + {self.codec.name} [{books}]"
+            f"text {self.text_size:,} ({self.text_kind}) + {len(self.special_ids)} specials + "
+            f"{self.codec.name} [{books}]"
         )
 
 

@@ -79,8 +79,11 @@ TEXT_TARGETS = ("asr",)
 # Tasks of which every token is learned, whatever a stage's loss.prompt says.
 PROMPTLESS_TASKS = ("text_lm",)
 
-ROLES = ("user", "assistant")
+SYSTEM = "system"
+ROLES = ("user", "assistant", SYSTEM)
 
+# The role `system` came later, and changes no document that has no such turn: datasets without one stay what they are.
+_HASHED_ROLES = ["user", "assistant"]
 # The tasks that there were first share a hash: datasets of them stay what they are when others come.
 _FIRST_TASKS = ("speech_lm", "tts", "text_lm")
 TEMPLATE_HASH = sha256_hex(
@@ -88,7 +91,7 @@ TEMPLATE_HASH = sha256_hex(
         {
             "templates": {task: TEMPLATES[task] for task in _FIRST_TASKS},
             "prompt_end": PROMPT_END,
-            "roles": list(ROLES),
+            "roles": _HASHED_ROLES,
         }
     )
 )
@@ -137,16 +140,31 @@ def _variant(space: TokenSpace, task: str, given: set[str]) -> tuple[str, tuple[
     raise InputError(f"task {task} was given {' '.join(sorted(given)) or 'nothing'}; needed: {wanted}")
 
 
+def check_role(space: TokenSpace, role: str) -> None:
+    """Refuse a role of turns whose specials the id space lacks: those made before there was the role.
+
+    Raises:
+        InputError: says what to do.
+    """
+    if f"<{role}>" not in space.special_ids:
+        raise InputError(
+            f"a turn of the role {role} needs the special <{role}>, which the token space {space.hash[:12]} lacks; "
+            "make a new one with `megatron-speech token-space` (and convert everything of the run with it), or leave "
+            "such turns out"
+        )
+
+
 def turn_ids(space: TokenSpace, turns: Sequence[tuple[str, Ids]]) -> Ids:
     """Turns of (role, ids) end to end, each between the specials of its role: what fills the field TURNS.
 
     Raises:
-        InputError: an unknown role.
+        InputError: an unknown role, or one whose specials the id space lacks.
     """
     parts: list[Ids | list[int]] = []
     for role, ids in turns:
         if role not in ROLES:
             raise InputError(f"role {role!r} of a turn is unknown; needed: {' or '.join(ROLES)}")
+        check_role(space, role)
         parts += [list(space.sequence(f"<{role}>")), ids, list(space.sequence(f"</{role}>"))]
     return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
@@ -218,7 +236,7 @@ def compile_document(
         task: one of `TASKS`.
         text_ids, ref_text_ids: `space.encode_text` output, int [n].
         code_ids, prompt_code_ids, ref_code_ids: `space.encode_codes` output, int [frames * codebooks].
-        turns: (role, ids) with role "user" or "assistant".
+        turns: (role, ids) with role "user", "assistant" or "system".
         segments: (kind, ids) with kind "text" or "speech".
         append_eod: end the document with `<eos>` where the template does not.
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from megatron_speech.codecs.audio import AudioError, read_audio, write_wav
+from megatron_speech.codecs.audio import AudioError, read_audio, write_audio, write_wav
+from megatron_speech.errors import InputError
 
 
 def tone(rate: int, seconds: float = 1.0) -> np.ndarray:
@@ -129,3 +130,86 @@ def test_a_written_wav_reads_back_and_is_clipped(tmp_path: Path) -> None:
     write_wav(tmp_path / "a.wav", audio, 8000)
     np.testing.assert_allclose(read_audio(tmp_path / "a.wav", 8000), np.clip(audio, -1, 1), atol=1e-4)
     assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+
+
+def test_one_channel_is_read_where_one_is_named(tmp_path: Path) -> None:
+    left, right = tone(8000), np.random.default_rng(0).uniform(-0.5, 0.5, 8000).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", np.stack([left, right], axis=1), 8000, subtype="FLOAT")
+    np.testing.assert_array_equal(read_audio(tmp_path / "a.wav", 8000, channel=0), left)
+    np.testing.assert_array_equal(read_audio(tmp_path / "a.wav", 8000, channel=1, start_time=0.5), right[4000:])
+    soundfile.write(tmp_path / "one.wav", left, 8000, subtype="FLOAT")
+    np.testing.assert_array_equal(read_audio(tmp_path / "one.wav", 8000, channel=0), left)
+    for name, needed in (("a.wav", "2 channels, 0 to 1"), ("one.wav", "one channel, 0")):
+        with pytest.raises(AudioError, match=needed) as caught:
+            read_audio(tmp_path / name, 8000, channel=2)
+        assert caught.value.reason == "bad_channel"
+
+
+@pytest.mark.parametrize("level", [-1.0, -0.9])
+@pytest.mark.parametrize("offset", [0.0, 0.25])
+def test_channels_that_cancel_each_other_out_are_refused_and_one_of_them_is_read(
+    tmp_path: Path, level: float, offset: float
+) -> None:
+    left = tone(8000)
+    soundfile.write(tmp_path / "a.wav", np.stack([left, level * left], axis=1) + offset, 8000, subtype="FLOAT")
+    with pytest.raises(AudioError, match=r"antiphase.*`channel`") as caught:
+        read_audio(tmp_path / "a.wav", 8000)
+    assert caught.value.reason == "antiphase"
+    np.testing.assert_allclose(read_audio(tmp_path / "a.wav", 8000, channel=0), left + offset, atol=1e-6)
+
+
+def test_channels_that_only_differ_are_averaged(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    left, right = draw.uniform(-0.5, 0.5, (2, 8000)).astype(np.float32)
+    for other in (right, np.roll(left, 40), -0.5 * left, np.zeros_like(left)):
+        soundfile.write(tmp_path / "a.wav", np.stack([left, other], axis=1), 8000, subtype="FLOAT")
+        np.testing.assert_allclose(read_audio(tmp_path / "a.wav", 8000), (left + other) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_digital_silence_is_refused(tmp_path: Path, value: float, channels: int) -> None:
+    audio = np.concatenate([tone(8000), np.full(8000, value, np.float32)])
+    soundfile.write(tmp_path / "a.wav", np.stack([audio] * channels, axis=1), 8000)
+    assert len(read_audio(tmp_path / "a.wav", 8000)) == 16000
+    with pytest.raises(AudioError, match=r"digital silence.* 1\.000 to 2\.000 s") as caught:
+        read_audio(tmp_path / "a.wav", 8000, start_time=1.0)
+    assert caught.value.reason == "silence"
+    assert len(read_audio(tmp_path / "a.wav", 8000, start_time=1.0, allow_silence=True)) == 8000
+    # The softest noise of 16-bit audio is none.
+    soundfile.write(tmp_path / "soft.wav", np.array([0, 1] * 4000, np.int16), 8000)
+    assert len(read_audio(tmp_path / "soft.wav", 8000)) == 8000
+
+
+@pytest.mark.parametrize(
+    ("ending", "found"),
+    [
+        (".wav", ("WAV", "PCM_16")),
+        (".flac", ("FLAC", "PCM_16")),
+        (".mp3", ("MP3", "MPEG_LAYER_III")),
+        (".ogg", ("OGG", "VORBIS")),
+        (".opus", ("OGG", "OPUS")),
+        (".OPUS", ("OGG", "OPUS")),
+        (".aiff", ("AIFF", "PCM_16")),
+    ],
+)
+@pytest.mark.parametrize("rate", [8000, 22050])
+def test_the_ending_of_a_file_decides_what_is_written(
+    tmp_path: Path, ending: str, found: tuple[str, str], rate: int
+) -> None:
+    write_audio(tmp_path / f"a{ending}", tone(rate), rate)
+    info = soundfile.info(tmp_path / f"a{ending}")
+    assert (info.format, info.subtype) == found
+    audio = read_audio(tmp_path / f"a{ending}", rate)
+    assert len(audio) == pytest.approx(rate, abs=2)
+    middle = slice(rate // 4, rate // 4 + rate // 2)
+    assert np.abs(np.fft.rfft(audio[middle])).argmax() == 220
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("a.m4a", "ends in .m4a"), ("a.xyz", "ends in .xyz"), ("a", "no ending")]
+)
+def test_an_ending_that_cannot_be_written_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"{message}.*use .wav, .flac, .mp3"):
+        write_audio(tmp_path / name, tone(8000), 8000)
+    assert list(tmp_path.iterdir()) == []

@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 
 from megatron_speech.cli import main
 from megatron_speech.codecs.audio import write_wav
+from megatron_speech.codecs.codec2 import Codec2
 from megatron_speech.commands.generate import add_arguments
+from megatron_speech.errors import InputError
 from megatron_speech.generation.engine import DEFAULT_BATCH_SIZE, SpeechGenerator
 from megatron_speech.generation.sampling import SamplingConfig
 
@@ -52,6 +55,37 @@ def test_text_becomes_a_wav_and_the_seed_decides_which(checkpoint: Path, tmp_pat
             codes.append(sound.getnframes())
             assert 0 < sound.getnframes() <= 3200
     assert codes[0] == codes[1]
+
+
+def test_the_ending_of_the_output_decides_its_format(checkpoint: Path, tmp_path: Path) -> None:
+    for ending, format_ in ((".mp3", "MP3"), (".flac", "FLAC"), (".opus", "OGG")):
+        out = tmp_path / f"a{ending}"
+        words = ["--checkpoint", checkpoint, "--text", "hello", "--seed", 1, "--max-seconds", 0.4, "--output", out]
+        assert main(["generate", *map(str, words)]) == 0
+        info = soundfile.info(out)
+        assert (info.format, info.samplerate) == (format_, 8000)
+
+
+@pytest.mark.parametrize(("name", "found"), [("a.m4a", "ends in .m4a"), ("a.txt", "ends in .txt"), ("a", "no ending")])
+def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, name: str, found: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(SpeechGenerator, "from_checkpoint", classmethod(lambda cls, *_, **__: pytest.fail("loaded")))
+    words = ["--checkpoint", str(tmp_path), "--text", "hello", "--output", str(tmp_path / name)]
+    assert main(["generate", *words]) == 2
+    assert f"{found}" in (error := capsys.readouterr().err) and "use .wav, .flac, .mp3" in error
+    assert not (tmp_path / name).exists()
+
+
+def test_what_are_no_codes_of_the_codec_is_refused_where_it_enters(
+    codec2_generator: SpeechGenerator, recording: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert codec2_generator.encode_audio(recording).shape[1] == 4
+    with pytest.raises(InputError, match="code -1 at frame 0 is outside codebook 'vq1'"):
+        codec2_generator.decode_audio(np.full((3, 4), -1))
+    monkeypatch.setattr(Codec2, "encode", lambda self, audio, *, gain=1.0: np.zeros((3, 5), np.int32))
+    with pytest.raises(InputError, match=r"codec 'codec2' are an array of shape \[3, 5\]"):
+        codec2_generator.encode_audio(recording)
 
 
 def test_many_prompts_become_wavs_codes_and_a_table(checkpoint: Path, recording: Path, tmp_path: Path) -> None:

@@ -332,8 +332,8 @@ def test_unusable_rows_are_set_aside_with_their_reason(
     (tmp_path / "in" / "nothing.wav").write_bytes(b"")
     (tmp_path / "in" / "text.wav").write_text("no audio")
     soundfile.write(tmp_path / "in" / "empty.wav", np.zeros(0), 8000)
-    soundfile.write(tmp_path / "in" / "short.wav", np.full(319, 0.1), 8000)
-    soundfile.write(tmp_path / "in" / "frame.wav", np.full(320, 0.1), 8000)
+    soundfile.write(tmp_path / "in" / "short.wav", np.linspace(-0.1, 0.1, 319), 8000)
+    soundfile.write(tmp_path / "in" / "frame.wav", np.linspace(-0.1, 0.1, 320), 8000)
     soundfile.write(tmp_path / "in" / "nan.wav", np.array([np.nan] * 800, np.float32), 8000, subtype="FLOAT")
     good = recordings[0]
     lines: list[tuple[str | None, bytes]] = [
@@ -350,6 +350,7 @@ def test_unusable_rows_are_set_aside_with_their_reason(
         ("bad_json", b'{"wav_path": "\xff.wav"}'),
         ("bad_json", b'{"wav_path": "frame.wav", "duration": NaN}'),
         ("bad_json", b'{"wav_path": "\\ud800.wav"}'),
+        ("bad_json", b'{"wav_path": "frame.wav", "snr": 1e400}'),
         ("bad_json", b"[" * 100_000),
         ("missing_wav_path", b'{"codes_path": "a.npy"}'),
         ("missing_wav_path", b'{"wav_path": 3}'),

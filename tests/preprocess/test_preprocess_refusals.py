@@ -83,7 +83,7 @@ def test_bad_text_rows_are_rejected(corpus: Any) -> None:
     rows = [
         {"text": ""},
         {"content": "x"},
-        {"messages": [{"role": "system", "content": "x"}]},
+        {"messages": [{"role": "tool", "content": "x"}]},
         {"messages": []},
         {"turns": [["user", ""]]},
         {"turns": [["user"]]},

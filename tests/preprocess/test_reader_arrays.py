@@ -412,9 +412,12 @@ def test_a_dataset_of_this_project_is_no_input(tmp_path: Path) -> None:
     [
         ("x.npy", "is codes without the samples' bounds; name a samples.jsonl"),
         ("x.jsonl.xz", "this compression is not read; recompress it with gzip or zstd"),
-        ("x.csv", "is of a format that is not read; write it as .jsonl or .parquet"),
-        ("x", "ending '' is unknown; needed .jsonl(.gz, .zst), .parquet, "),
-        ("folder", "is a folder with neither S_codes_index.npy nor S_input_ids.memmap; name its files, such as"),
+        ("x.txt", "is of a format that is not read; write it as .jsonl or .parquet"),
+        ("x", "ending '' is unknown; needed .jsonl or .json(.gz, .zst), .parquet, "),
+        (
+            "folder",
+            "is a folder with neither S_codes_index.npy nor S_input_ids.memmap nor wav.scp; name its files, such as",
+        ),
     ],
 )
 def test_what_no_reader_reads_is_told_what_would_be_read(tmp_path: Path, name: str, message: str) -> None:

@@ -50,6 +50,18 @@ def _parquet() -> bytes:
     return handle.getvalue()
 
 
+def _parquet_of_recordings() -> bytes:
+    handle = io.BytesIO()
+    audio = pa.array([{"bytes": bytes(i), "path": f"{i}.wav"} for i in range(ROWS)])
+    pq.write_table(pa.table({"audio": audio, "n": list(range(ROWS))}), handle, write_page_checksum=True)
+    return handle.getvalue()
+
+
+def _cuts() -> bytes:
+    lines = gzip.decompress((Path(__file__).parent / "files" / "lhotse_cuts.jsonl.gz").read_bytes())
+    return lines * (ROWS // 4)
+
+
 def _idx() -> bytes:
     lengths = np.full(ROWS, 3, "<i4")
     offsets, documents = np.arange(ROWS, dtype="<i8") * 12, np.arange(ROWS + 1, dtype="<i8")
@@ -69,6 +81,12 @@ FILES: dict[str, tuple[bytes, dict[str, bytes]]] = {
     "pax.tar.gz": (gzip.compress(_tar(tarfile.PAX_FORMAT)), {}),
     "a.parquet": (_parquet(), {}),
     "x.offsets.npy": (_npy(BOUNDS), {"x.codes.npy": _npy(np.arange(ROWS * 3))}),
+    "a.json": (json.dumps([{"text": f"é {i}"} for i in range(ROWS)], ensure_ascii=False).encode(), {}),
+    "cuts.jsonl": (_cuts(), {}),
+    "train.tsv": (b"path\tsentence\n" + b"".join(f"{i}.mp3\té {i}\n".encode() for i in range(ROWS)), {}),
+    "metadata.csv": (b"".join(f"{i}|é {i}\n".encode() for i in range(ROWS)), {}),
+    "wav.scp": (b"".join(b"r%d r%d.wav\n" % (i, i) for i in range(ROWS)), {"text": b"r1 one\n", "utt2dur": b"r1 2\n"}),
+    "audio.parquet": (_parquet_of_recordings(), {}),
     "p.idx": (_idx(), {"p.bin": np.zeros(ROWS * 3, "<i4").tobytes()}),
 }
 
@@ -99,7 +117,7 @@ def test_damage_never_surprises(tmp_path: Path, name: str) -> None:
         except InputError as error:
             assert str(path) in str(error) or any(other in str(error) for other in others)
             return
-        if "jsonl" not in name or "." in name.removeprefix("a.jsonl"):  # a cut line is a row all the same
+        if not name.endswith((".jsonl", ".json", ".tsv", ".csv", ".scp")):  # a cut line is a row all the same
             assert rows == ROWS or "tar" in name
 
     spoil()

@@ -119,6 +119,16 @@ def parquet(folder: Path) -> tuple[str, int]:
     return "a.parquet", 1000 * groups
 
 
+def parquet_of_recordings(folder: Path) -> tuple[str, int]:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    audio = pa.array([{"bytes": bytes(TOTAL_MIB * MIB // 300), "path": "a.wav"}] * 100, kind)
+    table = pa.table({"audio": audio, "text": ["a"] * 100})
+    with pq.ParquetWriter(folder / "a.parquet", table.schema, use_dictionary=False, compression="none") as writer:
+        for _ in range(3):
+            writer.write_table(table)
+    return "a.parquet", 300
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("write", "remote"),
@@ -130,6 +140,7 @@ def parquet(folder: Path) -> tuple[str, int]:
         (offsets, False),
         (offsets, True),
         (parquet, True),
+        (parquet_of_recordings, False),
     ],
     ids=lambda value: value.__name__ if callable(value) else ("local", "remote")[value],
 )

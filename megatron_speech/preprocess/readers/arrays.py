@@ -29,6 +29,7 @@ from megatron_speech.preprocess.readers.base import BATCH_ROWS, Row, RowBatch, R
 from megatron_speech.preprocess.readers.flat import FlatFile, is_npy, open_headerless, open_npy
 from megatron_speech.preprocess.readers.jsonl import JsonlReader, JsonlStream
 from megatron_speech.preprocess.readers.parquet import ParquetReader
+from megatron_speech.preprocess.readers.pretraining import CODES_ENDING
 
 # Rows are handed out in smaller batches where their arrays are longer than this together.
 ARRAY_BATCH_BYTES = 32 << 20
@@ -281,6 +282,8 @@ def vectorised_readers(folder: str, names: list[str], only: str | None = None) -
         InputError: a codes file has no index or no rows.
     """
     there = set(names)
+    if only is None:  # pretraining streams have no samples; one that is wanted is named
+        names = [name for name in names if not name.endswith(CODES_ENDING)]
     splits: dict[str, list[tuple[int, str]]] = {}
     for name in names if only is None else [only]:
         match = _VECTORISED.fullmatch(name)

@@ -16,23 +16,28 @@ import numpy as np
 
 from megatron_speech.errors import InputError
 from megatron_speech.preprocess.readers import source
+from megatron_speech.preprocess.readers.recognise import recognised
 
 _MAGIC = b"\x93NUMPY"
 _HEADER_BYTES = 1 << 16  # more than any header of an array of numbers
 _SIMPLE_HEADER = re.compile(
-    rb"^\{'descr': '([<|>][iu][1248])', 'fortran_order': False, 'shape': \((\d+), ?(\d+)?\), *\} *\n$"
+    rb"^\{'descr': '([<|>][iu][1248])', 'fortran_order': (False|True), 'shape': \((\d+), ?(\d+)?\), *\} *\n$"
 )
 
 
 @dataclass(frozen=True)
 class FlatFile:
-    """An array in a file, [length, *row_shape], from byte `start` on."""
+    """An array in a file, [length, *row_shape], from byte `start` on.
+
+    `by_column`: it lies there in Fortran order, each column [length] after the other.
+    """
 
     path: str
     dtype: np.dtype
     start: int
     length: int
     row_shape: tuple[int, ...] = ()
+    by_column: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -45,9 +50,17 @@ class FlatFile:
         return source.local_path(self.path) is not None
 
     def read_bytes(self, first: int, last: int) -> bytes:
-        """Rows `first` to `last` as they lie in the file."""
+        """Rows `first` to `last`, row by row whatever their order in the file."""
+        if self.by_column:
+            columns = [self._read_column(column, first, last) for column in range(math.prod(self.row_shape))]
+            return np.stack(columns, axis=1).tobytes()
         begin = self.start + first * self.row_bytes
         return source.read_range(self.path, begin, begin + (last - first) * self.row_bytes)
+
+    def _read_column(self, column: int, first: int, last: int) -> np.ndarray:
+        begin = self.start + (column * self.length + first) * self.dtype.itemsize
+        data = source.read_range(self.path, begin, begin + (last - first) * self.dtype.itemsize)
+        return np.frombuffer(data, self.dtype)
 
     def view(self, data: bytes) -> np.ndarray:
         """The rows in `data`."""
@@ -62,18 +75,20 @@ def open_npy(path: str, what: str) -> FlatFile:
     """The array in a `.npy` file; `what` it is, for the errors.
 
     Raises:
-        InputError: it is no `.npy` file of integers in C order, or its size is not what its header says.
+        InputError: it is no `.npy` file of integers, or its size is not what its header says.
     """
     size = source.size_bytes(path)
     with source.open_binary(path, decompress=False) as handle:
         head = handle.read(_HEADER_BYTES)
     try:
-        dtype, start, shape = parse_header(head)
+        dtype, start, shape, by_column = parse_header(head)
     except ValueError as error:
-        raise InputError(f"input {path} is not a readable .npy file ({error}); {what} was needed") from error
-    if not shape or not np.issubdtype(dtype, np.integer):
-        raise InputError(f"input {path} holds {dtype} of shape {list(shape)}; needed integers: {what}")
-    file = FlatFile(path, dtype, start, shape[0], shape[1:])
+        reason = recognised(head) or str(error)
+        raise InputError(f"input {path} is not a readable .npy file ({reason}); {what} was needed") from error
+    if not shape or not np.issubdtype(dtype, np.integer) or (by_column and len(shape) > 2):
+        order = " in Fortran order" if by_column else ""
+        raise InputError(f"input {path} holds {dtype} of shape {list(shape)}{order}; needed integers: {what}")
+    file = FlatFile(path, dtype, start, shape[0], shape[1:], by_column)
     _check_size(file, size)
     return file
 
@@ -112,24 +127,25 @@ def _check_size(file: FlatFile, size: int | None) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _parse_simple(header: bytes) -> tuple[np.dtype, tuple[int, ...]] | None:
+def _parse_simple(header: bytes) -> tuple[np.dtype, tuple[int, ...], bool] | None:
     match = _SIMPLE_HEADER.match(header)
     if match is None:
         return None
-    return np.dtype(match[1].decode()), tuple(int(part) for part in match.groups()[1:] if part is not None)
+    shape = tuple(int(part) for part in match.groups()[2:] if part is not None)
+    return np.dtype(match[1].decode()), shape, match[2] == b"True" and len(shape) > 1
 
 
-def parse_header(data: bytes) -> tuple[np.dtype, int, tuple[int, ...]]:
-    """(dtype, where the numbers begin, shape) of a `.npy` file that begins with `data`.
+def parse_header(data: bytes) -> tuple[np.dtype, int, tuple[int, ...], bool]:
+    """(dtype, where the numbers begin, shape, whether in Fortran order) of a `.npy` file that begins with `data`.
 
     Raises:
-        ValueError: it is none, or not in C order, or holds Python objects.
+        ValueError: it is none, or holds Python objects.
     """
     if data[:8] == _MAGIC + b"\x01\x00":  # version 1: what numpy writes for arrays of numbers
         start = 10 + int.from_bytes(data[8:10], "little")
         simple = _parse_simple(data[10:start])
         if simple is not None:
-            return simple[0], start, simple[1]
+            return simple[0], start, *simple[1:]
     if data[:6] != _MAGIC or data[6:8] not in (b"\x01\x00", b"\x02\x00", b"\x03\x00"):
         raise ValueError("it does not begin as one")
     begin = 10 if data[6] == 1 else 12
@@ -143,9 +159,7 @@ def parse_header(data: bytes) -> tuple[np.dtype, int, tuple[int, ...]]:
         raise ValueError(f"its header is damaged: shape {shape!r}")
     if dtype.hasobject:
         raise ValueError("it holds Python objects")
-    if fortran_order and len(shape) > 1:
-        raise ValueError("its array is in Fortran order")
-    return dtype, start, shape
+    return dtype, start, shape, bool(fortran_order) and len(shape) > 1
 
 
 def npy_from_bytes(data: bytes) -> np.ndarray:
@@ -154,8 +168,8 @@ def npy_from_bytes(data: bytes) -> np.ndarray:
     Raises:
         ValueError: it is none, or not all of it.
     """
-    dtype, start, shape = parse_header(data)
+    dtype, start, shape, by_column = parse_header(data)
     count = math.prod(shape)
     if len(data) - start != count * dtype.itemsize:
         raise ValueError(f"{len(data) - start:,} bytes of numbers, needed {count * dtype.itemsize:,}")
-    return np.frombuffer(data, dtype, count, start).reshape(shape)
+    return np.frombuffer(data, dtype, count, start).reshape(shape, order="F" if by_column else "C")

@@ -13,19 +13,27 @@ from megatron_speech.preprocess.fields import distinct_names
 from megatron_speech.preprocess.readers import source
 from megatron_speech.preprocess.readers.arrays import is_vectorised, offsets_reader, vectorised_readers
 from megatron_speech.preprocess.readers.base import ReadOptions, RowBatch, RowReader
+from megatron_speech.preprocess.readers.json_array import JsonArrayReader, is_array
 from megatron_speech.preprocess.readers.jsonl import JsonlReader, JsonlStream
+from megatron_speech.preprocess.readers.kaldi import KaldiReader, is_kaldi
+from megatron_speech.preprocess.readers.lhotse import CutsReader, holds_cuts, other_manifest
+from megatron_speech.preprocess.readers.lines import LinesReader, is_common_voice, is_ljspeech
 from megatron_speech.preprocess.readers.llasa import LlasaReader, is_llasa, llasa_readers
 from megatron_speech.preprocess.readers.megatron import MegatronReader
 from megatron_speech.preprocess.readers.parquet import ParquetReader
+from megatron_speech.preprocess.readers.pretraining import CODES_ENDING, TOKENS_ENDING, PretrainingReader
+from megatron_speech.preprocess.readers.recognise import recognised
 from megatron_speech.preprocess.readers.webdataset import TarReader, TarStreamReader, name_archives
 
 JSONL = (".jsonl", ".json", ".ndjson")
 PARQUET = (".parquet", ".pq")
 TAR = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 FORMATS = (
-    ".jsonl(.gz, .zst), .parquet, .tar(.gz, .zst), X.offsets.npy, a megatron .idx, S_input_ids.memmap, "
-    "or a vectorised folder"
+    ".jsonl or .json(.gz, .zst), .parquet, .tar(.gz, .zst), X.offsets.npy, a megatron .idx, S_input_ids.memmap, "
+    "Common Voice's .tsv, LJSpeech's metadata.csv, or a folder: vectorised, or Kaldi's"
 )
+# A git-lfs pointer is smaller; larger files are what they are.
+_POINTER_BYTES = 1024
 
 
 def open_readers(path: str, options: ReadOptions) -> list[RowReader]:
@@ -44,10 +52,13 @@ def _readers(path: str, options: ReadOptions) -> list[RowReader]:
     # A local folder may be called anything; asking a server costs a request, so there only a path without an ending is.
     if source.is_folder(path) if source.local_path(path) is not None else "." not in name:
         return _folder_readers(path, options)
+    _refuse_pointer(path)
     if plain.endswith(JSONL):
-        return [JsonlReader(path) if in_place else JsonlStream(path)]
+        return [_json_reader(path, in_place)]
+    if plain.endswith((".tsv", ".csv")):
+        return [_lines_reader(path, plain)]
     if name.endswith(PARQUET):
-        return [ParquetReader(path)]
+        return [ParquetReader(path, recordings=options.recordings)]
     if name.endswith(TAR) and options.recordings:
         return [TarStreamReader(path, recordings=True)]
     if name.endswith(TAR):
@@ -63,10 +74,76 @@ def _readers(path: str, options: ReadOptions) -> list[RowReader]:
         return [MegatronReader(path, options.eod)]
     if name.endswith("_input_ids.memmap"):
         return [LlasaReader(path, options.tokenizer)]
+    if name.endswith(TOKENS_ENDING) or (
+        name.endswith(CODES_ENDING) and not source.exists(f"{path.removesuffix('.npy')}_index.npy")
+    ):
+        return [PretrainingReader(path, options.tokenizer, options.eod)]
+    if name == "wav.scp":
+        folder = source.folder(path) or "."
+        return [KaldiReader(folder, source.list_folder(folder))]
     if re.search(r"_codes(_\d+)?\.npy$", name):
         folder = source.folder(path)
         return vectorised_readers(folder or ".", source.list_folder(folder or "."), only=path[-len(name) :])
     raise InputError(f"input {path}{_what_else(path, name)}")
+
+
+def _refuse_pointer(path: str) -> None:
+    """Refuse a file that git-lfs left a pointer of, whatever its format."""
+    local = source.local_path(path)
+    if local is None or (source.size_bytes(path) or 0) > _POINTER_BYTES:
+        return
+    with source.open_binary(path, decompress=False) as handle:
+        reason = recognised(handle.read(64))
+    if reason is not None and "git-lfs" in reason:
+        raise InputError(f"input {path}: {reason}")
+
+
+def _json_reader(path: str, in_place: bool) -> RowReader:
+    """The reader of JSON lines, of an array, or of Lhotse's cuts in one of the two, by how the file begins."""
+    # Looking at a remote file is a request, and there may be ten thousand: only at those whose name leaves it open.
+    name = source.ending_name(path)
+    is_json = name.removesuffix(".gz").removesuffix(".zst").endswith(".json")  # as lines, or as an array
+    look = source.local_path(path) is not None or is_json or "cuts" in name
+    head = source.head_of(path) if look else b""
+    reason = recognised(head)
+    if reason is not None:
+        raise InputError(f"input {path} is not JSON in UTF-8: {reason}")
+    other = other_manifest(head)
+    if other is not None:
+        raise InputError(
+            f"input {path} is a list of Lhotse with {other}; needed are cuts: "
+            "CutSet.from_manifests(recordings, supervisions).trim_to_supervisions().to_file('cuts.jsonl.gz')"
+        )
+    array = is_json and is_array(head)
+    if is_json and not array and re.match(rb"\s*\{\s*\n", head):
+        raise InputError(
+            f"input {path} is one JSON object over several lines; needed is one object in each line, an array of "
+            "objects, or {\"data\": [...]}; write it as one: jq -c . X.json > X.jsonl, or jq -c '.KEY[]' for a list "
+            "in it"
+        )
+    reader: RowReader = JsonArrayReader(path) if array else JsonlReader(path) if in_place else JsonlStream(path)
+    return CutsReader(reader) if holds_cuts(head) else reader
+
+
+def _lines_reader(path: str, plain: str) -> RowReader:
+    """The reader of Common Voice's or LJSpeech's list."""
+    head = source.head_of(path)
+    reason = recognised(head)
+    if reason is not None:
+        raise InputError(f"input {path} is not a list in UTF-8: {reason}")
+    if plain.endswith(".tsv") and is_common_voice(head):
+        return LinesReader(path, has_header=True)
+    if plain == "metadata.csv" and is_ljspeech(head):
+        return LinesReader(path, has_header=False)
+    if plain.endswith(".tsv"):
+        kind, sign, read = "tsv", "\\t", "lists of Common Voice (columns path and sentence) are"
+    else:
+        kind, sign, read = "csv", ",", "LJSpeech's metadata.csv (ID|text) is"
+    raise InputError(
+        f"input {path}: of .{kind} only {read} read, since others do not say what their columns mean; write it as "
+        'JSON lines with wav_path, transcript, language, …: python -c "import csv, json, sys; [print(json.dumps(row)) '
+        f"for row in csv.DictReader(sys.stdin, delimiter='{sign}')]\" < X.{kind} > X.jsonl"
+    )
 
 
 def _folder_readers(path: str, options: ReadOptions) -> list[RowReader]:
@@ -76,11 +153,24 @@ def _folder_readers(path: str, options: ReadOptions) -> list[RowReader]:
         return vectorised_readers(path, names)
     if is_llasa(names):
         return llasa_readers(path, names, options.tokenizer)
-    known = (*JSONL, *PARQUET, *TAR, ".jsonl.gz", ".jsonl.zst", ".offsets.npy", ".idx")
+    if is_kaldi(names):
+        return [KaldiReader(path, names)]
+    known: tuple[str, ...] = (
+        *JSONL,
+        *PARQUET,
+        *TAR,
+        ".jsonl.gz",
+        ".jsonl.zst",
+        ".offsets.npy",
+        ".idx",
+        ".tsv",
+        "metadata.csv",
+    )
+    known += (CODES_ENDING, TOKENS_ENDING)
     files = [name for name in names if name.endswith(known)]
     some = " or ".join(source.join(path, name) for name in files[:2]) or source.join(path, "samples.jsonl")
     raise InputError(
-        f"input {path} is a folder with neither S_codes_index.npy nor S_input_ids.memmap; "
+        f"input {path} is a folder with neither S_codes_index.npy nor S_input_ids.memmap nor wav.scp; "
         f"name its files, such as {some}"
     )
 
@@ -98,7 +188,20 @@ def _what_else(path: str, name: str) -> str:
             f" is codes without the samples' bounds; name a samples.jsonl with codes_path, code_offset and code_len, "
             f"or make {stem}.offsets.npy and {stem}.codes.npy of it"
         )
-    if name.endswith((".txt", ".csv", ".tsv", ".arrow", ".feather", ".h5", ".hdf5", ".pt", ".pkl")):
+    if name.endswith((".npz", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")):
+        return (
+            " is of a format that is not read (torch's and pickles can run code); write each sample's codes with "
+            "numpy.save('codes/ID.npy', codes) and a samples.jsonl that names them: "
+            '{"codes_path": "codes/ID.npy", "transcript": …, "language": …}'
+        )
+    if name.endswith((".arrow", ".feather")):
+        return (
+            " is of a format that is not read; write it as parquet: "
+            "datasets.load_from_disk('FOLDER').to_parquet('X.parquet')"
+        )
+    if name.endswith((".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")):
+        return ' is a recording; name a samples.jsonl with rows such as {"wav_path": "X.wav", "transcript": …}'
+    if name.endswith((".txt", ".xls", ".xlsx", ".h5", ".hdf5", ".yaml", ".yml", ".xml")):
         return f" is of a format that is not read; write it as .jsonl or .parquet. Read are: {FORMATS}"
     return f": ending {os.path.splitext(name)[1]!r} is unknown; needed {FORMATS}"
 

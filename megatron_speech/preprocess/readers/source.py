@@ -19,6 +19,7 @@ from typing import IO, Any, BinaryIO, cast
 
 from megatron_speech.errors import InputError
 from megatron_speech.preprocess.readers.compression import COMPRESSED, Inflated
+from megatron_speech.preprocess.readers.recognise import HEAD_BYTES, other_spelling, recognised, why_missing
 from megatron_speech.remote import check_protocol, is_url
 
 BUFFER_BYTES = 1 << 20
@@ -223,6 +224,20 @@ def _serves_ranges(url: str, system: Any, name: str) -> bool:
     return _protocol(url) not in ("http", "https") or bool(system.info(name).get("partial"))
 
 
+def head_of(path: str) -> bytes:
+    """The first bytes of a file, decompressed; none where it cannot be read: whoever reads it next says why."""
+    try:
+        with open_binary(path, sequential=True, buffer_bytes=HEAD_BYTES) as handle:
+            return handle.read(HEAD_BYTES)
+    except (InputError, ConnectionError):
+        return b""
+
+
+def what_is(path: str) -> str | None:
+    """What a file is that could not be read as what its name says: see :func:`recognised`."""
+    return recognised(head_of(path))
+
+
 def read_range(path: str, begin: int, end: int) -> bytes:
     """Bytes `begin` to `end` of a file that is not compressed.
 
@@ -338,7 +353,10 @@ def expand(pattern: str) -> list[str]:
             "restore them, or name the range that is there"
         )
     if missing:
-        raise InputError(f"input {missing[0]} does not exist; check the path")
+        spelled = other_spelling(missing[0])
+        if spelled is not None:
+            return [spelled]
+        raise InputError(f"input {missing[0]} does not exist; check the path{why_missing(missing[0])}")
     return found
 
 
