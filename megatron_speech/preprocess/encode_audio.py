@@ -147,11 +147,11 @@ class Encoder:
             RowError, AudioError: the recording cannot be used.
         """
         path = source.join(self.job.input_directory, row["wav_path"])
-        times = {name: seconds_of(row, name) for name in ("start_time", "end_time")}
         recording = read_recording(
             path,
             self.codec.sample_rate_hz,
-            **times,
+            start_time=seconds_of(row, "start_time"),
+            end_time=seconds_of(row, "end_time"),
             channel=channel_of(row),
             content=open_recording(row, path),
         )
