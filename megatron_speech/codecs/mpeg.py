@@ -282,7 +282,7 @@ def _skip_foreign(
             raise AudioError(
                 "unreadable",
                 f"{path} is damaged: byte {position} does not begin a frame of MPEG audio; copy it again, or, if it "
-                "sounds whole, rewrite it (ffmpeg -i OLD -c copy NEW)",
+                "sounds whole, convert it (ffmpeg -i OLD NEW.flac)",
             )
     return len(data), boundary
 

@@ -109,6 +109,14 @@ def test_many_prompts_become_wavs_codes_and_a_table(checkpoint: Path, recording:
             assert row["duration"] == row["code_len"] / 25
         assert row["ended"] == (row["stop_reason"] == "end")
         assert 0 <= row["invalid_token_rate"] <= 1
+    # The codes become the same audio without the model.
+    listing = ["--codec", "codec2", "--input", str(out / "generated.jsonl"), "--output-dir", str(out / "decoded")]
+    assert main(["decode", *listing]) == 0
+    decoded = [json.loads(line) for line in (out / "decoded" / "decoded.jsonl").read_text().splitlines()]
+    assert [(row["sample_id"], row["duration"]) for row in decoded] == [(row["id"], row["duration"]) for row in table]
+    arguments = ["--codec", "codec2", "--input", str(out / "codes.npy"), "--output", str(out / "all.flac")]
+    assert main(["decode", *arguments]) == 0
+    assert soundfile.info(out / "all.flac").frames == len(codes) * 320
 
 
 def test_the_flags_default_to_the_library_s_settings() -> None:
