@@ -139,8 +139,11 @@ def test_another_rate_is_refused_unless_it_is_asked_for(
 ) -> None:
     recipe, run = whole[0], copy_until(whole[1], tmp_path / "run", 8)
     assert train(recipe, run, "stages.pt.lr.peak=2e-3") == 2
-    sentence = "stages.0.lr.peak was 0.005, the recipe now says 0.002. Set it back, or say that the run is to go on"
-    assert f"{sentence} with it: --change stages.pt.lr.peak=0.002" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert (
+        "stages.0.lr.peak was 0.005, the recipe now says 0.002. Set it back, or start a new run with another" in error
+    )
+    assert "run_dir, or say that this one is to go on with it: --change stages.pt.lr.peak=0.002" in error
     assert train(recipe, run, "--change", "seed=8") == 2
     assert "seed was 7, the recipe now says 8; that would be another run" in capsys.readouterr().err
     # It is in the log, and in every checkpoint from then on; the command may be given again.

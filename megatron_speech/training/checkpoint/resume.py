@@ -110,7 +110,8 @@ def check_resumable(
             if not any(named == one or named.startswith(one + ".") for one in changes):
                 raise InputError(
                     f"{where}: {key} was {_show(before.get(key))}, the recipe now says {_show(after.get(key))}. Set it "
-                    f"back, or say that the run is to go on with it: --change {named}={_as_yaml(after.get(key))}"
+                    f"back, {another_run}, or say that this one is to go on with it: --change "
+                    f"{named}={_as_yaml(after.get(key))}"
                 )
             found.requested.append(
                 {"step": info.step, "key": named, "before": before.get(key), "after": after.get(key)}
