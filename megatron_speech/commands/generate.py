@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one object per line: text, and as needed id, seed, language, reference_audio (relative to the file), "
         "reference_text; other fields are carried to generated.jsonl. Writes to --output-dir",
     )
+    parser.add_argument(
+        "--control-tags",
+        action="store_true",
+        help="[[pause]] in a text is the token that the token space declares; else it is text",
+    )
     parser.add_argument("--language", help="BCP-47 language of --text, for the record")
     parser.add_argument(
         "--reference-audio", type=Path, metavar="WAV", help="wav, flac, mp3 or ogg of the speaker to clone"
@@ -84,13 +89,14 @@ def run(args: argparse.Namespace) -> int:
                 language=args.language,
                 reference_audio=args.reference_audio,
                 reference_text=args.reference_text,
+                control_tags=args.control_tags,
             )
         ]
     else:
         _require(
             args, "--input", needed="output_dir", refused=("output", "language", "reference_audio", "reference_text")
         )
-        utterances = read_prompts(args.input, args.seed)
+        utterances = read_prompts(args.input, args.seed, control_tags=args.control_tags)
     if args.batch_size < 1:
         raise InputError(f"--batch-size is {args.batch_size}; it must be 1 or more")
     if not args.checkpoint.exists():

@@ -46,6 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="own (default), or the ids of another project, whose checkpoints are to be trained on or served; "
         "--text-tokenizer names its tokenizer, or the one it extended",
     )
+    parser.add_argument(
+        "--control",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="control tags with ids of their own, such as pause or style-whisper: [[pause]] in a text, where "
+        "preprocess-data and generate are told --control-tags",
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="TS.json", help="the file to write")
 
 
@@ -54,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_speech.codecs import describe_codec
 
     codec = read_codec_description(args.codec) if args.codec.endswith(".json") else describe_codec(args.codec)
-    space = TokenSpace.build(args.text_tokenizer, codec, args.base, args.pad_multiple, args.layout)
+    space = TokenSpace.build(args.text_tokenizer, codec, args.base, args.pad_multiple, args.layout, args.control)
     space.save(args.output)
     output(f"{args.output}: {space.describe()}")
     return 0

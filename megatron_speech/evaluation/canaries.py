@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, m
 from megatron_speech.errors import InputError
 from megatron_speech.generation.prompts import Utterance
 from megatron_speech.generation.sampling import SamplingConfig
+from megatron_speech.tokens.control_tags import without_tags
 from megatron_speech.wording import suggestion
 
 
@@ -88,14 +89,26 @@ class Canary(_Section):
 
 
 class CanarySet(_Section):
-    """A canary file."""
+    """A canary file; with `control_tags`, `[[pause]]` in its texts is a token that nobody hears."""
 
     version: Literal[1] = 1
     name: str = "canaries"
     decoding: Decoding = Decoding()
     scorer: Scorer | None = None
     seeds: list[StrictInt] = Field([0], min_length=1)
+    control_tags: bool = False
     items: list[Canary] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _expect_what_is_said(self) -> CanarySet:
+        if not self.control_tags:
+            return self
+        said = [
+            item if item.expected is not None else item.model_copy(update={"expected": _said(item.text)})
+            for item in self.items
+        ]
+        object.__setattr__(self, "items", said)  # as the validator of a frozen model has to
+        return self
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -116,8 +129,13 @@ class CanarySet(_Section):
                         reference_audio=item.reference_audio,
                         reference_text=item.reference_text,
                         where=f"{where}, items.{number} ({item.id})",
+                        control_tags=self.control_tags,
                     ),
                 )
+
+
+def _said(text: str) -> str:
+    return " ".join(without_tags(text).split())
 
 
 def load_canaries(path: Path) -> CanarySet:

@@ -42,6 +42,7 @@ from megatron_speech.generation.sampling import (
 from megatron_speech.model.gpt import SpeechGPTModel
 from megatron_speech.model.packed import PackedSequences
 from megatron_speech.model.state import GenerationState
+from megatron_speech.tokens.control_tags import encode_tagged
 from megatron_speech.tokens.normalization import normalize_transcript
 from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.tokens.templates import compile_cloning_prompt, compile_prompt
@@ -367,13 +368,25 @@ class SpeechGenerator:
                 "said in it, plain speech neither"
             )
         if request.reference_codes is None or request.reference_text is None:
-            return compile_prompt(self.space, "tts", text_ids=self.space.encode_text(text))
+            return compile_prompt(self.space, "tts", text_ids=self._text_ids([text], request.control_tags)[0])
         reference_text = normalize_transcript(request.reference_text)
         if not reference_text:
             raise InputError("the reference text is empty; give what is said in the reference audio")
-        return compile_cloning_prompt(
-            self.space, text, reference_text, self.space.encode_codes(request.reference_codes)
+        reference_ids = self.space.encode_codes(request.reference_codes)
+        if not request.control_tags:
+            return compile_cloning_prompt(self.space, text, reference_text, reference_ids)
+        text_ids, ref_text_ids = self._text_ids([text, reference_text], True)
+        return compile_prompt(
+            self.space, "tts", text_ids=text_ids, ref_text_ids=ref_text_ids, ref_code_ids=reference_ids
         )
+
+    def _text_ids(self, texts: Sequence[str], control_tags: bool) -> Sequence[np.ndarray]:
+        if not control_tags:
+            return self.space.encode_text_batch(texts)
+        ids, problems = encode_tagged(self.space, texts)
+        if problems:
+            raise InputError(next(iter(problems.values())))
+        return ids
 
     def _frame_limit(self, prompt: np.ndarray, config: SamplingConfig) -> tuple[int, str]:
         """(frames that may follow a prompt, what stops it there)."""
@@ -533,6 +546,7 @@ def to_requests(generator: SpeechGenerator, utterances: Sequence[Utterance]) -> 
                 language=utterance.language,
                 reference_codes=None if path is None else codes[path],
                 reference_text=utterance.reference_text,
+                control_tags=utterance.control_tags,
             )
             generator.prompt(request)
         except InputError as error:

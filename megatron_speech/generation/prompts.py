@@ -27,6 +27,7 @@ class Utterance:
         reference_text: what is said in it. Both or neither.
         where: file and line, or flag, for error messages.
         extra: further fields, carried to the output.
+        control_tags: whether `[[pause]]` in the texts is a token.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Utterance:
     reference_text: str | None = None
     where: str = "--text"
     extra: dict[str, Any] = field(default_factory=dict)
+    control_tags: bool = False
 
     def __post_init__(self) -> None:
         if not self.text.strip():
@@ -58,7 +60,7 @@ class Utterance:
             raise InputError(f"{self.where}: reference_text is empty; give what is said in reference_audio")
 
 
-def read_prompts(path: Path, first_seed: int) -> list[Utterance]:
+def read_prompts(path: Path, first_seed: int, *, control_tags: bool = False) -> list[Utterance]:
     """Read prompts.jsonl: one object per line with `text` and, as needed, `id`, `seed`, `language`,
     `reference_audio` (relative to the file, or absolute) and `reference_text`. Other fields are carried along.
 
@@ -91,6 +93,7 @@ def read_prompts(path: Path, first_seed: int) -> list[Utterance]:
             reference_text=row.pop("reference_text", None),
             where=where,
             extra=row,
+            control_tags=control_tags,
         )
         if utterance.id in names:
             raise InputError(f"{where}: id {utterance.id!r} is also that of line {names[utterance.id]}; ids are unique")

@@ -17,6 +17,7 @@ class GenerationRequest:
         language: BCP-47, carried to the reports; the prompt does not depend on it.
         reference_codes: int [T, K], a recording of the voice to be cloned.
         reference_text: what is said in it. Both or neither.
+        control_tags: whether `[[pause]]` in the texts is a token of the token space; else it is text.
     """
 
     text: str
@@ -24,3 +25,4 @@ class GenerationRequest:
     language: str | None = None
     reference_codes: np.ndarray | None = None
     reference_text: str | None = None
+    control_tags: bool = False

@@ -16,6 +16,7 @@ from megatron_speech.preprocess.columns import Samples, pick
 from megatron_speech.preprocess.filters import Duplicate, FilterRule, Filters
 from megatron_speech.preprocess.readers.base import RowRejected
 from megatron_speech.ragged import Ragged, edges
+from megatron_speech.tokens.control_tags import encode_tagged, without_tags
 from megatron_speech.tokens.space import TokenSpace
 
 
@@ -44,6 +45,7 @@ class Batch:
     Attributes:
         samples: columns of the rows.
         has_texts: whether documents of the task hold text.
+        control_tags: whether `[[pause]]` in a text is a token.
         codes: ids of each row's codes, int32 [frames * codebooks]; None where they were not read.
         checksums: of the codes that were read.
         texts: as ids; None where they were not made.
@@ -51,12 +53,21 @@ class Batch:
         rejected: rows for the file of rejected ones, in the order in which they were met.
     """
 
-    def __init__(self, space: TokenSpace, loader: CodesLoader, samples: Samples, path: str, has_texts: bool) -> None:
+    def __init__(
+        self,
+        space: TokenSpace,
+        loader: CodesLoader,
+        samples: Samples,
+        path: str,
+        has_texts: bool,
+        control_tags: bool = False,
+    ) -> None:
         self.space = space
         self.loader = loader
         self.samples = samples
         self.path = path
         self.has_texts = has_texts
+        self.control_tags = control_tags
         self.frame_rate_hz = space.codec.frame_rate_hz
         self.duplicates: np.ndarray | None = None
         count = len(samples)
@@ -125,10 +136,20 @@ class Batch:
         rows = self.alive()
         texts = pick(self.samples.texts, rows)
         flat = list(itertools.chain.from_iterable(texts))
-        ids = Ragged.of(self.space.encode_text_batch(flat))
         counts = np.zeros(len(self.samples), dtype=np.int64)
         counts[rows] = np.fromiter(map(len, texts), np.int64, len(rows))
-        characters = np.fromiter(map(len, flat), np.int64, len(flat))
+        problems: dict[int, str] = {}
+        if self.control_tags:
+            ids, problems = encode_tagged(self.space, flat)
+            characters = np.fromiter((len(without_tags(text)) for text in flat), np.int64, len(flat))
+        else:
+            ids = Ragged.of(self.space.encode_text_batch(flat))
+            characters = np.fromiter(map(len, flat), np.int64, len(flat))
+            self._count_tags_as_text(flat)
+        row_of = np.repeat(np.arange(len(counts)), counts)
+        for index, problem in problems.items():
+            if (row := int(row_of[index])) not in self._gone:
+                self.reject(row, RowRejected("unknown_control", problem))
         given = np.zeros(len(flat), dtype=bool)
         taken = self._given_ids(rows)
         if taken:
@@ -143,7 +164,21 @@ class Batch:
         self.texts = Texts(ids, edges(counts), characters, unknown, given)
         empty = np.searchsorted(self.texts.rows, np.flatnonzero(ids.lengths == 0), side="right") - 1
         for row in np.unique(empty).tolist():
+            if row in self._gone:
+                continue
             self.reject(row, RowRejected("no_tokens", "the text tokenizer yields nothing for the text"))
+
+    def _count_tags_as_text(self, texts: Sequence[str]) -> None:
+        """Say how many texts spell a control tag of the token space and are text all the same."""
+        tags = [f"[[{name}]]" for name in self.space.controls]
+        count = sum(any(tag in text for tag in tags) for text in texts if "[[" in text) if tags else 0
+        if count:
+            self.samples.notices["control_tags_as_text"] += count
+
+    def spoken_texts(self, row: int) -> Sequence[str]:
+        """The texts of a row without control tags, which nobody says."""
+        texts = self.samples.texts[row]
+        return [without_tags(text) for text in texts] if self.control_tags else texts
 
     def _given_ids(self, rows: Sequence[int]) -> dict[int, np.ndarray]:
         """Text that was tokenised before, by row; a row goes where it cannot be the tokenizer's."""

@@ -29,6 +29,7 @@ from megatron_speech.preprocess.readers.base import RowBatch
 from megatron_speech.preprocess.references import COVERED, Keys, mix
 from megatron_speech.preprocess.samples import CodesAt, SampleRules
 from megatron_speech.ragged import edges, runs
+from megatron_speech.tokens.control_tags import encode_tagged
 from megatron_speech.tokens.normalization import NORMALIZATION_VERSION
 from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.tokens.templates import (
@@ -64,6 +65,7 @@ class ConversionJob:
     interleave: int = 0  # segments of a recording in a document of the task interleaved
     seed: int = 0
     append_eod: bool = False
+    control_tags: bool = False  # `[[pause]]` in texts is a token
     records: Records | None = None
     filters: Filters = field(default_factory=Filters)
 
@@ -160,7 +162,14 @@ class Converter:
             self._check_codec(samples, batch.path)
         elif not isinstance(samples.roles, Constant):
             self._check_roles(samples, batch.path)
-        return Batch(self.space, self.loader, samples, batch.path, has_texts=self.job.rules.task != "speech_lm")
+        return Batch(
+            self.space,
+            self.loader,
+            samples,
+            batch.path,
+            has_texts=self.job.rules.task != "speech_lm",
+            control_tags=self.job.control_tags,
+        )
 
     def _check_codec(self, samples: Samples, path: str) -> None:
         codec = self.space.codec
@@ -237,7 +246,11 @@ class Converter:
             sample_id, source_id, text, place = pickle.loads(self._record_data[begin:end])
             records.append(_Record(sample_id, source_id, text, CodesAt(*place)))
         codes = self.loader.encode([record.codes for record in records])
-        texts = iter(self.space.encode_text_batch([record.text for record in records if record.text is not None]))
+        written = [record.text for record in records if record.text is not None]
+        encoded = (
+            encode_tagged(self.space, written)[0] if self.job.control_tags else self.space.encode_text_batch(written)
+        )
+        texts = iter(encoded)
         result: list[Reference | None] = []
         for record, ids in zip(records, codes.ids, strict=True):
             text_ids = next(texts) if record.text is not None else None

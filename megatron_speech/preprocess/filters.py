@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -58,6 +58,10 @@ class BatchView(Protocol):
 
     def frames(self, row: int) -> int | None:
         """Frames of speech: as the row says, or of the codes that were read; None for a row without speech."""
+        ...
+
+    def spoken_texts(self, row: int) -> Sequence[str]:
+        """The texts of a row without control tags, which nobody says."""
         ...
 
     def text_counts(self, row: int) -> tuple[int, int]:
@@ -257,7 +261,7 @@ class CharactersPerSecond(_Range):
         if not seconds:
             return "has no duration" if self.missing == "drop" else None
         own = for_language(self.by_language, batch.samples.language[row]) or Rate(min=self.min, max=self.max)
-        rate = sum(map(len, batch.samples.texts[row])) / seconds
+        rate = sum(map(len, batch.spoken_texts(row))) / seconds
         why = _outside(rate, own.min, own.max)
         return why and f"{rate:.2f} characters per second, {why}"
 
@@ -294,7 +298,7 @@ class TextLength(_Range):
         """Why the row is dropped."""
         if batch.samples.text_ids[row] is not None:  # has no characters
             return None
-        characters = sum(map(len, batch.samples.texts[row]))
+        characters = sum(map(len, batch.spoken_texts(row)))
         why = _outside(characters, self.min_characters, self.max_characters)
         return why and f"{characters} characters, {why}"
 
@@ -355,7 +359,7 @@ class Script(FilterRule):
     def reason(self, batch: BatchView, row: int) -> str | None:
         """Why the row is dropped."""
         allowed = for_language(self.by_language, batch.samples.language[row]) or self.allow
-        texts = batch.samples.texts[row]
+        texts = batch.spoken_texts(row)
         if allowed is None or not texts:
             return None
         text = "\n".join(texts)

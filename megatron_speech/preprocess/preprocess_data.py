@@ -123,6 +123,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="native",
         help=f"which transcript is the text of {', '.join(TRANSCRIBED)} (%(default)s)",
     )
+    add(
+        "--control-tags",
+        action="store_true",
+        help="[[pause]] in a text is the token that the token space declares (token-space --control); else it is text",
+    )
     tts = parser.add_argument_group("tts")
     tts.add_argument(
         "--cloning",
@@ -184,6 +189,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     for flag, given, allowed, where in (
         ("--json-keys", arguments.json_keys != ["text"], arguments.task == "text_lm", "--task text_lm"),
         ("--transcript", arguments.transcript != "native", arguments.task in TRANSCRIBED, "tasks with transcripts"),
+        ("--control-tags", arguments.control_tags, arguments.task != "speech_lm", "tasks with text"),
         ("--interleave", arguments.interleave != 4, arguments.task == "interleaved", "--task interleaved"),
         ("--cloning", cloning, arguments.task == "tts", "--task tts"),
         ("--references", arguments.references != 1, cloning, "--cloning same-speaker"),
@@ -216,6 +222,7 @@ def make_job(arguments: argparse.Namespace, space: TokenSpace, inputs: InputFile
         interleave=arguments.interleave if arguments.task == "interleaved" else 0,
         seed=arguments.seed,
         append_eod=arguments.append_eod,
+        control_tags=arguments.control_tags,
         filters=arguments.filters,
     )
 
@@ -297,6 +304,8 @@ def make_manifest(arguments: argparse.Namespace, inputs: InputFiles, space: Toke
     groups = {key: sum_totals([totals], rate) for key, totals in tally.totals.items()}
     options: dict[str, Any] = {"language": arguments.language, "source": arguments.source}
     options["filters"] = arguments.filters.resolved()
+    if arguments.control_tags:
+        options["control_tags"] = True
     if arguments.map:
         options["map"] = dict(arguments.map)
     if arguments.task == "text_lm":
@@ -426,6 +435,11 @@ def convert_input(arguments: argparse.Namespace) -> int:
     arguments = _checked(arguments)
     space = TokenSpace.load(arguments.token_space)
     space.require_one_stream("preprocess_data")
+    if arguments.control_tags and not space.controls:
+        raise InputError(
+            f"--control-tags: token space {arguments.token_space} declares no control; make one with `megatron-speech "
+            "token-space --control pause`, or leave the flag out"
+        )
     templates(space, arguments.task)  # refuses a task that models of another layout do not know
     if arguments.cloning != "none" and "cloning" not in templates(space, "tts"):
         raise InputError(

@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import numbers
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -60,6 +61,8 @@ SPECIALS = (
 # Specials that came later: behind the codes, so that a space laid out anew has all other ids where they were. Spaces
 # saved before that lack them.
 _BEHIND_THE_CODES = ("<system>", "</system>")
+
+_CONTROL = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
 # megatron-core stores ids below 65,500 as uint16 (its `DType.optimal_dtype`).
 UINT16_LIMIT = 65_500
@@ -212,6 +215,7 @@ class TokenSpace:
         base: str | Path | None = None,
         pad_multiple: int = 128,
         layout: str = OWN,
+        controls: Sequence[str] = (),
     ) -> TokenSpace:
         """Lay out a new id space.
 
@@ -222,11 +226,13 @@ class TokenSpace:
                 many ids belong to text and which of them are `<bos>` and `<eos>`.
             pad_multiple: `padded_size` is rounded up to a multiple of this.
             layout: "own", or the name of another project's.
+            controls: names of control tags, such as `pause`: each a special `[[pause]]` with an id of its own.
 
         Raises:
-            InputError: a file is missing or unusable, the tokenizer yields nothing for plain text, or it does not have
-                the tokens of the layout.
+            InputError: a file is missing or unusable, the tokenizer yields nothing for plain text, it does not have
+                the tokens of the layout, or a control has a name that cannot be.
         """
+        _check_controls(controls, layout)
         kind, payload, encoder = open_text_tokenizer(text_tokenizer)
         if all(len(ids) == 0 for ids in encoder.encode_batch(["hello", "one two three", "नमस्ते"])):
             raise InputError(
@@ -253,7 +259,7 @@ class TokenSpace:
             next_id += int(codebook_size)
         if not codebooks:
             raise InputError(f"codec {codec.name} has no codebook; a token space needs at least one")
-        for name in _BEHIND_THE_CODES:
+        for name in (*_BEHIND_THE_CODES, *(f"[[{control}]]" for control in controls)):
             special_ids[name] = next_id
             next_id += 1
         padded_size = -(-next_id // pad_multiple) * pad_multiple
@@ -529,6 +535,11 @@ class TokenSpace:
         """Id of a named special, such as `<speech_start>`."""
         return self.special_ids[name]
 
+    @functools.cached_property
+    def controls(self) -> dict[str, int]:
+        """Control tags by name, without their brackets → id."""
+        return {name[2:-2]: number for name, number in self.special_ids.items() if name.startswith("[[")}
+
     def sequence(self, name: str) -> tuple[int, ...]:
         """What stands for a special in a document: its id, or where the layout is another project's, more."""
         return self.sequences.get(name, (self.special_ids[name],))
@@ -577,6 +588,22 @@ class TokenSpace:
             f"token space {self.hash[:12]}{whose}: {self.size:,} ids ({self.padded_size:,} padded) = "
             f"text {self.text_size:,} ({self.text_kind}) + {len(self.special_ids)} specials + "
             f"{self.codec.name} [{books}]"
+        )
+
+
+def _check_controls(controls: Sequence[str], layout: str) -> None:
+    for name in controls:
+        if not _CONTROL.fullmatch(name):
+            raise InputError(
+                f"control {name!r} cannot be a tag; needed are a lower-case letter and then letters, digits, _ and -, "
+                "32 at most, such as pause or style-whisper"
+            )
+        if list(controls).count(name) > 1:
+            raise InputError(f"control {name!r} is named twice; name it once")
+    if controls and layout != OWN:
+        raise InputError(
+            f"controls ({', '.join(controls)}) need ids of their own, which the layout of {layout} has none for; leave "
+            "them out, or use the own layout"
         )
 
 
