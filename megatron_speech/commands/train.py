@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_speech.console import is_main_process, message
+from megatron_speech.convert.architectures import architecture_of
 from megatron_speech.environment import rank_and_size
 from megatron_speech.errors import DivergenceError, InputError, PeerError
 from megatron_speech.recipe.load import load_recipe
@@ -72,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         recipe = load_recipe(args.recipe, [*args.overrides, *args.change])
         recipe.data_parallel_size(world_size)
+        if recipe.checkpoint.export_hf is not None:
+            architecture_of(recipe.model)  # refused now, not at the first export
         names = [stage.name for stage in recipe.stages]
         for name in ("overfit", "overfit_steps"):
             if getattr(args, name) is not None and getattr(args, name) < 1:

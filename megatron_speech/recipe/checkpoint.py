@@ -88,6 +88,22 @@ def _upload(value: Any) -> Any:
     return {"url": value} if isinstance(value, str) else value
 
 
+class ExportConfig(StrictConfig):
+    """Recipe section `checkpoint.export_hf`: checkpoints made Hugging Face folders in RUN/hf, in the background."""
+
+    every: Annotated[int, BeforeValidator(human_integer)] = Field(
+        gt=0, description="export the checkpoints whose step is a multiple of this"
+    )
+    stage_ends: bool = Field(default=True, description="export the last checkpoint of every stage too")
+    keep_last: int | None = Field(default=None, ge=1, description="newest exports kept; null: all")
+    ema: bool = Field(default=False, description="export the moving average of the weights, which `ema` keeps")
+
+
+def _export(value: Any) -> Any:
+    """`export_hf: 5000` is short for a section with that `every`."""
+    return value if isinstance(value, dict | ExportConfig) or value is None else {"every": value}
+
+
 class CheckpointConfig(StrictConfig):
     """Recipe section `checkpoint`. One is always written at the end of a stage."""
 
@@ -104,4 +120,7 @@ class CheckpointConfig(StrictConfig):
     keep_stage_ends: bool = Field(default=True, description="keep the last checkpoint of every stage")
     upload: Annotated[UploadConfig | None, BeforeValidator(_upload)] = Field(
         default=None, description="URL that checkpoints are copied to, or a section; null: nowhere"
+    )
+    export_hf: Annotated[ExportConfig | None, BeforeValidator(_export)] = Field(
+        default=None, description="steps between Hugging Face folders made of checkpoints, or a section; null: none"
     )

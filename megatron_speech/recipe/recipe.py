@@ -115,6 +115,16 @@ class Recipe(StrictConfig):
         return self
 
     @model_validator(mode="after")
+    def _exports_have_what_they_export(self) -> Recipe:
+        export = self.checkpoint.export_hf
+        if export is not None and export.ema and self.ema is None:
+            raise ValueError(
+                "checkpoint.export_hf.ema is true, but the run keeps no moving average; add a section ema, or set it "
+                "false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _tied_head_is_the_table(self) -> Recipe:
         if self.model.tie_embeddings and self.optimizer.head != TableConfig():
             raise ValueError(

@@ -313,7 +313,7 @@ def _open_directory(
                 if recipe.checkpoint.upload is not None:
                     check_writable(recipe.checkpoint.upload.url, recipe.checkpoint.upload.options)
         log = RunLog(directory, active=active, writes=False)
-        quiet = recipe.checkpoint.model_copy(update={"upload": None})
+        quiet = recipe.checkpoint.model_copy(update={"upload": None, "export_hf": None})
         recipe, info = recipe.model_copy(update={"checkpoint": quiet}), None
     else:
         with raise_on_all_ranks():

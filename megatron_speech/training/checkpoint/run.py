@@ -15,6 +15,7 @@ from megatron_speech.recipe.recipe import Recipe
 from megatron_speech.recipe.stage import StageConfig
 from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.training.checkpoint.divergence import advice
+from megatron_speech.training.checkpoint.hf_exports import HuggingFaceExports
 from megatron_speech.training.checkpoint.retention import Soundness, promote_best, prune
 from megatron_speech.training.checkpoint.save import CheckpointSaver, PostSave, SaveReport
 from megatron_speech.training.checkpoint.store import (
@@ -80,6 +81,11 @@ class RunCheckpoints:
         with raise_on_all_ranks():
             if self._config.upload is not None and dist.get_rank() == 0:
                 self._uploader = Uploader(directory.parent, self._config)
+        self._exports: HuggingFaceExports | None = None
+        if self._config.export_hf is not None and dist.get_rank() == 0:
+            self._exports = HuggingFaceExports(directory.parent, self._config.export_hf)
+            for problem in self._exports.advance():
+                log.alarm("export", problem)
         self._saver = CheckpointSaver(
             directory, recipe=recipe, space=space, asynchronous=self._config.asynchronous, after_save=self._after_save
         )
@@ -128,20 +134,27 @@ class RunCheckpoints:
             )
         if self._problem is not None:
             raise OutputError(f"{self._problem}; free some space and start the same command again")
+        left: list[str] = []
+        if self._exports is not None and copied:
+            for problem in self._exports.finish():
+                self._log.alarm(f"export {problem}", problem)
         if self._uploader is not None:
             if copied:
                 left = self._uploader.finish()
                 if left:
                     names = ", ".join(left)
                     self._log.alarm("copies", f"{names}: not copied yet; run the same command again to resume copying")
-                prune(self.directory, self._config, problem=self._soundness.problem, waiting=left)
             self._uploader.close()
+        if copied and (self._uploader is not None or self._exports is not None):
+            prune(self.directory, self._config, problem=self._soundness.problem, waiting=left)
 
     def close(self, *, failed: bool) -> None:
         """End with the run, see :meth:`CheckpointSaver.close`. What is not copied yet the next process copies."""
         self._saver.close(failed=failed)
         if self._uploader is not None:
             self._uploader.close()
+        if self._exports is not None:
+            self._exports.close()
 
     def _after_save(self, info: CheckpointInfo) -> PostSave:
         """On rank 0, beside the training: read it back, promote, have it copied, prune."""
@@ -149,11 +162,19 @@ class RunCheckpoints:
         waiting: list[str] = []
         if problem := self._soundness.problem(info.path):
             alarms.append(f"checkpoint {info.path} was written, but cannot be read back: {problem}")
-        elif self._uploader is not None:
-            for name in self._uploader.add(info.path.name):
-                alarms.append(f"{name} is not copied: more than checkpoint.upload.max_waiting are waiting")
+        else:
+            if self._uploader is not None:
+                for name in self._uploader.add(info.path.name):
+                    alarms.append(f"{name} is not copied: more than checkpoint.upload.max_waiting are waiting")
+            if self._exports is not None and self._exports.due(
+                info.path.name, stage_ended=bool(info.fields.get("stage_ended"))
+            ):
+                self._exports.add(info.path.name)
         if self._uploader is not None:
-            waiting = self._uploader.waiting()
+            waiting += self._uploader.waiting()
+        if self._exports is not None:
+            alarms += self._exports.advance()
+            waiting += self._exports.waiting()
         best = promote_best(self.directory, info.fields["stage"])
         alarms += prune(self.directory, self._config, problem=self._soundness.problem, waiting=waiting)
         return PostSave(best is not None and best.step == info.step, alarms)
