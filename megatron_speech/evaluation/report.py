@@ -237,6 +237,20 @@ def _loss_plot(run: RunFiles) -> str:
     return _figure(figure, "loss curves")
 
 
+def _goodput(run: RunFiles) -> str:
+    """What the time of the run became, as its last record says; "" for a run that did not note it."""
+    last = next((row for row in reversed(run.training) if row.get("goodput") is not None), None)
+    if last is None:
+        return ""
+    lost = {
+        name.removeprefix("lost_seconds/"): seconds
+        for name, seconds in last.items()
+        if name.startswith("lost_seconds/")
+    }
+    parts = ", ".join(f"{html.escape(name)} {seconds:,.1f}" for name, seconds in lost.items() if seconds >= 0.05)
+    return f"<p>Goodput {_percent(last['goodput'])} up to step {last['step']:,}; lost seconds: {parts or 'none'}.</p>"
+
+
 def _blend_plot(stages: Sequence[dict[str, Any]]) -> str:
     """Target and realised shares of every stage, by task, language and source."""
     aspects = ("by_task", "by_language", "by_source")
@@ -344,7 +358,7 @@ def build_html(evaluation: Evaluation, run: RunFiles | None = None, *, players: 
     if notes:
         parts.append('<ul class="notes">' + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>")
     if run is not None:
-        parts += ["<h2>Training</h2>", _loss_plot(run)]
+        parts += ["<h2>Training</h2>", _loss_plot(run), _goodput(run)]
         if run.stages:
             parts += ["<p>What was trained on, in shares of tokens:</p>", _blend_plot(run.stages)]
     parts += [

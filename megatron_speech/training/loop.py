@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_speech.training.events.event import Boundary, Event, StageRun
 from megatron_speech.training.run import Run
+from megatron_speech.training.telemetry.goodput import DATA, SAVING
 from megatron_speech.training.telemetry.timing import Clock
 
 
@@ -42,7 +43,7 @@ class TrainingLoop:
     def _run_stage(self, limit: int) -> bool:
         """Train the running stage from where it stands; False when the run was asked to stop."""
         run, progress = self._run, self._run.progress
-        with run.safety.progress.doing("writing a checkpoint"):
+        with run.safety.progress.doing("writing a checkpoint"), run.ledger.spending(SAVING):
             run.checkpoints.wait()
         stage = self.begin_stage()
         boundary: Boundary | None = None
@@ -51,8 +52,14 @@ class TrainingLoop:
             while progress.position.stage_index == stage.index and progress.position.step < limit:
                 self._call(lambda event: event.before_step(stage))
                 before_wait = time.perf_counter()
-                batch = next(batches)
+                with run.ledger.spending(DATA):
+                    batch = next(batches)
                 stage.clock.waited += time.perf_counter() - before_wait
+                if not run.ledger.begun:
+                    path = run.directory / "goodput.jsonl" if run.is_main else None
+                    run.ledger.begin(path, progress.position.step, run.world_size)
+                    run.log.info(run.ledger.start_sentence())
+                run.ledger.steps += 1
                 norm = run.step.take(batch, stage.meter, stage.config.loss, stage.scheduler)
                 stage.clock.steps += 1
                 progress.move_to(progress.position.step + 1)

@@ -45,6 +45,7 @@ from megatron_speech.training.position import RunProgress
 from megatron_speech.training.spikes import SpikeGuard
 from megatron_speech.training.step import TrainStep
 from megatron_speech.training.telemetry.exporters import check_exporters, open_exporters
+from megatron_speech.training.telemetry.goodput import Ledger
 from megatron_speech.training.telemetry.metrics import Group, LossMeter
 from megatron_speech.training.telemetry.run_log import RunLog, record_failure
 from megatron_speech.training.validation import validation_sequences
@@ -72,6 +73,7 @@ class Run:
         checkpoints: of this run.
         loaded: what the checkpoint that it goes on from holds besides weights and optimizer; empty for a new run.
         changes: of the recipe that were requested while the run went on: step, key, before, after.
+        ledger: what the time of this process is spent on.
     """
 
     recipe: Recipe
@@ -94,6 +96,7 @@ class Run:
     checkpoints: RunCheckpoints
     loaded: dict[str, Any] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=Ledger)
     step: TrainStep = field(init=False)
 
     def __post_init__(self) -> None:
@@ -149,6 +152,7 @@ def set_up(
     Raises:
         InputError: anything about the recipe, its data or its run directory that keeps it from starting.
     """
+    ledger = Ledger()
     parallel = recipe.parallel
     set_determinism(recipe.deterministic)
     groups.initialize(
@@ -159,6 +163,7 @@ def set_up(
         seed=recipe.seed,
         stopped=None if stop is None else lambda: stop.requested,
     )
+    ledger.started("groups")
     random.seed(recipe.seed)
     np.random.seed(recipe.seed)
 
@@ -172,6 +177,7 @@ def set_up(
             recipe,
             safety,
             request or ResumeRequest(),
+            ledger,
             log_environment=log_environment,
             resume=resume,
             read_only=read_only,
@@ -179,7 +185,14 @@ def set_up(
 
 
 def _assemble(
-    recipe: Recipe, safety: Safety, request: ResumeRequest, *, log_environment: bool, resume: bool, read_only: bool
+    recipe: Recipe,
+    safety: Safety,
+    request: ResumeRequest,
+    ledger: Ledger,
+    *,
+    log_environment: bool,
+    resume: bool,
+    read_only: bool,
 ) -> Run:
     directory, device = recipe.run_directory, groups.device()
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -223,16 +236,19 @@ def _assemble(
         stages = [stage_data(stage) for stage in recipe.stages]
         held_out = [stage_data(stage, validation=True) for stage in recipe.stages]
         check_held_out(recipe.stages, held_out)
+    ledger.started("data")
     with raise_on_all_ranks():
         engine = Engine(
             recipe, space, device, data_parallel=dp_size, fresh=info is None, on_backward_end=safety.timer.end
         )
+    ledger.started("model")
     spikes = SpikeGuard(recipe.spikes, device) if recipe.spikes is not None else None
     progress, loaded = RunProgress(recipe), {}
     if info is not None:
         loaded = load_checkpoint(info, chunks=engine.chunks, optimizer=engine.optimizer)
         progress = RunProgress(recipe, info.step, info.fields["ended_early"])
         log_resume(info, differences)
+        ledger.started("checkpoint")
     aside = None
     if request.rewind_to is not None and not read_only:
         aside = set_aside(directory, request.rewind_to) if is_main else None
@@ -266,6 +282,7 @@ def _assemble(
         checkpoints=checkpoints,
         loaded=loaded,
         changes=changes,
+        ledger=ledger,
     )
     position = progress.as_record()
     for requested in differences.requested:

@@ -80,6 +80,7 @@ class SpikeGuard:
     def begin_stage(self) -> None:
         """Forget the steps so far: another stage has other losses."""
         self.rollbacks = 0
+        self.skipped = 0  # steps, by this process
         # The last steps that were taken, [window, loss and norm]; empty slots are infinite, and sort behind the rest.
         self._taken = torch.full((self.config.window, len(QUANTITIES)), math.inf, device=self._device)
         self._count = torch.zeros((), dtype=torch.int64, device=self._device)
@@ -186,6 +187,7 @@ def log_skipped_steps(guard: SpikeGuard, step: int, recipe: Recipe, ended: Ended
     for verdict in guard.read(step):
         if verdict.skipped_in_row == 0:
             continue
+        guard.skipped += 1
         after = Position.at_step(recipe, verdict.step, ended)
         first = Position.at_step(recipe, verdict.step - 1, ended).consumed_sequences
         record = after.as_record(recipe)

@@ -20,6 +20,7 @@ from megatron_speech.training.events.stop import StopOnRequest
 from megatron_speech.training.events.validate import EndStageEarly, Validate
 from megatron_speech.training.loop import TrainingLoop
 from megatron_speech.training.run import Run
+from megatron_speech.training.telemetry.goodput import SAVING, sentence
 
 
 def make_loop(run: Run, more: Sequence[Event] = ()) -> TrainingLoop:
@@ -72,8 +73,12 @@ def train(run: Run, *, max_steps: int | None = None, through: str | None = None,
                 at = progress.position.stage_index
                 state = "finished" if progress.finished else "paused" if at == end else "preempted"
                 message = ""
-            with run.safety.progress.doing("writing and copying the last checkpoint"):
+            saving = run.safety.progress.doing("writing and copying the last checkpoint")
+            with saving, run.ledger.spending(SAVING):
                 run.checkpoints.finish(copied=state != "preempted")
+            run.ledger.note(progress.position.step, event="end")
+            if (found := run.ledger.summary()) is not None:
+                run.log.info(sentence(found))
             run.write_status(state, message)
             run.safety.finish()
         return state

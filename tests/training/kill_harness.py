@@ -36,6 +36,11 @@ from toy_runs import make_toy_datasets, read_metrics, toy_recipe, without_timing
 
 from megatron_speech import cli  # noqa: E402
 from megatron_speech.environment import prepare_imports  # noqa: E402
+from megatron_speech.training.telemetry.goodput import (  # noqa: E402
+    FAILURES_PER_GPU_AND_DAY,
+    expected_goodput,
+    read_goodput,
+)
 
 PLACES = ("step", "validation", "disk", "stage", "time")
 STEPS, VALIDATIONS, DISK_CHANGES = 20, 6, 60  # of the run below, and about as many as it makes on one rank
@@ -60,10 +65,16 @@ class Kill:
 
 @dataclass(frozen=True)
 class Trial:
-    """A run on `world` processes and the kills that it goes through."""
+    """A run on `world` processes and the kills that it goes through; of two, the optimizer may be distributed."""
 
     world: int
     kills: tuple[Kill, ...]
+    distributed_optimizer: bool = False
+
+    @property
+    def reference(self) -> str:
+        """Names the undisturbed run that it is compared with."""
+        return f"reference{self.world}{'d' if self.distributed_optimizer else ''}"
 
 
 def recipe_of(toy: Path) -> dict[str, Any]:
@@ -145,8 +156,9 @@ def child(rank: int, world: int, port: int, command: list[str], kill: Kill | Non
 # ---- in the harness
 
 
-def launch(recipe: Path, run: Path, world: int, kill: Kill | None, usual_seconds: float, log: Path) -> list[int]:
+def launch(recipe: Path, run: Path, trial: Trial, kill: Kill | None, usual_seconds: float, log: Path) -> list[int]:
     """Start the run, have it end as `kill` says, and wait; returns how its processes ended."""
+    world = trial.world
     # As torchrun's agent: the store takes a free port.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if world > 1 else None
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -165,6 +177,7 @@ def launch(recipe: Path, run: Path, world: int, kill: Kill | None, usual_seconds
         pid = os.fork()
         if pid == 0:
             command = ["train", str(recipe), f"run_dir={run}"]
+            command += ["parallel.distributed_optimizer=true"] if trial.distributed_optimizer else []
             child(rank, world, store.port if store is not None else 0, command, kill, run, output)
         pids.append(pid)
     os.close(output)
@@ -238,7 +251,8 @@ def drawn(number: int, seed: int) -> Trial:
     kills = [one(PLACES[number // 2 % len(PLACES)], ("KILL", "TERM")[number // 10 % 2])]
     while generator.random() < 0.3:
         kills.append(one(generator.choice(PLACES), generator.choice(("KILL", "TERM"))))
-    return Trial(world, tuple(kills))
+    # Of two processes, every second trial.
+    return Trial(world, tuple(kills), distributed_optimizer=world > 1 and number % 4 == 1)
 
 
 def carry_out(trials: list[Trial], folder: Path, report: Callable[[dict[str, Any]], bool]) -> None:
@@ -248,29 +262,52 @@ def carry_out(trials: list[Trial], folder: Path, report: Callable[[dict[str, Any
     toy = folder / "toy"
     toy.mkdir()
     recipe = write_recipe(make_toy_datasets(toy) / "recipe.yaml", recipe_of(toy))
-    usual: dict[int, float] = {}
-    for world in sorted({trial.world for trial in trials}):
+    usual: dict[str, float] = {}
+    for name, trial in sorted({trial.reference: trial for trial in trials}.items()):
         for attempt in range(2):  # the first one builds the index, which the others find
-            reference = folder / f"reference{world}.{attempt}"
+            reference = folder / f"{name}.{attempt}"
             began = time.monotonic()
-            codes = launch(recipe, reference, world, None, 0.0, folder / "reference.log")
-            usual[world] = time.monotonic() - began
+            codes = launch(recipe, reference, trial, None, 0.0, folder / "reference.log")
+            usual[name] = time.monotonic() - began
             if any(codes):
                 raise RuntimeError(f"the undisturbed run ended with {codes}: {(folder / 'reference.log').read_text()}")
     for number, trial in enumerate(trials):
         run, log = folder / f"run{number}", folder / f"run{number}.log"
         ends, problems, codes = [], [], [0]
         for kill in [*trial.kills, None]:
-            codes = launch(recipe, run, trial.world, kill, usual[trial.world], log)
+            codes = launch(recipe, run, trial, kill, usual[trial.reference], log)
             problems += look_at(run)
             landed = kill is not None and (-signal.SIGKILL in codes or state_of(run) == "preempted")
             ends.append({"codes": codes, "landed": landed, "half": len(hidden(run))})
         if any(codes):
             problems.append(f"the last start ended with {codes}")
         else:
-            problems += differences(run, folder / f"reference{trial.world}.1")
+            problems += differences(run, folder / f"{trial.reference}.1")
         if not report({"number": number, **asdict(trial), "ends": ends, "problems": problems}):
             break
+
+
+def cost_of_failures(folder: Path, interval_minutes: float) -> str:
+    """What a failure cost the runs of `folder`, and a run on 1,024 GPUs that fails as often as published."""
+    restarts = [
+        restart
+        for path in sorted(folder.glob("run*/goodput.jsonl"))
+        if (history := read_goodput(path.parent)) is not None
+        for restart in history.restarts
+    ]
+    if not restarts:
+        return "no run was restarted after its first step"
+    mean = {name: sum(restart[name] for restart in restarts) / len(restarts) for name in restarts[0]}
+    cost = sum(mean.values())
+    failures = FAILURES_PER_GPU_AND_DAY * 1024
+    # Of these runs little is done again: they save every few steps. One that saves rarely does half an interval again.
+    rare = cost - mean["again"] + 30.0 * interval_minutes
+    parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in mean.items())
+    return (
+        f"{len(restarts)} restarts cost {cost:.2f} s each ({parts}); with {failures:.2f} failures a day, as 1,024 GPUs "
+        f"of Llama 3's pretraining had, goodput is {100 * expected_goodput(cost, 1024):.3f} %, and "
+        f"{100 * expected_goodput(rare, 1024):.2f} % where a checkpoint is written every {interval_minutes:g} minutes"
+    )
 
 
 def state_of(run: Path) -> str | None:
@@ -284,14 +321,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--kills", type=int, default=50, help="kills that end a run, at least (50)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (0)")
-    parser.add_argument("--trials", help="JSON list of [processes, [[signal, place, number, rank], …]] instead")
+    parser.add_argument(
+        "--trials",
+        help="JSON list of [processes, [[signal, place, number, rank], …], distributed optimizer or not] instead",
+    )
     parser.add_argument("--output", type=Path, help="write a JSON line per trial to this file")
     parser.add_argument("--folder", type=Path, help="keep the runs in this folder; default: a temporary one")
+    parser.add_argument(
+        "--interval-minutes", type=float, default=30.0, help="between checkpoints of the run that goodput is scaled to"
+    )
     arguments = parser.parse_args()
     # A kill may come too late, or its place not come: then there is one trial more.
     trials = [drawn(number, arguments.seed) for number in range(4 * arguments.kills)]
     if arguments.trials:
-        trials = [Trial(world, tuple(Kill(*kill) for kill in kills)) for world, kills in json.loads(arguments.trials)]
+        trials = [
+            Trial(world, tuple(Kill(*kill) for kill in kills), *more)
+            for world, kills, *more in json.loads(arguments.trials)
+        ]
     outcomes: list[dict[str, Any]] = []
     landed: Counter[tuple[str, str, int]] = Counter()
 
@@ -310,8 +356,10 @@ def main() -> int:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         carry_out(trials, folder, report)
+        cost = cost_of_failures(folder, arguments.interval_minutes)
     for (name, place, world), count in sorted(landed.items()):
         print(f"{name}  {place:10}  {world} process{'es' * (world > 1):2}  {count}")
+    print(cost)
     good = sum(not outcome["problems"] for outcome in outcomes)
     print(f"{landed.total()} kills; {good} of {len(outcomes)} runs went on as if nothing had happened")
     return int(good < len(outcomes))

@@ -15,7 +15,7 @@ TRIALS = [
     [1, [["KILL", "step", 9, 0]]],
     [1, [["TERM", "step", 6, 0], ["KILL", "validation", 2, 0]]],
     [1, [["KILL", "disk", 17, 0], ["KILL", "disk", 23, 0], ["KILL", "disk", 29, 0]]],
-    [2, [["KILL", "disk", 3, 1], ["TERM", "stage", 1, 0]]],
+    [2, [["KILL", "disk", 3, 1], ["TERM", "stage", 1, 0]], True],
 ]
 
 

@@ -143,13 +143,16 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 TIMING = {
     "tokens_per_second", "tokens_per_second_per_gpu", "tflops_per_gpu", "mfu", "data_wait_seconds", "step_seconds",
-    "memory_gib", "validation_seconds", "slowest_rank", "slowest_rank_seconds", "median_rank_seconds",
+    "memory_gib", "validation_seconds", "slowest_rank", "slowest_rank_seconds", "median_rank_seconds", "goodput",
 }  # fmt: skip
 
 
 def without_timing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines with only the fields that a repetition reproduces."""
-    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in TIMING and not key.startswith("lost_seconds/")}
+        for line in lines
+    ]
 
 
 def train(recipe: Path, run: Path, *overrides: str) -> int:

@@ -73,7 +73,8 @@ class LogMetrics(Event):
             "slowest_rank_seconds": slowest.seconds,
             "median_rank_seconds": slowest.median,
         }
-        run.log.write(record)
+        run.ledger.note(boundary.step)
+        run.log.write({**record, **run.ledger.record()})
         total = run.progress.total_steps
         eta = (total - boundary.step) * seconds / steps
         if run.is_main:

@@ -11,6 +11,7 @@ from megatron_speech.training.events.event import Boundary, Event, StageRun
 from megatron_speech.training.position import Position
 from megatron_speech.training.run import Run
 from megatron_speech.training.spikes import SpikeGuard, Verdict, log_rollback, log_skipped_steps
+from megatron_speech.training.telemetry.goodput import ROLLBACK
 
 
 class RollBackOnSpikes(Event):
@@ -36,13 +37,17 @@ class RollBackOnSpikes(Event):
     def check(self, boundary: Boundary) -> None:
         """Log what was skipped, and roll back where it was too much. A collective, and a device sync."""
         run = self._run
+        before = self._guard.skipped
         verdict = log_skipped_steps(self._guard, boundary.step, run.recipe, run.progress.ended, run.log)
+        run.ledger.skip(self._guard.skipped - before)
         if verdict is not None:
-            with run.safety.progress.doing("rolling back to a checkpoint"):
-                self._roll_back(verdict)
+            with run.safety.progress.doing("rolling back to a checkpoint"), run.ledger.spending(ROLLBACK):
+                step = self._roll_back(verdict)
+            run.ledger.rolled_back(verdict.step, step)
             boundary.rolled_back = True
 
-    def _roll_back(self, verdict: Verdict) -> None:
+    def _roll_back(self, verdict: Verdict) -> int:
+        """Returns the step of the checkpoint."""
         run, guard = self._run, self._guard
         run.checkpoints.wait()
         folder = run.directory / "checkpoints"
@@ -59,6 +64,7 @@ class RollBackOnSpikes(Event):
         guard.load_state(state.get("spikes") if begun else None)
         guard.rollbacks = rollbacks
         log_rollback(info, verdict, run.recipe, run.progress.ended, run.log)
+        return info.step
 
     def state(self) -> dict[str, Any]:
         """What its decisions depend on."""

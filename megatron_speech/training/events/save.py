@@ -8,6 +8,7 @@ from typing import Any
 from megatron_speech.training.events.event import Boundary, Event, StageRun
 from megatron_speech.training.run import Run
 from megatron_speech.training.telemetry.exporters import finite
+from megatron_speech.training.telemetry.goodput import SAVING
 
 
 class LogFinishedSaves(Event):
@@ -49,7 +50,7 @@ class SaveCheckpoint(Event):
     def _save(self, stage: StageRun, boundary: Boundary) -> None:
         """A collective."""
         run = self._run
-        with stage.clock.paused(), run.safety.progress.doing("saving"):
+        with stage.clock.paused(), run.ledger.spending(SAVING), run.safety.progress.doing("saving"):
             # Reduced here in every run, continued or not: the sums that the next line is made of are added up in the
             # same order in both.
             stage.meter.reduce()
@@ -76,3 +77,4 @@ class SaveCheckpoint(Event):
                 },
             )
             run.write_status("running")
+        run.ledger.note(boundary.step)

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_speech.training.early_stop import EarlyStop
 from megatron_speech.training.events.event import Boundary, Event, StageRun, is_multiple
 from megatron_speech.training.run import Run
+from megatron_speech.training.telemetry.goodput import VALIDATION
 from megatron_speech.training.telemetry.run_log import as_text
 from megatron_speech.training.validation import Validator
 from megatron_speech.wording import clock
@@ -63,7 +64,7 @@ class Validate(Event):
     def _validate(self, stage: StageRun, boundary: Boundary) -> None:
         run = self._run
         assert self._validator is not None
-        with stage.clock.paused(), run.safety.progress.doing("validating"):
+        with stage.clock.paused(), run.ledger.spending(VALIDATION), run.safety.progress.doing("validating"):
             started = time.perf_counter()
             run.engine.set_training(False)
             averaged = run.recipe.ema is not None and run.recipe.ema.use_for_validation
