@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_speech.data.blend import strata as blending
 from megatron_speech.data.dataset.indexed import TokenDataset, file_of
+from megatron_speech.data.dataset.speakers import NOBODY, speaker_hashes
 from megatron_speech.data.dataset.split import SplitSides
 from megatron_speech.data.dataset.staging import stage_datasets
 from megatron_speech.data.sequences.history import Continuation, History, blend_spec
@@ -141,6 +142,7 @@ class StageData:
         history: History | None = None,
     ) -> None:
         groups = blending.check_stage(stage)
+        self._speakers: list[np.ndarray] = []
         self._own_max_epochs = {blending.group_name(group): group.max_epochs for group in groups}
         _refuse_mixture(datasets)
         self.stage, self.data, self.space, self.seed, self.split = stage, data, space, seed, split
@@ -194,6 +196,22 @@ class StageData:
             begins[firsts[firsts < len(lengths)]] = True
             lengths = np.add.reduceat(lengths, np.flatnonzero(begins))
         return float((lengths**2).sum() / max(1.0, lengths.sum()))
+
+    def load_speakers(self, keys: Mapping[str, str]) -> None:
+        """Find out who speaks in each document, for :meth:`speakers`; `keys`: name → hash of its manifest."""
+        folder = self._folder.parent
+        self._speakers = [speaker_hashes(dataset, keys[name], folder) for name, dataset in self.datasets.items()]
+
+    def speakers(self, first: int, last: int) -> int | None:
+        """How many speakers are in sequences `first` to before `last`; None if none is named, or it was not loaded."""
+        table = self._table
+        begin, end = (int(table.seq_ptr[min(number, table.n_sequences)]) for number in (first, last))
+        if not self._speakers or begin == end:
+            return None
+        dataset, document = table.dataset_of(slice(begin, end)), np.asarray(table.document[begin:end])
+        found = np.concatenate([hashes[document[dataset == number]] for number, hashes in enumerate(self._speakers)])
+        found = np.unique(found[found != NOBODY])
+        return len(found) or None
 
     @property
     def documents_due(self) -> int:

@@ -30,6 +30,10 @@ class BatchSource(Protocol):
         """Tokens that attention sees, on average over tokens: for the count of FLOPs."""
         ...
 
+    def speakers(self, step: int) -> int | None:
+        """How many speakers are in the global batch of the `step`-th step of the stage, from 1; None: not known."""
+        ...
+
     def batches(self, taken: int) -> AbstractContextManager[Iterator[GlobalBatch]]:
         """This rank's share of every global batch after `taken` steps of the stage, in order.
 
@@ -59,6 +63,10 @@ class StageBatches:
     def reach(self) -> float:
         """Of the data."""
         return self._data.reach
+
+    def speakers(self, step: int) -> int | None:
+        """Of the data."""
+        return self._data.speakers(self._stage.sequences_after(step - 1), self._stage.sequences_after(step))
 
     @contextlib.contextmanager
     def batches(self, taken: int) -> Iterator[Iterator[GlobalBatch]]:

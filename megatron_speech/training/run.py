@@ -236,6 +236,9 @@ def _assemble(
         stages = [stage_data(stage) for stage in recipe.stages]
         held_out = [stage_data(stage, validation=True) for stage in recipe.stages]
         check_held_out(recipe.stages, held_out)
+    if is_main:
+        for data in stages:
+            data.load_speakers(fingerprints)
     ledger.started("data")
     with raise_on_all_ranks():
         engine = Engine(

@@ -69,6 +69,7 @@ class LogMetrics(Event):
                 last_mlp_on_learned_only=run.engine.execution.last_mlp_on_learned_only,
             ),
             "memory_gib": memory_gib(),
+            "speakers_per_batch": stage.source.speakers(run.progress.steps_taken(stage.index)) if run.is_main else None,
             "slowest_rank": slowest.rank,
             "slowest_rank_seconds": slowest.seconds,
             "median_rank_seconds": slowest.median,
