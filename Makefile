@@ -9,6 +9,8 @@ OUT ?= quickstart-out
 DATA ?=
 # More flags of examples/quickstart/run.py, such as ARGS="--minutes 10".
 ARGS ?=
+# Where nothing may be written beside a module, every process compiles torch and megatron-core anew: ten seconds each.
+export PYTHONDONTWRITEBYTECODE :=
 STAMP := $(VENV)/.installed
 
 .PHONY: quickstart test quick venv lint clean
