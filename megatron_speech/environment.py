@@ -5,6 +5,9 @@ Light to import: no torch. :func:`prepare_imports` has to run before the first `
 
 from __future__ import annotations
 
+import functools
+import importlib.abc
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
@@ -13,6 +16,7 @@ import socket
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +71,54 @@ def hide_foreign_apex() -> str | None:
     return _hidden_apex
 
 
+class _LazyFuser(importlib.abc.MetaPathFinder):
+    """Lets megatron-core fuse functions when they are called, not when they are defined.
+
+    Its decorator is `torch.compile`, which imports half of torch to wrap a function, although on a CPU none of them is
+    ever called: two seconds of every command.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        """Of `megatron.core.jit` alone: the module as it is, with another decorator."""
+        if name != "megatron.core.jit":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                load(module)
+                module.jit_fuser = _compiled_when_called(module.jit_fuser)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _compiled_when_called(decorator: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled: list[Callable[..., Any]] = []
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **options: Any) -> Any:
+            if not compiled:
+                compiled.append(decorator(function))
+            return compiled[0](*arguments, **options)
+
+        return call
+
+    return decorate
+
+
 def prepare_imports() -> None:
     """Call before the first `import megatron.core`: hides a foreign apex, and a dozen notices about absent extras.
 
-    What is present and absent is printed once, by :func:`describe`.
+    What is present and absent is printed once, by :func:`describe`. Functions that megatron-core fuses are compiled
+    when they are first called.
     """
     hide_foreign_apex()
+    if "megatron.core.jit" not in sys.modules and not any(isinstance(one, _LazyFuser) for one in sys.meta_path):
+        sys.meta_path.insert(0, _LazyFuser())
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     # A checkpoint of a run on one process is saved without collectives, which torch thinks worth a notice.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)

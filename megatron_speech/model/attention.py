@@ -6,6 +6,7 @@ length.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable
@@ -20,13 +21,18 @@ from megatron_speech.model.packed import PackedSequences, PaddedLayout
 from megatron_speech.model.rotary import rotate, rotate_
 from megatron_speech.ops import cpu_layers
 
-varlen_attn: Callable[..., Any] | None
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch < 2.10
-    varlen_attn = None
 
-_VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn is not None else frozenset()
+@functools.cache
+def varlen_kernel() -> tuple[Callable[..., Any], frozenset[str]] | None:
+    """The attention of torch over documents end to end, and the names of its arguments; None where torch has none.
+
+    Not imported at the top: it brings torch.compile's half of torch with it, seconds of every command on a CPU.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # torch < 2.10
+        return None
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
 class _Gather(torch.autograd.Function):
@@ -144,7 +150,7 @@ class PackedSdpaAttention(nn.Module):
             cos, sin = cos.to(query.dtype), sin.to(query.dtype)
         if packed.state is not None:
             out = self._cached(query, key, value, cos, sin, packed)
-        elif varlen_attn is not None and query.is_cuda and query.dtype != torch.float32:
+        elif query.is_cuda and query.dtype != torch.float32 and varlen_kernel() is not None:
             out = self._varlen(rotate(query, cos, sin), rotate(key, cos, sin), value, packed)
         else:
             out = self._documents(query, key, value, cos, sin, packed)
@@ -172,15 +178,17 @@ class PackedSdpaAttention(nn.Module):
         return result
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
+        kernel = varlen_kernel()
+        assert kernel is not None
+        attend, arguments = kernel
         # torch 2.10 has is_causal, later ones a window that reaches back without end and forward not at all.
-        options: dict[str, Any] = {"is_causal": True} if "is_causal" in _VARLEN_ARGUMENTS else {"window_size": (-1, 0)}
+        options: dict[str, Any] = {"is_causal": True} if "is_causal" in arguments else {"window_size": (-1, 0)}
         if query.shape[1] != key.shape[1]:
-            if "enable_gqa" in _VARLEN_ARGUMENTS:
+            if "enable_gqa" in arguments:
                 options["enable_gqa"] = True
             else:
                 key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        assert varlen_attn is not None
-        result: Tensor = varlen_attn(
+        result: Tensor = attend(
             query,
             key,
             value.contiguous(),

@@ -62,3 +62,25 @@ def test_the_commit_of_a_checkout_is_recorded(repository: Path) -> None:
         assert state is None
     else:
         assert state is not None and len(state["commit"]) == 40
+
+
+@pytest.mark.slow
+def test_training_on_a_cpu_imports_no_compiler() -> None:
+    code = """
+import sys
+from megatron_speech.environment import prepare_imports
+prepare_imports()
+import megatron_speech.training.trainer
+assert "torch._dynamo" not in sys.modules and "torch._inductor" not in sys.modules
+from megatron.core.jit import jit_fuser
+seen = []
+def decorator(function):
+    seen.append(function)
+    return function
+from megatron_speech.environment import _compiled_when_called
+add = _compiled_when_called(decorator)(lambda a, b: a + b)
+assert not seen and add(1, b=2) == 3 and add(3, 4) == 7 and len(seen) == 1
+assert jit_fuser.__module__ == "megatron_speech.environment"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
