@@ -132,9 +132,11 @@ def watched(what: str, timeout: timedelta, stopped: Callable[[], bool] | None = 
 
 def _watch(receive: int, done: threading.Event, what: str, timeout: timedelta) -> None:
     begin = time.monotonic()
+    poll = select.poll()  # select.select takes no descriptor beyond 1023
+    poll.register(receive, select.POLLIN)
     limit = timeout.total_seconds() + _GRACE_SECONDS
     while True:
-        readable, _, _ = select.select([receive], [], [], QUIET_SECONDS)
+        readable = poll.poll(1000 * QUIET_SECONDS)
         if done.is_set():
             return
         for number in os.read(receive, 64) if readable else b"":

@@ -25,7 +25,7 @@ class StratumConfig(StrictConfig):
     """One explicit stratum of a stage: the documents that pass every filter given, and their mass."""
 
     task: str = Field(description="of the documents: speech_lm, tts …")
-    mass: Share = Field(gt=0.0, description="relative to those of the stage's other strata")
+    mass: Share = Field(description="a positive number, relative to those of the stage's other strata")
     name: str | None = Field(default=None, description="name in the report; null: made of the filters")
     datasets: list[str] | None = Field(default=None, description="names of datasets; null: every dataset of the task")
     languages: list[str] | None = Field(default=None, description="languages; null: all")

@@ -50,6 +50,7 @@ def test_layouts_that_divide_are_accepted(layout):
 
 def test_the_layout_of_the_environment_is_refused_before_anything_starts(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(InputError, match="does not divide"):
         groups.initialize(tensor=3)
     assert not torch.distributed.is_initialized()

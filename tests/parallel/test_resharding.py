@@ -107,14 +107,19 @@ def test_a_checkpoint_goes_on_under_another_layout(train, whole, tmp_path, saved
 
 
 def test_masters_of_bf16_move_between_kinds_of_optimizer_to_the_bit(train, whole, tmp_path):
-    """The weights are rounded, what is rounded is not: it has to come along. On one rank nothing else differs."""
+    """The weights are rounded, what is rounded is not: it has to come along.
+
+    The first step under the other kind sees the same weights, so its loss is the same. After it, updates over a flat
+    buffer may round the ends of tensors otherwise than updates tensor by tensor do, in the last bit, on some CPUs.
+    Rounded masters would show: they differ by a part in 500.
+    """
     LAYOUTS["one, sharded"] = (1, {"distributed_optimizer": True})
-    plain = whole("one", "precision=bf16")
     for saved, loaded in (("one", "one, sharded"), ("one, sharded", "one")):
         run = copy_until(whole(saved, "precision=bf16"), tmp_path / loaded, HALF)
         train(loaded, run, "precision=bf16")
-        losses = [[line["loss"] for line in read_metrics(path)] for path in (run, plain)]
-        np.testing.assert_array_equal(*losses)
+        mine, plain = ([line["loss"] for line in read_metrics(path)] for path in (run, whole(saved, "precision=bf16")))
+        assert mine[: HALF + 1] == plain[: HALF + 1]
+        np.testing.assert_allclose(mine, plain, rtol=2e-5)
 
 
 @pytest.mark.parametrize("layout", ["context x tensor", "context x pipeline", "context x sharded"])

@@ -107,6 +107,9 @@ def test_batches_may_come_from_another_source(recipe_file: Path, tmp_path: Path)
         groups, reach = run.sources[0].groups, run.sources[0].reach
         inner = run.sources[0]
 
+        def speakers(self, step: int) -> int | None:
+            return None
+
         @contextlib.contextmanager
         def batches(self, taken: int) -> Iterator[Iterator[GlobalBatch]]:
             asked.append(taken)

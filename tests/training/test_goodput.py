@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_speech.training.telemetry import goodput
-from megatron_speech.training.telemetry.goodput import History, Ledger, expected_goodput, read_goodput, sentence
+from megatron_speech.training.telemetry.goodput import GoodputHistory, Ledger, expected_goodput, read_goodput, sentence
 
 
 def start(at: float, step: int, starting: float) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def progress(at: float, step: int, event: str = "progress", **seconds: float) ->
 
 
 def summed(*lines: dict[str, Any]) -> dict[str, Any]:
-    history = History()
+    history = GoodputHistory()
     for line in lines:
         history.add(line)
     return history.summary()

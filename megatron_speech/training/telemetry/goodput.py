@@ -52,7 +52,7 @@ class Ledger:
         self.steps = 0  # of the run, that this process has taken
         self.begun = False
         self._path: Path | None = None
-        self._history: History | None = None
+        self._history: GoodputHistory | None = None
 
     def started(self, part: str) -> None:
         """What was done since the last call was this part of starting."""
@@ -65,7 +65,7 @@ class Ledger:
         if path is None:
             return
         self._path = path
-        self._history = History.read(path)
+        self._history = GoodputHistory.read(path)
         self._write(
             {
                 "event": "start",
@@ -115,7 +115,7 @@ class Ledger:
         return f"ready for the first step {sum(self.starting.values()):.1f} s after the process began: {parts}"
 
     def summary(self) -> dict[str, Any] | None:
-        """:meth:`History.summary` of the run up to now; None on other ranks, and before the first step."""
+        """:meth:`GoodputHistory.summary` of the run up to now; None on other ranks, and before the first step."""
         return None if self._history is None else self._history.summary()
 
     def record(self) -> dict[str, float]:
@@ -142,7 +142,7 @@ class Ledger:
             pass
 
 
-class History:
+class GoodputHistory:
     """The lines of RUN/goodput.jsonl, summed up as they come."""
 
     def __init__(self) -> None:
@@ -156,7 +156,7 @@ class History:
         """Of each start but the first: seconds `down` (lost work included), `starting`, and of work done `again`."""
 
     @classmethod
-    def read(cls, path: Path) -> History:
+    def read(cls, path: Path) -> GoodputHistory:
         """What is there; a last line that was cut by a kill is left out."""
         history = cls()
         if not path.exists():
@@ -220,10 +220,10 @@ class History:
         }
 
 
-def read_goodput(run: Path) -> History | None:
+def read_goodput(run: Path) -> GoodputHistory | None:
     """The history of a run directory; None where it has none."""
     path = run / "goodput.jsonl"
-    return History.read(path) if path.exists() else None
+    return GoodputHistory.read(path) if path.exists() else None
 
 
 def expected_goodput(seconds_per_failure: float, gpus: int, *, overhead: float = 0.0) -> float:
