@@ -18,7 +18,7 @@ namespace ms = megatron_speech;
 namespace {
 
 // Raised together with INTERFACE in megatron_speech/ops/extension.py whenever a signature changes.
-constexpr int kInterface = 5;
+constexpr int kInterface = 6;
 
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
