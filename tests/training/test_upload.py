@@ -232,7 +232,7 @@ def test_the_queue_is_emptied_in_spite_of_failures(
     for step in (2, 4, 6):
         make_checkpoint(run / "checkpoints" / f"step_{step:08d}")
     shutil.rmtree(run / "checkpoints" / "step_00000004")
-    queue = upload.Queue(run)
+    queue = upload.Queue(run / "uploads")
     queue.folder.mkdir()
     config = CheckpointConfig.model_validate({"upload": f"file://{tmp_path}/there"})
     (queue.folder / "settings.json").write_text(config.model_dump_json())

@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import IO
 
-from megatron_speech.files import write_json
 from megatron_speech.recipe.checkpoint import ExportConfig
+from megatron_speech.training.checkpoint.background import Queue, with_this_package
 from megatron_speech.training.checkpoint.store import point_link, step_of_name
 
 _COMMAND = (sys.executable, "-m", "megatron_speech.cli", "convert", "export-hf")
@@ -37,8 +37,8 @@ class HuggingFaceExports:
 
     def __init__(self, run: Path, config: ExportConfig) -> None:
         self._run, self._config = run, config
-        self._queue, self.folder = run / "exports", run / "hf"
-        self._queue.mkdir(exist_ok=True)
+        self._queue, self.folder = Queue(run / "exports"), run / "hf"
+        self._queue.folder.mkdir(exist_ok=True)
         self.folder.mkdir(exist_ok=True)
         self._process: subprocess.Popen[bytes] | None = None
         self._name = ""
@@ -50,11 +50,11 @@ class HuggingFaceExports:
 
     def add(self, name: str) -> None:
         """Queue an export."""
-        write_json(self._queue / f"{name}.json", {"checkpoint": name})
+        self._queue.add(name)
 
     def waiting(self) -> list[str]:
         """Names of the checkpoints whose export is due or under way: they have to stay."""
-        return sorted((path.stem for path in self._queue.glob("step_*.json")), key=lambda name: step_of_name(name) or 0)
+        return self._queue.names()
 
     def advance(self) -> list[str]:
         """Take note of an export that has ended and begin the next one; returns what went wrong. Waits for nothing."""
@@ -85,10 +85,10 @@ class HuggingFaceExports:
             checkpoint, output = self._run / "checkpoints" / name, self.folder / name
             if not (checkpoint / "checkpoint.json").is_file():
                 problems.append(f"{name} is not exported: it is no longer there")
-                self._drop(name)
+                self._queue.remove(name)
                 continue
             # One export at a time, also where that of a process which was killed goes on: it holds the lock too.
-            lock = os.open(self._queue / "lock", os.O_CREAT | os.O_WRONLY, 0o644)
+            lock = os.open(self._queue.folder / "lock", os.O_CREAT | os.O_WRONLY, 0o644)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -97,17 +97,15 @@ class HuggingFaceExports:
             shutil.rmtree(output, ignore_errors=True)  # of a checkpoint that was written anew since
             words = [*_COMMAND, "--checkpoint", str(checkpoint), "--output", str(output)]
             words += ["--ema"] if self._config.ema else []
-            environment = {key: value for key, value in os.environ.items() if key not in _OF_LAUNCHERS}
-            root = str(Path(__file__).resolve().parents[3])
-            environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
-            self._log = open(self._queue / f"{name}.log", "wb")
+            outside = {key: value for key, value in os.environ.items() if key not in _OF_LAUNCHERS}
+            self._log = open(self._queue.folder / f"{name}.log", "wb")
             try:
                 self._process = subprocess.Popen(
                     words,
                     stdin=subprocess.DEVNULL,
                     stdout=self._log,
                     stderr=subprocess.STDOUT,
-                    env=environment | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                    env=with_this_package(outside) | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
                     pass_fds=(lock,),
                     start_new_session=True,  # an interrupt of the run is none of the export
                 )
@@ -122,7 +120,7 @@ class HuggingFaceExports:
         status, name = self._process.returncode, self._name
         self._process = None
         self._close_log()
-        log = self._queue / f"{name}.log"
+        log = self._queue.folder / f"{name}.log"
         problems = []
         if status == 0:
             point_link(self.folder / "latest", name)
@@ -131,11 +129,8 @@ class HuggingFaceExports:
         else:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or [f"exit status {status}"]
             problems.append(f"{name} is not exported: {lines[-1]} (see {log})")
-        self._drop(name)
+        self._queue.remove(name)
         return problems
-
-    def _drop(self, name: str) -> None:
-        (self._queue / f"{name}.json").unlink(missing_ok=True)
 
     def _prune(self) -> None:
         if self._config.keep_last is None:

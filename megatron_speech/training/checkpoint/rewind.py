@@ -18,10 +18,9 @@ from megatron_speech.files import fsync_path
 from megatron_speech.training.checkpoint.store import (
     CheckpointInfo,
     checkpoint_name,
-    find_damage,
     find_latest,
     list_checkpoints,
-    read_info,
+    sound_or_why,
     step_of_name,
 )
 
@@ -37,16 +36,12 @@ def find_checkpoint(directory: Path, step: int) -> CheckpointInfo:
         InputError: it is not there, or damaged; names the nearest sound one before it.
     """
     path = directory / checkpoint_name(step)
-    problem: str | None = f"{directory} has no {path.name}"
+    problem = f"{directory} has no {path.name}"
     if path.is_dir():
-        try:
-            info = read_info(path)
-            problem = find_damage(info)
-        except InputError as error:
-            problem = str(error)
-        if problem is None:
-            return info
-        problem = f"{path} is damaged: {problem}"
+        found = sound_or_why(path)
+        if isinstance(found, CheckpointInfo):
+            return found
+        problem = f"{path} is damaged: {found}"
     before = find_latest(directory, before_step=step)
     if before is not None:
         nearest = f"the nearest sound checkpoint before it is of step {before.step}: --rewind-to {before.step}"

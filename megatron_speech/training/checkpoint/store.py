@@ -117,6 +117,15 @@ def find_damage(info: CheckpointInfo) -> str | None:
     return problem
 
 
+def sound_or_why(path: Path) -> CheckpointInfo | str:
+    """The checkpoint at `path`, every byte of which was checked, or what is wrong with it. A collective likewise."""
+    try:
+        info = read_info(path)
+        return find_damage(info) or info
+    except InputError as error:
+        return str(error)
+
+
 def find_latest(directory: Path, *, before_step: int | None = None) -> CheckpointInfo | None:
     """The newest sound checkpoint below `directory` (RUN/checkpoints); damaged ones are skipped with a notice.
 
@@ -125,14 +134,10 @@ def find_latest(directory: Path, *, before_step: int | None = None) -> Checkpoin
     for path in list_checkpoints(directory):
         if before_step is not None and (step_of_name(path.name) or 0) >= before_step:
             continue
-        try:
-            info = read_info(path)
-            problem = find_damage(info)
-        except InputError as error:
-            problem = str(error)
-        if problem is None:
-            return info
-        logger.warning("checkpoint %s is skipped: %s", path, problem)
+        found = sound_or_why(path)
+        if isinstance(found, CheckpointInfo):
+            return found
+        logger.warning("checkpoint %s is skipped: %s", path, found)
     return None
 
 

@@ -26,30 +26,12 @@ from megatron_speech.errors import InputError
 from megatron_speech.files import read_json, write_json
 from megatron_speech.recipe.checkpoint import CheckpointConfig, UploadConfig
 from megatron_speech.remote import list_copies, open_url, put_checkpoint, remove_copy
+from megatron_speech.training.checkpoint.background import Queue, with_this_package
 
 logger = logging.getLogger("megatron_speech.training.checkpoint.upload")  # __name__ is __main__ in its process
 
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 300.0
-
-
-class Queue:
-    """The checkpoints that are still to be copied: one file each, oldest first."""
-
-    def __init__(self, run: Path) -> None:
-        self.folder = run / "uploads"
-
-    def names(self) -> list[str]:
-        """Of the checkpoints."""
-        return sorted((path.stem for path in self.folder.glob("step_*.json")), key=lambda name: int(name[5:]))
-
-    def add(self, name: str) -> None:
-        """Queue a copy."""
-        write_json(self.folder / f"{name}.json", {"checkpoint": name})
-
-    def remove(self, name: str) -> None:
-        """It is copied, or given up."""
-        (self.folder / f"{name}.json").unlink(missing_ok=True)
 
 
 class Uploader:
@@ -67,7 +49,7 @@ class Uploader:
         assert config.upload is not None
         self._config = config.upload
         open_url(self._config.url, self._config.options)
-        self._run, self._queue = run, Queue(run)
+        self._run, self._queue = run, Queue(run / "uploads")
         self._queue.folder.mkdir(exist_ok=True)
         write_json(self._queue.folder / "settings.json", config.model_dump(mode="json"))
         self._process: subprocess.Popen[str] | None = None
@@ -110,10 +92,8 @@ class Uploader:
     def _send(self, word: str) -> None:
         if self._process is None or self._process.poll() is not None:
             command = [sys.executable, "-m", "megatron_speech.training.checkpoint.upload", str(self._run)]
-            root = str(Path(__file__).resolve().parents[3])
-            path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+                command, stdin=subprocess.PIPE, text=True, env=with_this_package(os.environ)
             )
         assert self._process.stdin is not None
         try:
@@ -124,7 +104,7 @@ class Uploader:
 
 def copy_all(run: Path, *, finish: threading.Event, woken: threading.Event) -> None:
     """Copy what is in the queue of `run`, as often as it takes, until it is empty and `finish` is set."""
-    queue = Queue(run)
+    queue = Queue(run / "uploads")
     config = CheckpointConfig.model_validate(read_json(queue.folder / "settings.json", "upload settings"))
     assert config.upload is not None
     failures = 0
@@ -198,7 +178,7 @@ def main(run: Path) -> None:
         os._exit(0)  # the run has ended, or was killed
 
     threading.Thread(target=listen, daemon=True).start()
-    with open(Queue(run).folder / "lock", "w") as lock:
+    with open(Queue(run / "uploads").folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the process of a run that was killed may still be here for a moment
         copy_all(run, finish=finish, woken=woken)
 
