@@ -88,6 +88,7 @@ def train(run: Run, *, max_steps: int | None = None, through: str | None = None,
         raise
     finally:
         loop.close()
+        run.ledger.close()
         run.log.close()
 
 

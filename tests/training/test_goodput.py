@@ -113,6 +113,7 @@ def test_the_ledger_writes_what_the_history_reads(tmp_path: Path, monkeypatch: p
     expected = {"training": 8.0, "data": 1.0, "skipped": 2.0}
     with open(tmp_path / "goodput.jsonl", "a") as handle:
         handle.write('{"event": "progress", "ti')  # a kill cut the line
+    ledger.close()
     history = read_goodput(tmp_path)
     assert history is not None
     found = history.summary()
@@ -124,6 +125,12 @@ def test_the_ledger_writes_what_the_history_reads(tmp_path: Path, monkeypatch: p
     assert "goodput 34.8 % of 23 s; lost seconds: starting 12.0, skipped 2.0, data 1.0; 0 restarts" == sentence(found)
     assert "imports 10.0, first batch 2.0" in ledger.start_sentence()
     assert read_goodput(tmp_path / "none") is None
+    # The next process begins on a line of its own.
+    later = Ledger(created=1010.0)
+    later.begin(tmp_path / "goodput.jsonl", 4, 1)
+    later.close()
+    again = read_goodput(tmp_path)
+    assert again is not None and again.summary()["restarts"] == 1
 
 
 def test_a_day_of_failures_costs_what_they_cost() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from megatron_speech.training.telemetry.exporters import JsonLines
 
 TRAINING, DATA, SAVING, VALIDATION, SKIPPED, ROLLBACK = (
     "training",
@@ -51,7 +54,7 @@ class Ledger:
         self.seconds: dict[str, float] = defaultdict(float)
         self.steps = 0  # of the run, that this process has taken
         self.begun = False
-        self._path: Path | None = None
+        self._lines: JsonLines | None = None
         self._history: GoodputHistory | None = None
 
     def started(self, part: str) -> None:
@@ -64,7 +67,7 @@ class Ledger:
         self.begun = True
         if path is None:
             return
-        self._path = path
+        self._lines = JsonLines(path, resume_step=sys.maxsize)  # takes off a line that a kill cut
         self._history = GoodputHistory.read(path)
         self._write(
             {
@@ -102,7 +105,7 @@ class Ledger:
         if not self.begun:
             return
         self.seconds[TRAINING] += self._lap()
-        if self._path is not None:
+        if self._lines is not None:
             self._write({"event": event, "step": step, "seconds": dict(self.seconds), **more})
 
     def rolled_back(self, step: int, to: int) -> None:
@@ -131,15 +134,16 @@ class Ledger:
         return seconds
 
     def _write(self, line: dict[str, Any]) -> None:
-        assert self._path is not None and self._history is not None
+        assert self._lines is not None and self._history is not None
         line = {"time": time.time(), **line}
         self._history.add(line)
-        try:
-            with open(self._path, "a", encoding="utf-8") as handle:
-                handle.write(json.dumps(line) + "\n")
-        except OSError:
-            # The disk is full: whoever writes metrics says so, and the sums go on in memory.
-            pass
+        self._lines.write(line)  # on a full disk it waits; that the disk is full the metrics beside it say
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None
 
 
 class GoodputHistory:
