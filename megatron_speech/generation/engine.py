@@ -56,23 +56,21 @@ DEFAULT_BATCH_SIZE = 128
 _IDLE_SHARE = 0.25
 
 
-@dataclass(frozen=True)
-class GenerationResult:
-    """One utterance as the model gave it.
+@dataclass(frozen=True, kw_only=True)
+class _Sampled:
+    """How the sampling of one request went.
 
     Attributes:
-        codes: int32 [T, K], T >= 1.
-        ended: the model itself ended with `<speech_end>`.
-        stop_reason: "end", "max_seconds" (a stop failure) or "context" (so is this: no room left in the model's
-            sequence length).
+        ended: the model itself ended, with `<speech_end>` or `</target_text>`.
+        stop_reason: "end", or the limit that cut it (a stop failure): "max_seconds" of speech, "max_tokens" of text, or
+            "context" (no room left in the model's sequence length).
         prompt_tokens: length of the prompt.
-        generated_tokens: tokens sampled, `<speech_end>` included.
+        generated_tokens: tokens sampled, the end included.
         invalid_token_rate: mean probability (temperature 1) that the model put on ids which were not legal at their
             place: the invalid-token rate that unrestricted sampling would have had.
         invalid_argmax_rate: share of positions at which the most probable id was not a legal one.
     """
 
-    codes: np.ndarray
     ended: bool
     stop_reason: str
     prompt_tokens: int
@@ -81,24 +79,18 @@ class GenerationResult:
     invalid_argmax_rate: float
 
 
-@dataclass(frozen=True)
-class Transcription:
-    """What a model of the task `asr` writes down of one recording.
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult(_Sampled):
+    """One utterance as the model gave it; `codes` int32 [T, K], T >= 1."""
 
-    Attributes:
-        text: of the recording.
-        ended: the model itself ended with `</target_text>`.
-        stop_reason: "end", "max_tokens" or "context" (no room left in the model's sequence length).
-        prompt_tokens, generated_tokens, invalid_token_rate, invalid_argmax_rate: as of :class:`GenerationResult`.
-    """
+    codes: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transcription(_Sampled):
+    """What a model of the task `asr` writes down of one recording: its `text`."""
 
     text: str
-    ended: bool
-    stop_reason: str
-    prompt_tokens: int
-    generated_tokens: int
-    invalid_token_rate: float
-    invalid_argmax_rate: float
 
 
 class NotFiniteError(Exception):

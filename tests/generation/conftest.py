@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,3 +84,12 @@ def codec2_generator() -> SpeechGenerator:
     space = TokenSpace.build("bytes", describe_codec("codec2"))
     model = LeakySum(space, end_bias=1.0)
     return SpeechGenerator(model.open_session, space, max_sequence_length=400, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, codec2_generator: SpeechGenerator, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A path that exists; the toy model is what is found there."""
+    path = tmp_path / "checkpoint"
+    path.mkdir()
+    monkeypatch.setattr(SpeechGenerator, "from_checkpoint", classmethod(lambda cls, found, ema: codec2_generator))
+    return path

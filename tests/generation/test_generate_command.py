@@ -23,15 +23,6 @@ from megatron_speech.generation.sampling import SamplingConfig
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path, codec2_generator: SpeechGenerator, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A path that exists; the toy model is what is found there."""
-    path = tmp_path / "checkpoint"
-    path.mkdir()
-    monkeypatch.setattr(SpeechGenerator, "from_checkpoint", classmethod(lambda cls, found, ema: codec2_generator))
-    return path
-
-
-@pytest.fixture
 def recording(tmp_path: Path) -> Path:
     path = tmp_path / "voice.wav"
     time = np.arange(8000) / 16_000

@@ -12,16 +12,6 @@ import pytest
 from megatron_speech.cli import main
 from megatron_speech.codecs.audio import write_wav
 from megatron_speech.commands.transcribe import comparable
-from megatron_speech.generation.engine import SpeechGenerator
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path, codec2_generator: SpeechGenerator, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A path that exists; the toy model is what is found there."""
-    path = tmp_path / "checkpoint"
-    path.mkdir()
-    monkeypatch.setattr(SpeechGenerator, "from_checkpoint", classmethod(lambda cls, found, ema: codec2_generator))
-    return path
 
 
 @pytest.fixture

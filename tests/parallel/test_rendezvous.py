@@ -36,6 +36,13 @@ def waiting(port: int, **variables: str) -> dict[str, str]:
     return {**os.environ, **names, **variables}
 
 
+def set_environment(monkeypatch: pytest.MonkeyPatch, unset: tuple[str, ...], values: dict[str, str]) -> None:
+    for name in unset:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.fixture
 def taken_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -89,10 +96,7 @@ def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch, taken_port: int)
 def test_a_place_that_cannot_be_is_refused(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], sentence: str
 ) -> None:
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    set_environment(monkeypatch, ("MASTER_ADDR", "MASTER_PORT"), variables)
     with pytest.raises(InputError, match=sentence):
         rendezvous.join("gloo", 0, 2, init_method=None, timeout=timedelta(seconds=5))
 
@@ -116,11 +120,9 @@ def test_a_rank_that_never_comes_is_said(monkeypatch: pytest.MonkeyPatch, free_p
 def test_half_an_environment_is_refused(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], sentence: str
 ) -> None:
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+    set_environment(monkeypatch, ("RANK", "WORLD_SIZE"), {})
     assert environment.rank_and_size() == (0, 1)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    set_environment(monkeypatch, (), variables)
     with pytest.raises(InputError, match=sentence):
         environment.rank_and_size()
 
