@@ -4,10 +4,10 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Where the quickstart leaves its corpus, datasets, run and report, and how long its two stages train.
+# Where the quickstart leaves its corpus, datasets, run and report.
 OUT ?= quickstart-out
 DATA ?=
-# More flags of examples/quickstart/run.py, such as ARGS="--minutes 10".
+# More flags of examples/quickstart/run.py, such as ARGS="stages.sft.tokens=10M".
 ARGS ?=
 # Where nothing may be written beside a module, every process compiles torch and megatron-core anew: ten seconds each.
 export PYTHONDONTWRITEBYTECODE :=

@@ -15,9 +15,10 @@ from typing import Any
 from megatron_speech.data.dataset.indexed import TokenDataset
 from megatron_speech.data.dataset.split import held_out
 from megatron_speech.errors import InputError
-from megatron_speech.files import atomic_write, read_json, write_json
+from megatron_speech.files import atomic_write
 from megatron_speech.generation.prompts import read_json_lines
 from megatron_speech.recipe.data import DataConfig
+from megatron_speech.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
@@ -134,8 +135,13 @@ def batch_overrides(stages: Iterable[str], seq_length: int, global_batch_tokens:
     ]
 
 
-def faster_precision() -> str:
-    """bf16 where this CPU multiplies matrices of a small model faster in it than in fp32; others emulate it."""
+def precision_override(run: Path) -> str:
+    """The override of `precision`: that of the run where it has begun, else what this CPU computes faster.
+
+    bf16 halves a step of a small model on a CPU that multiplies it, and doubles it on one that emulates it.
+    """
+    if (run / "recipe.yaml").exists():
+        return f"precision={load_recipe(run / 'recipe.yaml').precision}"
     code = (
         "import time, torch\n"
         "torch.set_num_threads(1)\n"
@@ -147,36 +153,5 @@ def faster_precision() -> str:
         "    return sorted(spent)[3]\n"
         "print('bf16' if seconds(torch.bfloat16) < seconds(torch.float32) else 'fp32')\n"
     )
-    return subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def budgets(
-    road: Pipeline, recipe: Path, overrides: Sequence[str], shares: dict[str, float], seconds: float, out: Path
-) -> list[str]:
-    """Overrides that give each stage the tokens which this machine trains in its share of `seconds`.
-
-    A recipe's budget is in tokens; how many tokens some minutes are is measured, not guessed, and so is the precision.
-    The answer is kept in `out`: a second call continues the run that the first began.
-    """
-    kept = out / "budgets.json"
-    if not kept.exists():
-        precision = faster_precision()
-
-        def rate(stage: str) -> float:
-            figure = out / f"rate_{stage}.json"
-            words = ("benchmark", "train", recipe, *overrides, f"precision={precision}", "--stage", stage)
-            road.step(
-                f"How fast is this machine? ({stage}, {precision})",
-                launched(*words, "--steps", "20", "--warmup-steps", "5", "--json", figure),
-                OMP_NUM_THREADS="1",
-            )
-            return float(read_json(figure, "benchmark result")["tokens_per_second"])
-
-        found = [f"precision={precision}"]
-        for stage in shares:
-            speed = rate(stage)
-            tokens = int(speed * seconds * shares[stage])
-            say(f"   {stage}: {speed:,.0f} tokens/s × {seconds * shares[stage]:.0f} s = {tokens / 1e6:.2f} M tokens")
-            found.append(f"stages.{stage}.tokens={max(tokens, 20_000)}")
-        write_json(kept, found)
-    return list(read_json(kept, "token budgets"))
+    chosen = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return f"precision={chosen}"

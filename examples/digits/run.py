@@ -12,11 +12,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline import (
     Pipeline,
     batch_overrides,
-    budgets,
     cores,
     held_out_recordings,
     launched,
     megatron_speech,
+    precision_override,
     read_jsonl,
     say,
     script,
@@ -31,8 +31,7 @@ HERE = Path(__file__).resolve().parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # Recordings of each speaker that should be held out, to be references of generation.
 REFERENCES_PER_SPEAKER = 5
-# How the training time is divided.
-SHARES = {"pt": 0.4, "sft": 0.6}
+STAGES = ("pt", "sft")
 
 
 def check_samples(path: Path) -> list[dict[str, Any]]:
@@ -99,13 +98,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", required=True, type=Path, help="samples.jsonl: wav_path, transcript, speaker_id")
     parser.add_argument("--output-dir", required=True, type=Path, help="everything goes here")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of training, both stages together (10)")
     parser.add_argument("--utterances", type=int, default=300, help="to generate, at most (300)")
     parser.add_argument("--seeds", type=int, default=5, help="utterances per word and speaker (5)")
     parser.add_argument("--temperature", type=float, default=0.6, help="of sampling (0.6)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to examples/digits/recipe.yaml")
     args = parser.parse_args()
-    for name, value in (("--minutes", args.minutes), ("--utterances", args.utterances), ("--seeds", args.seeds)):
+    for name, value in (("--utterances", args.utterances), ("--seeds", args.seeds)):
         if value <= 0:
             raise InputError(f"{name} is {value:g}; needed: more than 0")
 
@@ -147,7 +145,8 @@ def main() -> int:
         f"data.datasets.tts={out / 'data/tts'}",
         f"run_dir={out / 'run'}",
         f"data.validation_fraction={held_out_share(rows)}",
-        *batch_overrides(SHARES, seq_length=512, global_batch_tokens=2048),
+        precision_override(out / "run"),
+        *batch_overrides(STAGES, seq_length=512, global_batch_tokens=2048),
         *args.overrides,
     ]
     data = load_recipe(recipe, overrides).data
@@ -155,10 +154,7 @@ def main() -> int:
     prompts = choose_prompts(rows, held_out, args.utterances, args.seeds)
     write_jsonl(out / "prompts.jsonl", prompts)
 
-    overrides += budgets(road, recipe, overrides, SHARES, args.minutes * 60, out)
-    road.step(
-        f"Train: pretraining, then SFT ({args.minutes:g} minutes)", launched("train", recipe, *overrides), **ONE_THREAD
-    )
+    road.step("Train: pretraining, then SFT", launched("train", recipe, *overrides), **ONE_THREAD)
     road.step(
         f"Speak: {len(prompts)} utterances in voices given by recordings that training never saw",
         megatron_speech(

@@ -124,9 +124,9 @@ class Voice:
 
 # Variants without `breath` in their definition (f2, f3, f5 have it): espeak-ng's breath noise differs from run to run.
 VOICES = (
-    Voice("ada", "f1", 62, 150),
-    Voice("ben", "m3", 38, 155),
-    Voice("chi", "steph", 55, 140),
+    Voice("ada", "f1", 62, 145),
+    Voice("ben", "m6", 38, 145),
+    Voice("chi", "edward", 45, 140),
     Voice("dan", "m7", 30, 165),
     Voice("eve", "f4", 50, 160),
     Voice("fox", "Andy", 45, 145),
@@ -141,7 +141,7 @@ class SpeakerJob:
     voice: Voice
     utterances: int | None
     seconds: float | None
-    max_words: int
+    words: tuple[int, int]  # numbers in an utterance: fewest, most
     seed: int
     directory: str
     data: str  # espeak-ng's
@@ -228,12 +228,11 @@ class Deck:
         return self._left.pop()
 
 
-def _compose(numbers: Deck, phrases: Deck, max_words: int, generator: random.Random) -> list[str]:
-    """One utterance: a phrase one time in four, else 1..max_words numbers, short ones more often."""
+def _compose(numbers: Deck, phrases: Deck, words: tuple[int, int], generator: random.Random) -> list[str]:
+    """One utterance: a phrase one time in four, else some numbers, the fewest as often as the most."""
     if generator.random() < 0.25:
         return [phrases.draw()]
-    count = min(1 + int(generator.expovariate(1.0)), max_words)
-    return [numbers.draw() for _ in range(count)]
+    return [numbers.draw() for _ in range(generator.randint(*words))]
 
 
 def synthesise(job: SpeakerJob) -> list[dict[str, Any]]:
@@ -246,7 +245,7 @@ def synthesise(job: SpeakerJob) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     spoken_seconds = 0.0
     while len(rows) < job.utterances if job.utterances is not None else spoken_seconds < (job.seconds or 0.0):
-        items = _compose(numbers, phrases, job.max_words, generator)
+        items = _compose(numbers, phrases, job.words, generator)
         # No two recordings of a sentence are alike: nobody says a thing twice in the same way.
         pitch = job.voice.pitch + generator.randint(-4, 4)
         rate = round(job.voice.rate * generator.uniform(0.93, 1.07))
@@ -317,6 +316,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--speakers", type=int, default=4, metavar="N", help=f"per language, 1 to {len(VOICES)} (default: %(default)s)"
     )
     parser.add_argument(
+        "--min-words", type=int, default=1, metavar="N", help="numbers in one utterance at least (default: %(default)s)"
+    )
+    parser.add_argument(
         "--max-words", type=int, default=3, metavar="N", help="numbers in one utterance at most (default: %(default)s)"
     )
     parser.add_argument(
@@ -333,7 +335,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.hours is None and arguments.utterances is None:
         arguments.utterances = 1200
-    for name, most in (("speakers", len(VOICES)), ("max_words", 20), ("workers", 1024), ("utterances", 10**7)):
+    most_words = arguments.max_words
+    limits = {"speakers": len(VOICES), "max_words": 20, "min_words": most_words, "workers": 1024, "utterances": 10**7}
+    for name, most in limits.items():
         value = getattr(arguments, name)
         if value is not None and not 1 <= value <= most:
             raise InputError(f"--{name.replace('_', '-')} is {value}; needed is a number from 1 to {most}")
@@ -386,7 +390,8 @@ def _synthesise_all(arguments: argparse.Namespace, work: str, data: str) -> list
             utterances = arguments.utterances // len(speakers) + (index < arguments.utterances % len(speakers))
         else:
             seconds = arguments.hours * 3600 / len(speakers)
-        jobs.append(SpeakerJob(language, voice, utterances, seconds, arguments.max_words, arguments.seed, work, data))
+        words = (arguments.min_words, arguments.max_words)
+        jobs.append(SpeakerJob(language, voice, utterances, seconds, words, arguments.seed, work, data))
     Path(work, "wavs").mkdir()
     rows: list[dict[str, Any]] = []
     # The fork server never loads espeak-ng: each of its children begins with a fresh library.

@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline import (
     Pipeline,
     batch_overrides,
-    budgets,
     cores,
     held_out_recordings,
     launched,
     megatron_speech,
+    precision_override,
     read_jsonl,
     say,
     script,
@@ -36,7 +36,7 @@ from megatron_speech.files import prepare_output_directory, write_text
 from megatron_speech.recipe.load import load_recipe
 
 HERE = Path(__file__).resolve().parent
-SHARES = {"pt": 0.4, "sft": 0.6}
+STAGES = ("pt", "sft")
 # Longer sequences than this are out of reach of a model that trains in minutes.
 LONGEST_SEQUENCE = 4096
 
@@ -108,16 +108,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", required=True, type=Path, help="everything goes here")
     parser.add_argument("--data", type=Path, help="your samples.jsonl; without it a corpus is synthesised")
-    parser.add_argument("--minutes", type=float, default=5.5, help="of training, both stages together (5.5)")
-    parser.add_argument("--utterances", type=int, default=1800, help="to synthesise (1800)")
+    parser.add_argument("--utterances", type=int, default=4200, help="to synthesise (4200)")
     parser.add_argument("--canaries", type=int, default=40, help="held-out texts per language in the report (40)")
     parser.add_argument("--takes", type=int, default=3, help="times that each is spoken, with other seeds (3)")
+    parser.add_argument("--seed", type=int, default=1, help="of the corpus and of the run (1)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to examples/quickstart/recipe.yaml")
     args = parser.parse_args()
     for name in ("canaries", "takes"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}; needed: 1 or more")
-    if args.minutes <= 0:
-        raise InputError(f"--minutes is {args.minutes:g}; needed: more than 0")
     if args.data is not None:
         check_samples(args.data)
     out = args.output_dir.resolve()
@@ -132,7 +131,8 @@ def main() -> int:
                 script(
                     "examples/quickstart/make_corpus.py",
                     *("--output-dir", out / "corpus", "--utterances", str(args.utterances), "--workers", workers),
-                    *("--languages", "en,hi,am", "--speakers", "3", "--max-words", "2"),
+                    *("--languages", "en,hi,am", "--speakers", "3", "--min-words", "2", "--max-words", "3"),
+                    *("--seed", str(args.seed)),
                 ),
             )
     else:
@@ -178,10 +178,13 @@ def main() -> int:
         f"token_space={space}",
         *(f"data.datasets.{name}={prefix}" for name, prefix in (("speech", speech), ("tts", tts), ("text", words))),
         f"run_dir={out / 'run'}",
+        f"seed={args.seed}",
+        precision_override(out / "run"),
+        *batch_overrides(STAGES, length, max(2048, length)),
     ]
-    overrides += batch_overrides(SHARES, length, max(2048, length))
     if length == LONGEST_SEQUENCE:
         overrides.append("stages.sft.packing.oversize=drop")
+    overrides += args.overrides
     data = load_recipe(recipe, overrides).data
     canaries = choose_canaries(held_out_recordings(out / "codes", speech, data), args.canaries, args.takes)
     if not canaries:
@@ -191,10 +194,9 @@ def main() -> int:
         )
     write_canaries(out / "canaries.yaml", canaries)
 
-    overrides += budgets(road, recipe, overrides, SHARES, args.minutes * 60, out)
     road.step("Proportions: what the stages will train on", megatron_speech("blend", recipe, *overrides))
     road.step(
-        f"Train: pretraining, then SFT ({args.minutes:g} minutes)",
+        "Train: pretraining, then SFT",
         launched("train", recipe, *overrides),
         OMP_NUM_THREADS="1",
     )
