@@ -18,7 +18,7 @@ namespace ms = megatron_speech;
 namespace {
 
 // Raised together with INTERFACE in megatron_speech/ops/extension.py whenever a signature changes.
-constexpr int kInterface = 6;
+constexpr int kInterface = 7;
 
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
@@ -171,6 +171,17 @@ void check_documents(const Array<int32_t>& documents, int64_t rows) {
     }
 }
 
+// Runs that `bounds` [runs + 1] cuts 0 … count - 1 into; none is empty.
+int64_t runs_of(const Array<int64_t>& bounds, int64_t count) {
+    const int64_t runs = bounds.size() - 1;
+    const int64_t* at = bounds.data();
+    if (runs < 1 || at[0] != 0 || at[runs] != count) throw std::invalid_argument("bounds do not run from 0 to the end");
+    for (int64_t run = 0; run < runs; ++run) {
+        if (at[run] >= at[run + 1]) throw std::invalid_argument("bounds do not ascend");
+    }
+    return runs;
+}
+
 // Keeps the arrays alive that the order reads.
 class PyBlendOrder {
   public:
@@ -196,7 +207,7 @@ class PyBlendOrder {
         std::vector<ms::StratumDocuments> all;
         for (const auto& item : strata) {
             const auto row = item.cast<py::tuple>();
-            if (row.size() != 8) throw std::invalid_argument("a stratum is described by 8 values");
+            if (row.size() != 11) throw std::invalid_argument("a stratum is described by 11 values");
             const auto documents = row[0].cast<Array<int32_t>>(), first = row[1].cast<Array<int32_t>>();
             if (documents.ptr() != row[0].ptr() || first.ptr() != row[1].ptr()) {
                 throw std::invalid_argument("documents are not contiguous int32");
@@ -218,6 +229,16 @@ class PyBlendOrder {
             if (counted_rows != rows || seconds_rows != rows) throw std::invalid_argument("columns differ in length");
             check_documents(documents, rows);
             check_documents(first, rows);
+            stratum.window_shards = row[8].cast<int64_t>();
+            const auto bounds = row[9].cast<Array<int64_t>>(), first_bounds = row[10].cast<Array<int64_t>>();
+            if (bounds.ptr() != row[9].ptr() || first_bounds.ptr() != row[10].ptr()) {
+                throw std::invalid_argument("bounds are not contiguous int64");
+            }
+            if (stratum.window_shards < 0) throw std::invalid_argument("window_shards is negative");
+            if (stratum.window_shards) {
+                stratum.bounds = {bounds.data(), runs_of(bounds, stratum.count)};
+                if (stratum.first_count) stratum.first_bounds = {first_bounds.data(), runs_of(first_bounds, stratum.first_count)};
+            }
             all.push_back(stratum);
         }
         return all;
@@ -235,6 +256,20 @@ py::array_t<int32_t> permutation(int64_t count, uint64_t key, int64_t first, int
     py::array_t<int32_t> out(stop - first);
     auto* data = out.mutable_data();
     for (int64_t i = first; i < stop; ++i) data[i - first] = static_cast<int32_t>(permute(static_cast<uint64_t>(i)));
+    return out;
+}
+
+py::array_t<int32_t> windowed_permutation(const Array<int64_t>& bounds, int64_t shards, uint64_t key, int64_t first,
+                                          int64_t stop) {
+    const int64_t count = bounds.size() ? bounds.data()[bounds.size() - 1] : 0;
+    const ms::ShardBounds given{bounds.data(), runs_of(bounds, count)};
+    if (shards < 1 || count > INT32_MAX || first < 0 || stop < first || stop > count) {
+        throw std::invalid_argument("not a run of a windowed permutation");
+    }
+    ms::WindowedPermutation permute(given, shards, key);
+    py::array_t<int32_t> out(stop - first);
+    auto* data = out.mutable_data();
+    for (int64_t i = first; i < stop; ++i) data[i - first] = static_cast<int32_t>(permute(i));
     return out;
 }
 
@@ -260,8 +295,11 @@ PYBIND11_MODULE(_C, m) {
           "(seq_ptr, position, start, length, oversize)");
     m.def("permutation", &permutation, py::arg("count"), py::arg("key"), py::arg("first"), py::arg("stop"),
           "Elements first … stop - 1 of a keyed permutation of 0 … count - 1.");
+    m.def("windowed_permutation", &windowed_permutation, fixed("bounds"), py::arg("shards"), py::arg("key"),
+          py::arg("first"), py::arg("stop"), "Elements first … stop - 1 of a permutation that is local to windows.");
     py::class_<PyBlendOrder>(m, "BlendOrder", "The endless order of the documents of some strata.")
         .def(py::init<const py::list&>(), py::arg("strata"),
-             "Of each stratum: documents, first_documents, first_epoch, lengths, counted, seconds, share, key.")
+             "Of each stratum: documents, first_documents, first_epoch, lengths, counted, seconds, share, key, "
+             "window_shards, bounds, first_bounds.")
         .def("take", &PyBlendOrder::take, py::arg("count"), "(stratum, document, length, counted, seconds)");
 }

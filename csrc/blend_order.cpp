@@ -57,14 +57,38 @@ uint64_t Permutation::operator()(uint64_t index) const {
     return index;
 }
 
+WindowedPermutation::WindowedPermutation(ShardBounds bounds, int64_t shards, uint64_t key)
+    : bounds_(bounds), windows_((bounds.runs + shards - 1) / shards), key_(key),
+      of_runs_(bounds.runs, splitmix64(key ^ splitmix64(0))) {}
+
+void WindowedPermutation::next_window() {
+    ++window_;
+    start_ = end_;
+    const int64_t first = window_ * bounds_.runs / windows_, last = (window_ + 1) * bounds_.runs / windows_;
+    run_.clear();
+    before_.assign(1, 0);
+    for (int64_t place = first; place < last; ++place) {
+        const auto run = static_cast<int64_t>(of_runs_(static_cast<uint64_t>(place)));
+        run_.push_back(run);
+        before_.push_back(before_.back() + bounds_.at[run + 1] - bounds_.at[run]);
+    }
+    end_ = start_ + before_.back();
+    inside_ = Permutation(before_.back(), splitmix64(key_ ^ splitmix64(static_cast<uint64_t>(window_ + 1))));
+}
+
+int64_t WindowedPermutation::operator()(int64_t index) {
+    while (index >= end_) next_window();
+    const auto element = static_cast<int64_t>(inside_(static_cast<uint64_t>(index - start_)));
+    const auto place = std::upper_bound(before_.begin(), before_.end(), element) - before_.begin() - 1;
+    return bounds_.at[run_[static_cast<size_t>(place)]] + element - before_[static_cast<size_t>(place)];
+}
+
 BlendOrder::BlendOrder(std::vector<StratumDocuments> strata) {
     for (auto& given : strata) {
         Stratum stratum{};
         stratum.given = given;
         stratum.epoch = given.first_epoch;
-        stratum.documents = given.first_count ? given.first_documents : given.documents;
-        stratum.count = given.first_count ? given.first_count : given.count;
-        stratum.permutation = Permutation(stratum.count, splitmix64(given.key ^ splitmix64(stratum.epoch)));
+        begin_epoch(stratum, given.first_count > 0);
         stratum.ahead.resize(static_cast<size_t>(kAhead));
         stratum.taken = kAhead;
         strata_.push_back(std::move(stratum));
@@ -72,18 +96,29 @@ BlendOrder::BlendOrder(std::vector<StratumDocuments> strata) {
     for (size_t k = 0; k < strata_.size(); ++k) waiting_.emplace(0.0, k);
 }
 
+void BlendOrder::begin_epoch(Stratum& stratum, bool partly) {
+    const auto& given = stratum.given;
+    stratum.at = 0;
+    stratum.documents = partly ? given.first_documents : given.documents;
+    stratum.count = partly ? given.first_count : given.count;
+    const uint64_t key = splitmix64(given.key ^ splitmix64(stratum.epoch));
+    if (given.window_shards) {
+        stratum.local = WindowedPermutation(partly ? given.first_bounds : given.bounds, given.window_shards, key);
+    } else {
+        stratum.permutation = Permutation(stratum.count, key);
+    }
+}
+
 void BlendOrder::look_ahead(Stratum& stratum) {
     const auto& given = stratum.given;
     for (auto& next : stratum.ahead) {
         if (stratum.at == stratum.count) {
             ++stratum.epoch;
-            stratum.at = 0;
-            stratum.documents = given.documents;
-            stratum.count = given.count;
-            stratum.permutation = Permutation(stratum.count, splitmix64(given.key ^ splitmix64(stratum.epoch)));
+            begin_epoch(stratum, false);
         }
         // The document itself is read below, when its line has come: until then `document` is where it stands.
-        next.place = stratum.documents + stratum.permutation(static_cast<uint64_t>(stratum.at++));
+        const int64_t at = stratum.at++;
+        next.place = stratum.documents + (given.window_shards ? stratum.local(at) : static_cast<int64_t>(stratum.permutation(static_cast<uint64_t>(at))));
         __builtin_prefetch(next.place);
     }
     for (auto& next : stratum.ahead) {

@@ -55,6 +55,32 @@ class Permutation {
     uint64_t keys_[kRounds] = {};
 };
 
+// Run s holds the elements at[s] … at[s + 1] - 1; at[0] is 0 and no run is empty.
+struct ShardBounds {
+    const int64_t* at;
+    int64_t runs;
+};
+
+// A permutation that is local to windows of a few runs; see `windowed` in megatron_speech/data/blend/order.py.
+class WindowedPermutation {
+  public:
+    WindowedPermutation() = default;
+    WindowedPermutation(ShardBounds bounds, int64_t shards, uint64_t key);
+    // Of indices that never decrease.
+    int64_t operator()(int64_t index);
+
+  private:
+    void next_window();
+
+    ShardBounds bounds_{};
+    int64_t windows_ = 0, window_ = -1;
+    int64_t start_ = 0, end_ = 0;    // elements of the windows before this one, and with it
+    uint64_t key_ = 0;
+    Permutation of_runs_, inside_;
+    std::vector<int64_t> run_;       // of this window
+    std::vector<int64_t> before_;    // elements of the window before each of its runs
+};
+
 // The documents of one stratum. `lengths`, `counted` (int32) and `seconds` (float) are the dataset's columns, which
 // need not be aligned; documents index them. The first epoch takes `first_documents` where there are any.
 struct StratumDocuments {
@@ -68,6 +94,8 @@ struct StratumDocuments {
     const void* seconds;
     double share;
     uint64_t key;
+    int64_t window_shards;  // 0: every epoch is a uniform permutation
+    ShardBounds bounds, first_bounds;
 };
 
 struct OrderedDocuments {
@@ -97,12 +125,14 @@ class BlendOrder {
         const int32_t* documents;  // of the epoch that is under way
         int64_t count, at;
         Permutation permutation;
+        WindowedPermutation local;  // in its place where there are windows
         std::vector<Document> ahead;
         int64_t taken, served;
     };
     using Event = std::pair<double, size_t>;  // (time in tokens, stratum): of equal times the lower stratum
     using Queue = std::priority_queue<Event, std::vector<Event>, std::greater<Event>>;
 
+    static void begin_epoch(Stratum& stratum, bool partly);
     void look_ahead(Stratum& stratum);
 
     std::vector<Stratum> strata_;

@@ -15,7 +15,7 @@ from types import ModuleType
 
 # Raised together with `interface` in csrc/bindings.cpp whenever a signature changes, so that a build left
 # over from older sources is refused instead of called wrongly.
-INTERFACE = 6
+INTERFACE = 7
 
 logger = logging.getLogger(__name__)
 

@@ -54,3 +54,19 @@ class StitchConfig(StrictConfig):
         description="documents without source, speaker, segment_order or times, which nothing can be joined to: refuse "
         "the dataset, or take them as documents without a neighbour",
     )
+
+
+class ShuffleWindowConfig(StrictConfig):
+    """Stage section `shuffle_window`: an epoch takes the dataset a few shards at a time, and mixes only those.
+
+    A shard is a run of documents that lie together in `.bin`. Its size should be that of `data.stage_datasets: shards`
+    (64 MiB for a `.bin` of up to 1 TiB) or a multiple of it: the two then have edges in common.
+    """
+
+    shards: int = Field(default=16, gt=0, description="shards that are mixed with one another, of each stratum")
+    shard_mib: float = Field(default=64.0, gt=0.0, description="size of a shard: bytes of `.bin`")
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of a shard."""
+        return max(1, round(self.shard_mib * 2**20))

@@ -21,8 +21,9 @@ from megatron_speech.recipe.recipe import Recipe
 
 # What the last word of a key counts or measures. A number whose key is in neither is a plain number.
 _UNITS = {
-    "tokens": "tokens", "seconds": "s", "minutes": "min", "gib": "GiB", "steps": "steps", "epochs": "epochs",
-    "layers": "layers", "ranks": "ranks", "sequences": "sequences", "heads": "heads", "groups": "heads",
+    "tokens": "tokens", "seconds": "s", "minutes": "min", "gib": "GiB", "mib": "MiB", "steps": "steps",
+    "epochs": "epochs", "layers": "layers", "ranks": "ranks", "sequences": "sequences", "heads": "heads",
+    "groups": "heads",
 }  # fmt: skip
 _UNITS_OF_KEYS = {
     "stages.seq_length": "tokens", "stages.batch_ramp.start": "tokens", "stages.batch_ramp.increment": "tokens",
@@ -35,7 +36,7 @@ _UNITS_OF_KEYS = {
     "threads", "spikes.window": "steps", "spikes.skip_limit": "steps", "spikes.rewind_limit": "rollbacks",
     "fp8.amax_history": "steps", "fp8.bf16_ends": "layers", "profile.warmup": "steps", "parallel.tensor": "ranks",
     "parallel.pipeline": "ranks", "parallel.context": "ranks", "parallel.virtual_pipeline": "chunks",
-    "parallel.pipeline_layout": "layers", "optimizer.freeze_rows": "ids",
+    "stages.shuffle_window.shards": "shards", "parallel.pipeline_layout": "layers", "optimizer.freeze_rows": "ids",
 }  # fmt: skip
 
 

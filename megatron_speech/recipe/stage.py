@@ -15,7 +15,7 @@ from megatron_speech.recipe.checkpoint import Cadence
 from megatron_speech.recipe.learning_rate import LearningRateConfig
 from megatron_speech.recipe.loss import LossConfig
 from megatron_speech.recipe.numbers import TokenCount
-from megatron_speech.recipe.packing import PackingConfig, StitchConfig
+from megatron_speech.recipe.packing import PackingConfig, ShuffleWindowConfig, StitchConfig
 
 Share = float
 """A relative mass: any positive number; the masses of a stage are divided by their sum."""
@@ -84,6 +84,11 @@ class StageDataConfig(StrictConfig):
     packing: PackingConfig = Field(default_factory=PackingConfig)
     stitch: StitchConfig | None = Field(
         default=None, description="join adjacent segments of a recording to long documents; null: leave them apart"
+    )
+    shuffle_window: ShuffleWindowConfig | None = Field(
+        default=None,
+        description="take the documents of an epoch from a few shards of the dataset at a time, for datasets larger "
+        "than the node's disk; null: an epoch is a permutation of all documents",
     )
     loss: LossConfig = Field(default_factory=LossConfig)
     allow_text_in_sft: bool = Field(default=False, description="let text_lm documents into a stage with loss.prompt 0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -18,13 +19,16 @@ from megatron_speech.data.blend.order import (
     StratumDocuments,
     _permuted_numpy,
     _PythonOrder,
+    _windowed_numpy,
     epoch_key,
     permuted,
     seed_of,
     stage_order,
+    windowed,
 )
 from megatron_speech.data.blend.strata import Blend, check_stage, resolve
 from megatron_speech.data.dataset.document_columns import DocumentTable
+from megatron_speech.data.dataset.shards import rows_by_shard, shard_edges
 from megatron_speech.errors import InputError
 from megatron_speech.recipe.stage import StageDataConfig
 
@@ -131,6 +135,90 @@ def test_shuffles_are_the_same_for_ever() -> None:
 SHUFFLE_OF_TEN = [4, 2, 0, 5, 8, 7, 9, 3, 6, 1]
 
 
+# ---- local permutations
+
+runs = st.lists(st.integers(1, 60), min_size=1, max_size=30)
+
+
+def bounds_of(sizes: list[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(sizes)])
+
+
+@settings(max_examples=150, deadline=None)
+@given(runs, st.integers(1, 40), st.integers(0, 2**64 - 1), st.data())
+def test_a_local_permutation_takes_every_element_once_the_same_compiled_and_in_numpy_whole_or_in_runs(
+    sizes: list[int], shards: int, key: int, data: st.DataObject
+) -> None:
+    bounds = bounds_of(sizes)
+    count = int(bounds[-1])
+    found = windowed(bounds, shards, key)
+    assert found.dtype == np.int32
+    assert sorted(found.tolist()) == list(range(count))
+    first = data.draw(st.integers(0, count))
+    stop = data.draw(st.integers(first, count))
+    assert windowed(bounds, shards, key, first, stop).tolist() == found[first:stop].tolist()
+    assert _windowed_numpy(bounds, shards, key, first, stop).tolist() == found[first:stop].tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(runs, st.integers(1, 40), st.integers(0, 2**64 - 1))
+def test_a_window_holds_whole_shards_no_more_than_it_was_given(sizes: list[int], shards: int, key: int) -> None:
+    bounds = bounds_of(sizes)
+    shard = np.searchsorted(bounds, windowed(bounds, shards, key), side="right") - 1
+    windows = -(-len(sizes) // shards)
+    at, seen = 0, set()
+    for window in range(windows):
+        here = set(shard[at : at + 1].tolist())
+        expected = (window + 1) * len(sizes) // windows - window * len(sizes) // windows
+        while at < len(shard) and (int(shard[at]) in here or len(here) < expected):
+            here.add(int(shard[at]))
+            at += 1
+        assert len(here) <= shards and not here & seen
+        seen |= here
+    assert at == len(shard)
+
+
+def test_windows_are_drawn_anew_from_the_whole_dataset_and_mixed() -> None:
+    bounds = np.arange(0, 64_001, 1000)
+    one, two = (windowed(bounds, 8, epoch_key(3, epoch)).astype(np.int64) for epoch in (0, 1))
+    assert len({*(one[:8000] // 1000).tolist()}) == len({*(two[:8000] // 1000).tolist()}) == 8
+    assert {*(one[:8000] // 1000).tolist()} != {*(two[:8000] // 1000).tolist()}
+    of_shard = np.bincount(one[:800] // 1000, minlength=64)  # a tenth of the first window
+    assert of_shard.max() < 145 and of_shard[of_shard > 0].min() > 55
+    # Neighbours in the dataset are not neighbours in the order.
+    assert np.mean(np.diff(one[:8000]) == 1) < 0.002
+
+
+def test_windows_are_the_same_for_ever() -> None:
+    assert windowed(np.array([0, 3, 5, 9, 12]), 2, seed_of(1, "stage", "tts/a/en/toy")).tolist() == WINDOWS_OF_TWELVE
+
+
+WINDOWS_OF_TWELVE = [7, 1, 5, 2, 0, 8, 6, 9, 4, 3, 11, 10]
+
+
+def test_what_is_no_local_permutation_is_refused() -> None:
+    for bounds, shards, stop in (([0, 2, 2], 1, 1), ([1, 2], 1, 1), ([0, 3], 0, 1), ([0, 3], 1, 4), ([0], 1, 0)):
+        with pytest.raises(ValueError, match="elements 0 to"):
+            windowed(np.array(bounds), shards, 0, 0, stop)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=80), st.integers(1, 1000), st.data())
+def test_shards_cut_the_documents_by_the_byte_that_they_begin_at(
+    sizes: list[int], shard_bytes: int, data: st.DataObject
+) -> None:
+    places = bounds_of(sizes)[:-1]
+    edges = shard_edges(places, shard_bytes)
+    for shard in range(len(edges) - 1):
+        assert (places[edges[shard] : edges[shard + 1]] // shard_bytes == shard).all()
+    assert edges[0] == 0 and edges[-1] == len(sizes)
+    chosen = np.array(sorted(data.draw(st.sets(st.integers(0, len(sizes) - 1), min_size=1))))
+    bounds = rows_by_shard(chosen, edges)
+    assert bounds[0] == 0 and bounds[-1] == len(chosen) and (np.diff(bounds) > 0).all()
+    of_run = [{*(places[chosen[a:b]] // shard_bytes).tolist()} for a, b in itertools.pairwise(bounds)]
+    assert all(len(run) == 1 for run in of_run) and len(set.union(*of_run)) == len(of_run)
+
+
 # ---- the schedule
 
 mixtures = st.lists(
@@ -210,6 +298,34 @@ def test_an_order_goes_on_with_what_is_due_of_an_epoch(
         assert rest[:size].tolist() == stratum.documents[permuted(size, key)][: len(rest)].tolist()
 
 
+@settings(max_examples=60, deadline=None)
+@given(mixtures, st.integers(1, 5), st.integers(0, 3), st.data())
+def test_an_order_by_windows_is_the_same_in_the_reference_and_goes_on_with_what_is_due(
+    mixture: list[tuple[float, list[int]]], shards: int, epoch: int, data: st.DataObject
+) -> None:
+    strata = []
+    for stratum in sources(mixture):
+        due = data.draw(st.lists(st.sampled_from(stratum.documents.tolist()), unique=True))
+        first = np.array(sorted(due), dtype=np.int32)
+        edges = shard_edges(bounds_of(stratum.lengths.tolist())[:-1], data.draw(st.integers(1, 1500)))
+        local = {"window_shards": shards, "bounds": rows_by_shard(stratum.documents, edges)}
+        local |= {"first_epoch": epoch, "first_documents": first, "first_bounds": rows_by_shard(first, edges)}
+        strata.append(dataclasses.replace(stratum, **local))
+    sizes = data.draw(st.lists(st.integers(0, 120), min_size=1, max_size=5))
+    order = BlendOrder(strata)
+    documents = joined([order.take(size) for size in [*sizes, 200]])
+    assert_same(documents, OrderedDocuments(*_PythonOrder(strata).take(sum(sizes) + 200)))
+    for k, stratum in enumerate(strata):
+        mine = documents.document[documents.stratum == k]
+        due, size = len(stratum.first_documents), len(stratum.documents)
+        if len(mine) >= due:
+            assert sorted(mine[:due].tolist()) == stratum.first_documents.tolist()
+        rest = mine[due:]
+        key = epoch_key(stratum.key, epoch + (1 if due else 0))
+        expected = stratum.documents[windowed(stratum.bounds, shards, key)]
+        assert rest[:size].tolist() == expected[: len(rest)].tolist()
+
+
 def test_a_document_that_counts_for_nothing_is_refused() -> None:
     strata = sources([(1.0, [5, 7])])
     strata[0].counted[1] = 0
@@ -248,6 +364,20 @@ def test_each_document_occurs_exactly_once_per_epoch(n: int, m: int, seed: int, 
             assert sorted(documents[epoch : epoch + size]) == stratum.documents.tolist()
         rest = documents[len(documents) // size * size :]
         assert len(set(rest.tolist())) == len(rest)
+
+
+def test_a_stage_with_a_window_takes_a_few_shards_at_a_time() -> None:
+    tables = [table("a", lengths=[10] * 100, languages=["en", "hi"] * 50)]
+    places = [np.arange(100) * 20]
+    recipe = stage(shuffle_window={"shards": 2, "shard_mib": 200 / 2**20})
+    order = stage_order(recipe, resolve(recipe, tables), tables, seed=0, places=places).take(300)
+    for k in range(2):
+        mine = order.document[order.stratum == k]
+        assert len(mine) == 150
+        assert all(len(set(mine[at : at + 10] // 10)) == 2 for at in range(0, 150, 10))
+        assert all(sorted(mine[at : at + 50]) == list(range(k, 100, 2)) for at in (0, 50, 100))
+    uniform = stage_order(stage(), resolve(stage(), tables), tables, seed=0, places=places).take(300)
+    assert_same(uniform, drawn(stage(), tables, 300))
 
 
 def test_a_stratum_is_shuffled_independently_of_the_others_and_anew_each_epoch() -> None:

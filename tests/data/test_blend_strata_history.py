@@ -99,13 +99,14 @@ def drawn(found: StageData, first: int, last: int) -> list[tuple[str, str, int]]
 @given(
     st.lists(st.tuples(st.integers(1, BUDGET - 1), st.floats(0.1, 0.9), st.floats(0.0, 1.0)), max_size=3),
     st.sampled_from(["cut", "fit"]),
+    st.sampled_from([None, {"shards": 3, "shard_mib": 300 / 2**20}]),
 )
 def test_every_document_of_a_stratum_is_drawn_e_or_one_more_times(
     folder: Path, datasets: dict[str, TokenDataset], toy_space: TokenSpace,
-    changes: list[tuple[int, float, float]], mode: str,
+    changes: list[tuple[int, float, float]], mode: str, window: dict[str, float] | None,
 ) -> None:  # fmt: skip
     used = {name: datasets[name] for name in ("speech", "pairs")}
-    found = build(stage(mode), used, toy_space, folder / "cache", None)
+    found = build(stage(mode, shuffle_window=window), used, toy_space, folder / "cache", None)
     available = {s["name"]: s["documents_available"] for s in found.strata}
     at, order = 0, []
     for position, mass, temperature in sorted(changes):
@@ -113,7 +114,8 @@ def test_every_document_of_a_stratum_is_drawn_e_or_one_more_times(
             continue
         order += drawn(found, at, position)
         history = changed(found, position, folder)
-        config = stage(mode, task_mass={"speech_lm": mass, "tts": 1 - mass}, language_temperature=temperature)
+        masses = {"speech_lm": mass, "tts": 1 - mass}
+        config = stage(mode, task_mass=masses, language_temperature=temperature, shuffle_window=window)
         found = build(config, used, toy_space, folder / "cache", history)
         assert found.n_sequences == BUDGET and int(found.table.seq_ptr[position]) == 0
         at = position

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from megatron_speech.data.dataset.indexed import TokenDataset
 from megatron_speech.data.loading.loader import GlobalBatch, MicroBatch, StageLoader
+from megatron_speech.data.sequences import history, index_build
 from megatron_speech.data.stage import StageData, open_datasets, save_blend
 from megatron_speech.errors import InputError
 from megatron_speech.files import read_json
@@ -309,8 +311,26 @@ def test_the_key_is_the_content_and_not_the_path(
         key(tmp_path / "a", 20, name="other"),
         key(tmp_path / "a", 20, packing={"mode": "fit"}),
         key(tmp_path / "a", 20, tokens=2 * PT["tokens"]),
+        key(tmp_path / "a", 20, shuffle_window={"shards": 2, "shard_mib": 0.001}),
+        key(tmp_path / "a", 20, shuffle_window={"shards": 3, "shard_mib": 0.001}),
     ]
-    assert len({first, *others}) == 6
+    assert len({first, *others}) == 8
+
+
+def test_a_stage_without_a_shuffle_window_has_the_key_that_it_had_before_there_was_one(
+    datasets: dict[str, TokenDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Any] = []
+    real = index_build.canonical_json
+    monkeypatch.setattr(index_build, "canonical_json", lambda value: hashed.append(value) or real(value))
+    windows: list[Any] = [None, {"shards": 2}]
+    for window, split in itertools.product(windows, ("train", "validation")):
+        stage = StageDataConfig(**PT, shuffle_window=window)
+        index_build.index_key(stage, data_config(datasets), datasets, split=split, n_sequences=1, seed=0)
+    assert ["shuffle_window" in fields["stage"] for fields in hashed] == [False, False, True, False]
+    assert (
+        "shuffle_window" not in history.blend_spec(StageDataConfig(**PT), data_config(datasets), datasets, 0)["stage"]
+    )
 
 
 # ---- refusals

@@ -10,6 +10,9 @@ The documents of a stratum come epoch after epoch, each epoch in its own order: 
 computed document by document (:func:`permuted`), so that nothing is sorted and no epoch is held. It depends on the
 seed, the stage, the stratum and the epoch, and on nothing else: not on the other strata, the token budget, the
 library versions or the number of ranks. The order has no end; a budget takes a prefix of it.
+
+With `shuffle_window` an epoch is local (:func:`windowed`): the shards of a dataset come in an order of their own, a few
+of them at a time, and only those few are mixed.
 """
 
 from __future__ import annotations
@@ -18,15 +21,17 @@ import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from megatron_speech.data.blend.strata import Blend, Stratum
 from megatron_speech.data.dataset.document_columns import DocumentTable
+from megatron_speech.data.dataset.shards import rows_by_shard, shard_edges
 from megatron_speech.data.dataset.split import splitmix64
 from megatron_speech.files import canonical_json, sha256_hex
 from megatron_speech.ops.extension import extension
+from megatron_speech.recipe.packing import ShuffleWindowConfig
 from megatron_speech.recipe.stage import StageDataConfig
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -34,6 +39,7 @@ _MASK = (1 << 64) - 1
 _ROUNDS = 8
 _AHEAD = 4096  # documents of a stratum that the Python reference looks up at a time
 NO_DOCUMENTS = np.zeros(0, dtype=np.int32)
+_NO_BOUNDS = np.zeros(0, dtype=np.int64)
 
 
 class OrderedDocuments(NamedTuple):
@@ -126,6 +132,56 @@ def permuted(count: int, key: int, first: int = 0, stop: int | None = None) -> n
         return _permuted_numpy(count, key, first, stop)
 
 
+def windowed(bounds: np.ndarray, shards: int, key: int, first: int = 0, stop: int | None = None) -> np.ndarray:
+    """Elements `first` … `stop` - 1 of a local permutation that `key` names, int32 [stop - first].
+
+    The S runs bounds[s] … bounds[s + 1] - 1 are permuted, those at places w·S div W … (w + 1)·S div W - 1 of the W =
+    ⌈S / shards⌉ windows make window w, and the elements of a window are permuted among one another. Each permutation is
+    :func:`permuted`, of the runs by epoch_key(key, 0), of window w by epoch_key(key, w + 1). Every element occurs once.
+    What is held is two numbers for each run of a window.
+
+    Args:
+        bounds: int64 [S + 1], strictly ascending from 0.
+        shards: runs of a window, at most.
+
+    Raises:
+        ValueError: bounds that do not ascend from 0, no shards in a window, or a run outside of 0 … bounds[S].
+    """
+    count = int(bounds[-1]) if len(bounds) else 0
+    stop = count if stop is None else stop
+    ascending = len(bounds) > 1 and bounds[0] == 0 and (np.diff(bounds) > 0).all() and count <= np.iinfo(np.int32).max
+    if not ascending or shards < 1 or not 0 <= first <= stop <= count:
+        raise ValueError(f"elements {first} to {stop} of {len(bounds) - 1} runs with {count}, {shards} to a window")
+    compiled = extension()
+    if compiled is not None:
+        run: np.ndarray = compiled.windowed_permutation(
+            np.ascontiguousarray(bounds, np.int64), shards, key, first, stop
+        )
+        return run
+    return _windowed_numpy(bounds, shards, key, first, stop)
+
+
+def _windowed_numpy(bounds: np.ndarray, shards: int, key: int, first: int, stop: int) -> np.ndarray:
+    total = len(bounds) - 1
+    windows = -(-total // shards)
+    pieces, start = [NO_DOCUMENTS], 0
+    with np.errstate(over="ignore"):
+        for window in range(windows):
+            begin, end = window * total // windows, (window + 1) * total // windows
+            chosen = _permuted_numpy(total, epoch_key(key, 0), begin, end)
+            before = np.concatenate([[0], np.cumsum(bounds[chosen + 1] - bounds[chosen])])
+            count = int(before[-1])
+            low, high = max(0, first - start), min(count, stop - start)
+            if low < high:
+                inside = _permuted_numpy(count, epoch_key(key, window + 1), low, high)
+                run = np.searchsorted(before, inside, side="right") - 1
+                pieces.append((bounds[chosen[run]] + inside - before[run]).astype(np.int32))
+            start += count
+            if start >= stop:
+                break
+    return np.concatenate(pieces)
+
+
 # ---- the order of a stage
 
 
@@ -136,7 +192,9 @@ class StratumDocuments:
     documents: int32 [n >= 1], taken in every epoch, each once; lengths, counted: int32, seconds: float32, columns of
     the dataset that `documents` index; share: above 0; key: of its permutations; first_epoch: number of the epoch to
     begin with; first_documents: int32, the documents of that epoch where it is not all of them (what is still due of
-    an epoch that another order has begun).
+    an epoch that another order has begun); window_shards: shards of a window, 0: epochs are uniform permutations;
+    bounds, first_bounds: int64, where in the documents, and in the first ones, another shard begins (see
+    :func:`windowed`).
     """
 
     documents: np.ndarray
@@ -147,6 +205,9 @@ class StratumDocuments:
     key: int
     first_epoch: int = 0
     first_documents: np.ndarray = field(default_factory=lambda: NO_DOCUMENTS)
+    window_shards: int = 0
+    bounds: np.ndarray = field(default_factory=lambda: _NO_BOUNDS)
+    first_bounds: np.ndarray = field(default_factory=lambda: _NO_BOUNDS)
 
 
 @dataclass(frozen=True)
@@ -163,14 +224,25 @@ class _Lookup:
     def __init__(self, number: int, given: StratumDocuments) -> None:
         self.number, self.given = number, given
         self.epoch = given.first_epoch
-        self.documents = given.first_documents if len(given.first_documents) else given.documents
+        partly = bool(len(given.first_documents))
+        self.documents = given.first_documents if partly else given.documents
+        self.bounds = given.first_bounds if partly else given.bounds
         self.at = 0
 
     def block(self) -> Iterator[tuple[int, int, int, float]]:
         if self.at == len(self.documents):
-            self.epoch, self.documents, self.at = self.epoch + 1, self.given.documents, 0
+            self.epoch, self.documents, self.bounds, self.at = (
+                self.epoch + 1,
+                self.given.documents,
+                self.given.bounds,
+                0,
+            )
         stop = min(self.at + _AHEAD, len(self.documents))
-        chosen = self.documents[permuted(len(self.documents), epoch_key(self.given.key, self.epoch), self.at, stop)]
+        key = epoch_key(self.given.key, self.epoch)
+        if self.given.window_shards:
+            chosen = self.documents[windowed(self.bounds, self.given.window_shards, key, self.at, stop)]
+        else:
+            chosen = self.documents[permuted(len(self.documents), key, self.at, stop)]
         self.at = stop
         length, counted = self.given.lengths[chosen], self.given.counted[chosen]
         if (length < 1).any() or (counted < 1).any():
@@ -246,7 +318,9 @@ def _row(stratum: StratumDocuments) -> tuple[object, ...]:
     first = np.ascontiguousarray(stratum.first_documents, dtype=np.int32)
     return (
         np.ascontiguousarray(stratum.documents, dtype=np.int32), first, stratum.first_epoch, stratum.lengths,
-        stratum.counted, stratum.seconds, float(stratum.share), stratum.key,
+        stratum.counted, stratum.seconds, float(stratum.share), stratum.key, stratum.window_shards,
+        np.ascontiguousarray(stratum.bounds, dtype=np.int64),
+        np.ascontiguousarray(stratum.first_bounds, dtype=np.int64),
     )  # fmt: skip
 
 
@@ -257,6 +331,7 @@ def stage_order(
     *,
     seed: int,
     begin: Mapping[str, EpochPosition] | None = None,
+    places: Sequence[np.ndarray] = (),
 ) -> BlendOrder:
     """The order of a stage's documents.
 
@@ -265,7 +340,15 @@ def stage_order(
         seed: the run's seed.
         begin: by name of the stratum, where it continues (default: at the beginning of epoch 0). An epoch of which
             nothing is due is over: the next one begins.
+        places: of each table, int64 [rows], ascending: the byte of `.bin` at which a row begins. Read where the stage
+            has a `shuffle_window`.
     """
+    window = stage.shuffle_window
+    edges = {
+        number: shard_edges(places[number], window.shard_bytes)
+        for number in {stratum.dataset for stratum in blend.strata}
+        if window is not None
+    }
 
     def documents_of(stratum: Stratum) -> StratumDocuments:
         table = tables[stratum.dataset]
@@ -280,9 +363,23 @@ def stage_order(
             key=seed_of(seed, stage.name, stratum.name),
             first_epoch=position.epoch + over,
             first_documents=position.due,
+            **_windows(window, stratum.documents, position.due, edges.get(stratum.dataset)),
         )
 
     return BlendOrder([documents_of(stratum) for stratum in blend.strata])
+
+
+def _windows(
+    window: ShuffleWindowConfig | None, documents: np.ndarray, due: np.ndarray, edges: np.ndarray | None
+) -> dict[str, Any]:
+    """Fields of :class:`StratumDocuments` that make its epochs local."""
+    if window is None or edges is None:
+        return {}
+    return {
+        "window_shards": window.shards,
+        "bounds": rows_by_shard(documents, edges),
+        "first_bounds": rows_by_shard(due, edges),
+    }
 
 
 class FixedOrder:

@@ -67,6 +67,8 @@ def blend_spec(stage: StageDataConfig, data: DataConfig, datasets: Mapping[str, 
     fields = stage.model_dump(mode="json", include=set(BLEND_FIELDS) | {"name", "seq_length", "packing", "stitch"})
     for stratum in fields["strata"] or ():
         del stratum["max_epochs"]  # a warning, no more
+    if fields["shuffle_window"] is None:
+        del fields["shuffle_window"]  # as before there was one
     limited = stage.epoch_limit is not None or any(group.epoch_limit is not None for group in groups)
     return {
         "version": INDEX_VERSION,
@@ -80,7 +82,8 @@ def blend_spec(stage: StageDataConfig, data: DataConfig, datasets: Mapping[str, 
     }
 
 
-BLEND_FIELDS = ("task_mass", "strata", "language_temperature", "source_caps", "epoch_limit", "allow_text_in_sft")
+BLEND_FIELDS = ("task_mass", "strata", "language_temperature", "source_caps", "epoch_limit", "allow_text_in_sft",
+                "shuffle_window")  # fmt: skip
 """Fields of a stage that say what it is trained on: those that may change under `data.on_change: continue`."""
 
 

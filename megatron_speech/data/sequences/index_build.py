@@ -60,6 +60,8 @@ def index_key(
         files = {suffix: entry.sha256 for suffix, entry in dataset.manifest.files.items()}
         entries.append([name, dataset.manifest.task, files])
     fields = set(StageDataConfig.model_fields) - _WITHOUT_EFFECT
+    if stage.shuffle_window is None or split == "validation":
+        fields -= {"shuffle_window"}  # without it, keys are what they were before there was one
     streams = {dataset.streams for dataset in datasets.values()} - {1}
     return sha256_hex(
         canonical_json(
@@ -175,7 +177,8 @@ def index_builder(
             order = ordering.FixedOrder(stage, blend, tables, seed=data.split_seed)
         else:
             assert n_sequences is not None
-            order = ordering.stage_order(stage, blend, tables, seed=seed, begin=begin)
+            places = [] if stage.shuffle_window is None else [*map(_places, tables, datasets.values())]
+            order = ordering.stage_order(stage, blend, tables, seed=seed, begin=begin, places=places)
         runs = pack(
             order,
             mode=stage.packing_mode,
@@ -192,6 +195,14 @@ def index_builder(
         return stratum_dataset.tolist(), _describe(blend, tables, tally, begin)
 
     return build
+
+
+def _places(table: DocumentTable, dataset: TokenDataset) -> np.ndarray:
+    """Where the rows of a table begin in `.bin`, int64, ascending; a stitched unit where its first document does."""
+    if isinstance(table, stitching.StitchedTable):
+        firsts: np.ndarray = dataset.pointers[table.unit_documents[table.unit_ptr[:-1]]]
+        return firsts
+    return dataset.pointers
 
 
 def _write_empty(writer: TableWriter, sequences: int, *, joined: bool) -> None:
