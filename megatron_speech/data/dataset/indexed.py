@@ -154,7 +154,7 @@ class TokenDataset:
         manifest_path = file_of(prefix, ".manifest.json")
         if require_manifest or manifest_path.exists():
             self.manifest = _find_manifest(self.prefix, manifest_path)
-        index = read_index(file_of(prefix, ".idx"))
+        index = read_index(self.file(".idx"))
         self._index = index
         self.dtype = index.dtype
         if self.manifest is not None:  # one sequence per document: nothing to compute, nothing to read
@@ -167,8 +167,12 @@ class TokenDataset:
         if self.manifest is not None:
             self._check_manifest(self.manifest, index)
 
+    def file(self, suffix: str) -> Path:
+        """Where the file of this suffix lies."""
+        return file_of(self.prefix, suffix)
+
     def _check_bin(self) -> None:
-        path = file_of(self.prefix, ".bin")
+        path = self.file(".bin")
         try:
             size = path.stat().st_size
         except FileNotFoundError as error:
@@ -214,7 +218,7 @@ class TokenDataset:
         for suffix, entry in manifest.files.items():
             if suffix == ".rejected.jsonl":
                 continue  # nothing that trains reads it; `inspect --verify` does
-            file = file_of(self.prefix, suffix)
+            file = self.file(suffix)
             try:
                 size = file.stat().st_size
             except FileNotFoundError as error:
@@ -251,15 +255,35 @@ class TokenDataset:
         Raises:
             IndexError: no such document, or a range outside it.
         """
+        begin, size = self._range(i, start, length)
+        first = begin // self.dtype.itemsize
+        ids = np.array(self.tokens[first : first + size // self.dtype.itemsize])
+        return ids if self.streams == 1 else ids.reshape(-1, self.streams)
+
+    def _range(self, i: int, start: int, length: int | None) -> tuple[int, int]:
+        """(first byte, bytes) of steps of a document."""
         if not 0 <= i < len(self):
             raise IndexError(f"document {i} of {len(self)} in {self.prefix}")
         whole = int(self.lengths[i])
         length = whole - start if length is None else length
         if start < 0 or length < 0 or start + length > whole:
             raise IndexError(f"steps {start} to {start + length} of document {i}, which has {whole}, in {self.prefix}")
-        first = int(self.pointers[i]) // self.dtype.itemsize + start * self.streams
-        ids = np.array(self.tokens[first : first + length * self.streams])
-        return ids if self.streams == 1 else ids.reshape(length, self.streams)
+        step = self.streams * self.dtype.itemsize
+        return int(self.pointers[i]) + start * step, length * step
+
+    def read_bin(self, begin: int, size: int) -> bytes:
+        """The bytes `begin` … `begin + size - 1` of `.bin`, fewer at its end.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        path = self.file(".bin")
+        try:
+            with open(path, "rb") as handle:
+                handle.seek(begin)
+                return handle.read(size)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}; check the path and its rights") from error
 
     def columns(self, *names: str) -> pa.Table:
         """These columns of the documents table, one row per document; all of them if none is named.

@@ -6,6 +6,9 @@
     CACHE/datasets/<key>.making   locked while a process looks for the entry, makes or removes it
     CACHE/datasets/.lock          locked while room is counted, and made
 
+With `data.stage_datasets: shards` (:func:`stage_shards`) the entry `<key>-shards` holds `.bin` by the shard (see
+`shard_table`) and the other files whole; what follows is of those.
+
 The key is the SHA-256 of the manifest, which holds the hashes of the other files: another content is another
 entry, and the same dataset under two names is one. Of a node's processes the first to come copies and the others
 wait. A copy is hashed as it is written and appears under its name by one rename. Entries that no process uses make
@@ -21,7 +24,6 @@ read again once after every boot of the node: a crash is when disks lose what wa
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import logging
@@ -29,14 +31,21 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from megatron_speech.console import Progress
-from megatron_speech.data.dataset.indexed import file_of
+from megatron_speech.data.dataset.cache_folder import ENTRY, RESERVED, file_size, gib, locked, make_room, remove
+from megatron_speech.data.dataset.indexed import file_of, read_index
 from megatron_speech.data.dataset.manifest import Manifest, read_manifest
+from megatron_speech.data.dataset.shard_store import ShardStore
+from megatron_speech.data.dataset.shard_table import LOCKS, SPARSE, TABLE, ShardTable, check_can_punch
+from megatron_speech.data.dataset.shards import shard_edges
+from megatron_speech.data.dataset.source import RangeReader, open_source
 from megatron_speech.errors import InputError
 from megatron_speech.files import fsync_path, prepare_output_directory, read_json, sha256_file, sha256_hex, write_json
 from megatron_speech.remote import is_url
@@ -45,22 +54,30 @@ logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 23
 _MANIFEST = ".manifest.json"
-_ENTRY = "entry.json"
-# Never fill a disk to its last byte.
-_SPARE_BYTES = 1 << 26
+_SHARD_BYTES, _LARGEST_SHARD_BYTES, _MOST_SHARDS = 1 << 26, 1 << 30, 1 << 14
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """What is staged by the shard: bytes of `.bin`, and of a shard."""
+
+    bin_bytes: int
+    shard_bytes: int
 
 
 @dataclass(frozen=True)
 class _Source:
-    """One dataset to be staged: its manifest's bytes, and size and SHA-256 of each file by suffix."""
+    """One dataset to be staged: its manifest's bytes, and size and SHA-256 of each file that is copied, by suffix."""
 
     prefix: str
     key: str
     manifest: bytes
     files: dict[str, tuple[int, str]]
+    shards: _Shards | None = None
 
     @property
     def bytes(self) -> int:
+        """What is copied whole."""
         return len(self.manifest) + sum(size for size, _ in self.files.values())
 
 
@@ -90,7 +107,7 @@ def stage_datasets(
     needed = sum(source.bytes for source in wanted.values())
     if limit is not None and needed > limit:
         raise InputError(
-            f"data.cache_gib is {cache_gib:g}, but the run's {len(wanted)} datasets are {_gib(needed)}; raise it, or "
+            f"data.cache_gib is {cache_gib:g}, but the run's {len(wanted)} datasets are {gib(needed)}; raise it, or "
             "set data.stage_datasets: false"
         )
     for source in wanted.values():
@@ -98,8 +115,62 @@ def stage_datasets(
     return {name: str(folder / source.key / "data") for name, source in sources.items()}
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def shard_bytes_of(bin_bytes: int) -> int:
+    """Size of the shards of a `.bin`: 64 MiB, doubled while it has more than 16,384 of them; at most 1 GiB."""
+    size = _SHARD_BYTES
+    while size < _LARGEST_SHARD_BYTES and bin_bytes > size * _MOST_SHARDS:
+        size *= 2
+    return size
+
+
+def stage_shards(
+    prefixes: Mapping[str, str],
+    cache_dir: str | os.PathLike[str],
+    cache_gib: float,
+    *,
+    shard_bytes: int | None = None,
+) -> dict[str, ShardStore]:
+    """The `.bin` files of these datasets by the shard, their other files copied whole where they are not there yet.
+
+    The entries stay this process's until it ends (or :func:`release`). Of `.bin` nothing is fetched here.
+
+    Args:
+        prefixes, cache_dir: see :func:`stage_datasets`.
+        cache_gib: `data.cache_gib`: shards and entries that no process uses are freed to stay below it.
+        shard_bytes: of a shard; None: :func:`shard_bytes_of`. An entry that is there keeps its own.
+
+    Raises:
+        InputError: as :func:`stage_datasets`; a `.bin` that has not the size that its manifest says, or a file system
+            that cannot free parts of a file.
+    """
+    folder = Path(cache_dir) / "datasets"
+    prepare_output_directory(folder)
+    sources = {name: _by_shard(_find(prefix), shard_bytes) for name, prefix in prefixes.items()}
+    wanted = {source.key: source for source in sources.values()}
+    limit = int(cache_gib * 2**30)
+    whole = sum(source.bytes for source in wanted.values())
+    largest = max((source.shards.shard_bytes for source in wanted.values() if source.shards), default=0)
+    if whole + 2 * largest > limit:
+        raise InputError(
+            f"data.cache_gib is {cache_gib:g}, but the indices and document tables of the run's {len(wanted)} datasets "
+            f"are {gib(whole)}, and two shards are {gib(2 * largest)}; raise it"
+        )
+    for source in wanted.values():
+        _hold(folder, source, limit, set(wanted))
+    stores = {key: ShardStore(folder / key, f"{source.prefix}.bin", limit) for key, source in wanted.items()}
+    return {name: stores[source.key] for name, source in sources.items()}
+
+
+def _by_shard(source: _Source, shard_bytes: int | None) -> _Source:
+    """The same dataset, with `.bin` by the shard and only what training reads beside it."""
+    size = source.files[".bin"][0]
+    return _Source(
+        prefix=source.prefix,
+        key=f"{source.key}-shards",
+        manifest=source.manifest,
+        files={suffix: entry for suffix, entry in source.files.items() if suffix in (".idx", ".docs.parquet")},
+        shards=_Shards(size, shard_bytes or shard_bytes_of(size)),
+    )
 
 
 def _find(prefix: str) -> _Source:
@@ -116,7 +187,7 @@ def _find(prefix: str) -> _Source:
 
 def _fetch_manifest(url: str) -> tuple[bytes, Manifest]:
     try:
-        with _open_source(url) as handle:
+        with open_source(url) as handle:
             data = handle.read()
     except (OSError, ImportError, ValueError) as error:
         raise InputError(f"{url} cannot be read ({error}); name the prefix of a dataset that can") from error
@@ -142,25 +213,6 @@ def release() -> None:
         os.close(_held.popitem()[1])
 
 
-@contextlib.contextmanager
-def _lock(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[int | None]:
-    """A locked file's descriptor, closed at the end; None where `how` does not wait and the lock is taken."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, how)
-        except BlockingIOError:
-            yield None
-            return
-        except OSError as error:
-            raise InputError(
-                f"{path} cannot be locked ({error.strerror or error}); data.cache_dir must lie on a disk of this node"
-            ) from error
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
 def _hold(folder: Path, source: _Source, limit: int | None, wanted: set[str]) -> None:
     """Make sure of an entry and keep it locked, shared, until this process ends."""
     path = folder / f"{source.key}.used"
@@ -170,15 +222,15 @@ def _hold(folder: Path, source: _Source, limit: int | None, wanted: set[str]) ->
             return
         os.close(_held.pop(path))
     # Waiting for this lock means waiting for one copy; its holder waits for no other entry.
-    with _lock(folder / f"{source.key}.making"):
+    with locked(folder / f"{source.key}.making"):
         if not _is_sound(entry):
-            with _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as unused:
+            with locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as unused:
                 if unused is None:
                     raise InputError(
                         f"{entry} is damaged and another run is using it; end that run, or name another data.cache_dir"
                     )
                 _make(folder, entry, source, limit, wanted)
-        with _lock(path, fcntl.LOCK_SH) as descriptor:
+        with locked(path, fcntl.LOCK_SH) as descriptor:
             assert descriptor is not None
             os.utime(path)  # when it was last used
             _held[path] = os.dup(descriptor)  # the lock lives as long as any descriptor of it
@@ -202,18 +254,23 @@ def _stat(path: Path) -> list[int]:
 
 def _unchanged(entry: Path) -> bool:
     """Whether the files of an entry are those that the copy left, by size and modification time."""
-    if not (entry / _ENTRY).is_file():
+    if not (entry / ENTRY).is_file():
         return False  # an entry without a record was never finished
-    files = read_json(entry / _ENTRY, "staged dataset")["files"]
+    files = read_json(entry / ENTRY, "staged dataset")["files"]
     try:
-        return all(_stat(entry / name) == [entered["bytes"], entered["mtime_ns"]] for name, entered in files.items())
+        found = {name: _stat(entry / name) for name in files}
     except FileNotFoundError:
         return False
+    # Without a time: a file that is changed while it is used.
+    return all(
+        found[name][0] == entered["bytes"] and entered["mtime_ns"] in (None, found[name][1])
+        for name, entered in files.items()
+    )
 
 
 def _is_sound(entry: Path) -> bool:
     """Whether an entry can be used as it is: unchanged, and its hashes read since the node was started."""
-    return _unchanged(entry) and read_json(entry / _ENTRY, "staged dataset")["boot"] == _boot()
+    return _unchanged(entry) and read_json(entry / ENTRY, "staged dataset")["boot"] == _boot()
 
 
 def _still_right(entry: Path, source: _Source) -> bool:
@@ -221,15 +278,20 @@ def _still_right(entry: Path, source: _Source) -> bool:
     if not _unchanged(entry):
         return False
     logger.info("checking the staged copy of %s once after the start of this node", source.prefix)
-    return all(sha256_file(entry / f"data{suffix}") == sha256 for suffix, (_, sha256) in source.files.items())
+    right = all(sha256_file(entry / f"data{suffix}") == sha256 for suffix, (_, sha256) in source.files.items())
+    if right and source.shards is not None:
+        ShardTable(entry).distrust()
+    return right
 
 
 def _record(entry: Path, source: _Source) -> None:
-    files = {}
+    files: dict[str, dict[str, int | None]] = {}
     for suffix in (_MANIFEST, *source.files):
         size, mtime_ns = _stat(entry / f"data{suffix}")
         files[f"data{suffix}"] = {"bytes": size, "mtime_ns": mtime_ns}
-    write_json(entry / _ENTRY, {"source": source.prefix, "boot": _boot(), "bytes": source.bytes, "files": files})
+    for name in () if source.shards is None else (SPARSE, TABLE, LOCKS):
+        files[name] = {"bytes": file_size(entry / name), "mtime_ns": None}
+    write_json(entry / ENTRY, {"source": source.prefix, "boot": _boot(), "bytes": source.bytes, "files": files})
 
 
 # ---- making an entry
@@ -242,17 +304,17 @@ def _make(folder: Path, entry: Path, source: _Source, limit: int | None, wanted:
             _record(entry, source)
             return
         logger.warning("the staged copy of %s in %s is damaged: it is copied again", source.prefix, entry)
-        _remove(entry)
+        remove(entry)
     partial = folder / f".{source.key}.partial"
-    with _lock(folder / ".lock"):
+    with locked(folder / ".lock"):
         _make_room(folder, source, limit, wanted)
         # Counted as used from here on.
         partial.mkdir(exist_ok=True)
-        write_json(partial / "reserved.json", {"bytes": source.bytes})
+        write_json(partial / RESERVED, {"bytes": source.bytes})
     try:
         _copy(partial, source)
-        (partial / "reserved.json").unlink()
         _record(partial, source)
+        (partial / RESERVED).unlink()
         fsync_path(partial)
         partial.rename(entry)
         fsync_path(folder)
@@ -266,88 +328,30 @@ def _make(folder: Path, entry: Path, source: _Source, limit: int | None, wanted:
 
 def _make_room(folder: Path, source: _Source, limit: int | None, wanted: set[str]) -> None:
     """Remove what no process uses, the longest unused first, until `source` fits under the limit and on the disk."""
-    others = {path: _reserved(path) for path in folder.iterdir() if path.is_dir() and _key(path) != source.key}
-    used = sum(others.values()) + source.bytes
-    done = sum(_size(path) for path in folder.glob(f".{source.key}.partial/data*"))
-    free = shutil.disk_usage(folder).free - _SPARE_BYTES + done
-    if limit is not None:
-        for path in sorted(others, key=_last_used):
-            if used <= limit and source.bytes <= free:
-                break
-            if _key(path) not in wanted and _removed(path):
-                logger.info("evicted the staged dataset %s (%s)", path, _gib(others[path]))
-                used -= others[path]
-                free = shutil.disk_usage(folder).free - _SPARE_BYTES + done
-        if used > limit:
-            raise InputError(
-                f"{folder}: staging {source.prefix} ({_gib(source.bytes)}) would come to {_gib(used)} with what "
-                f"this and other runs are using, above data.cache_gib {limit / 2**30:g}; raise it, or wait"
-            )
-    if source.bytes > free:
+    done = sum(file_size(path) for path in folder.glob(f".{source.key}.partial/data*"))
+    room = make_room(folder, source.bytes, limit, own=source.key, keep=wanted, done=done)
+    if limit is not None and room.used + source.bytes > limit:
+        raise InputError(
+            f"{folder}: staging {source.prefix} ({gib(source.bytes)}) would come to {gib(room.used + source.bytes)} "
+            f"with what this and other runs are using, above data.cache_gib {limit / 2**30:g}; raise it, or wait"
+        )
+    if source.bytes > room.free:
         why = "" if limit is not None else " (data.cache_gib is not set, so nothing is ever removed)"
         raise InputError(
-            f"{folder}: {source.prefix} needs {_gib(source.bytes)} and the disk has {_gib(max(0, free))} free{why}; "
+            f"{folder}: {source.prefix} needs {gib(source.bytes)} and the disk has {gib(max(0, room.free))} free{why}; "
             "free some space, or name another data.cache_dir"
         )
-
-
-def _key(path: Path) -> str:
-    """The key of an entry, or of one under way."""
-    return path.name.lstrip(".").partition(".")[0]
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _reserved(path: Path) -> int:
-    """Bytes that an entry, or one under way, takes or will take."""
-    for name in (_ENTRY, "reserved.json"):
-        if (path / name).is_file():
-            return int(read_json(path / name, "staged dataset")["bytes"])
-    return sum(_size(file) for file in path.iterdir())
-
-
-def _last_used(path: Path) -> float:
-    """When an entry was last opened; one under way, when its copy began."""
-    used = path.with_name(f"{_key(path)}.used")
-    return used.stat().st_mtime if used.exists() and not path.name.startswith(".") else path.stat().st_mtime
-
-
-def _removed(path: Path) -> bool:
-    """Remove an entry, or what a killed copy left, unless a process uses or makes it."""
-    now = fcntl.LOCK_EX | fcntl.LOCK_NB
-    with _lock(path.with_name(f"{_key(path)}.making"), now) as making:
-        if making is None:
-            return False
-        with _lock(path.with_name(f"{_key(path)}.used"), now) as using:
-            if using is None:
-                return False
-            _remove(path)
-            return True
-
-
-def _remove(path: Path) -> None:
-    # Under another name first: a removal that is cut short leaves no half entry.
-    doomed = path.with_name(f".{_key(path)}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _copy(partial: Path, source: _Source) -> None:
     """Copy and hash every file of `source`, resuming an earlier copy that was stopped."""
     began = time.monotonic()
-    logger.info("staging %s (%s) in %s", source.prefix, _gib(source.bytes), partial.parent)
+    logger.info("staging %s (%s) in %s", source.prefix, gib(source.bytes), partial.parent)
     (partial / f"data{_MANIFEST}").write_bytes(source.manifest)
     with Progress(f"staging {source.prefix}", total=source.bytes, unit="B") as progress:
         for suffix, (size, sha256) in source.files.items():
             target = partial / f"data{suffix}"
-            resumed = _size(target) > 0
+            resumed = file_size(target) > 0
             found = _copy_file(f"{source.prefix}{suffix}", target, size, progress)
             if found != sha256 and resumed:
                 # What a killed copy left may have been lost by the disk: once more, from the start.
@@ -359,8 +363,27 @@ def _copy(partial: Path, source: _Source) -> None:
                     f"{source.prefix}{suffix}: SHA-256 of what was read is {found}, needed {sha256} by its manifest: "
                     "the file is damaged or was changed; restore it, or recreate the dataset"
                 )
+    if source.shards is not None:
+        _lay_out_shards(partial, source, source.shards)
     seconds = time.monotonic() - began
-    logger.info("staged %s: %s in %.0f s", source.prefix, _gib(source.bytes), seconds)
+    logger.info("staged %s: %s in %.0f s", source.prefix, gib(source.bytes), seconds)
+
+
+def _lay_out_shards(partial: Path, source: _Source, shards: _Shards) -> None:
+    """The files of a `.bin` of which nothing is there yet."""
+    reader = RangeReader(f"{source.prefix}.bin")
+    if (found := reader.size()) != shards.bin_bytes:
+        raise InputError(
+            f"{reader.name}: holds {found:,} bytes, needed {shards.bin_bytes:,} by its manifest: the file is damaged "
+            "or was changed; restore it, or recreate the dataset"
+        )
+    check_can_punch(partial)
+    places = read_index(partial / "data.idx").pointers
+    edges = shard_edges(places, shards.shard_bytes)
+    inside = edges < len(places)
+    bounds = np.full(len(edges), shards.bin_bytes, dtype=np.int64)
+    bounds[inside] = places[edges[inside]]
+    ShardTable.create(partial, bounds)
 
 
 def _copy_file(name: str, target: Path, size: int, progress: Any) -> str:
@@ -373,7 +396,7 @@ def _copy_file(name: str, target: Path, size: int, progress: Any) -> str:
             progress.update(len(chunk))
         at = out.tell()
         try:
-            source = _open_source(name)
+            source = open_source(name)
         except (OSError, ImportError, ValueError) as error:
             raise InputError(f"{name} cannot be read ({error}); restore it, or recreate the dataset") from error
         with source:
@@ -388,15 +411,6 @@ def _copy_file(name: str, target: Path, size: int, progress: Any) -> str:
         out.flush()
         os.fsync(out.fileno())
     return digest.hexdigest()
-
-
-def _open_source(name: str) -> IO[bytes]:
-    if is_url(name):
-        import fsspec
-
-        opened: IO[bytes] = fsspec.open(name, "rb").open()
-        return opened
-    return open(name, "rb")
 
 
 def _read(source: IO[bytes], name: str) -> bytes:
