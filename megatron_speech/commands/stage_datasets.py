@@ -16,8 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Copy what is not there yet, checked; print name and local prefix of every dataset."""
-    from megatron_speech.data.dataset.staging import stage_datasets
+    """Copy what is not there yet, checked; print name and local prefix of every dataset.
+
+    With `data.stage_datasets: shards` that is all but `.bin`.
+    """
+    from megatron_speech.data.dataset.staging import stage_datasets, stage_shards
     from megatron_speech.recipe.data import dataset_prefixes
     from megatron_speech.recipe.load import load_recipe
 
@@ -25,6 +28,11 @@ def run(args: argparse.Namespace) -> int:
     if data.cache_dir is None:
         raise InputError(f"{args.recipe}: data.cache_dir is null; name a folder on this node's disk")
     prefixes = dataset_prefixes(data.model_copy(update={"stage_datasets": True}))
+    if data.stage_datasets == "shards":
+        assert data.cache_gib is not None  # checked by DataConfig
+        for name, store in stage_shards(prefixes, data.cache_dir, data.cache_gib).items():
+            output(f"{name}: {store.prefix} (.bin by the shard: nothing of it is fetched before it is needed)")
+        return 0
     for name, prefix in stage_datasets(prefixes, data.cache_dir, data.cache_gib).items():
         output(f"{name}: {prefix}")
     return 0

@@ -13,9 +13,12 @@ import numpy as np
 
 from megatron_speech.data.blend import strata as blending
 from megatron_speech.data.dataset.indexed import TokenDataset, file_of
+from megatron_speech.data.dataset.shard_store import ShardStore
+from megatron_speech.data.dataset.sharded import ShardedTokenDataset
 from megatron_speech.data.dataset.speakers import NOBODY, speaker_hashes
 from megatron_speech.data.dataset.split import SplitSides
-from megatron_speech.data.dataset.staging import stage_datasets
+from megatron_speech.data.dataset.staging import check_windows, stage_datasets, stage_shards
+from megatron_speech.data.loading.gathering import KeptRanges
 from megatron_speech.data.sequences.history import Continuation, History, blend_spec
 from megatron_speech.data.sequences.index_build import index_builder, index_key
 from megatron_speech.data.sequences.index_cache import cached_table, verify_table
@@ -51,19 +54,28 @@ def open_datasets(
 ) -> dict[str, TokenDataset]:
     """Open the recipe's datasets and check that they go together and with `space`.
 
-    With `data.stage_datasets` they are first copied to this node's disk, if they are not there yet; with `in_place`
-    only those that are URLs are, and the others are read where they lie (to look at a blend needs no copy).
+    With `data.stage_datasets` they are first copied to this node's disk, if they are not there yet (`shards`: all but
+    what is read of `.bin` later); with `in_place` only those that are URLs are, and the others are read where they lie
+    (to look at a blend needs no copy).
 
     Raises:
         InputError: a dataset is missing or damaged, or its codec, token space or templates are not those of the
             others or of the run; both files and both hashes are named.
     """
     prefixes = dataset_prefixes(data, base)
+    stores: dict[str, ShardStore] = {}
     if data.stage_datasets:
         assert data.cache_dir is not None  # checked by DataConfig
         wanted = {name: prefix for name, prefix in prefixes.items() if is_url(prefix) or not in_place}
-        prefixes |= stage_datasets(wanted, data.cache_dir, data.cache_gib)
-    datasets = {name: TokenDataset(prefix) for name, prefix in prefixes.items()}
+        if data.stage_datasets == "shards":
+            assert data.cache_gib is not None  # likewise
+            stores = stage_shards(wanted, data.cache_dir, data.cache_gib)
+        else:
+            prefixes |= stage_datasets(wanted, data.cache_dir, data.cache_gib)
+    datasets = {
+        name: ShardedTokenDataset(stores[name]) if name in stores else TokenDataset(prefix)
+        for name, prefix in prefixes.items()
+    }
     _refuse_mixture(datasets)
     for dataset in datasets.values():
         dataset.check(space)
@@ -158,6 +170,9 @@ class StageData:
         self._table: SegmentTable = table
         self.n_sequences = table.n_sequences
         self.groups: list[tuple[str, str, str]] = [tuple(label) for label in self._content["groups"]]
+        if split == "train":
+            check_windows(stage, data, self.datasets, [stratum["dataset"] for stratum in self.strata])
+        self._kept = KeptRanges() if split == "validation" else None
         self.warnings = self._find_warnings()
         if os.environ.get("RANK", "0") == "0":
             for warning in self.warnings:
@@ -297,6 +312,7 @@ class StageData:
             normalizers=loss.normalizers,
             rectangular=self.stage.packing_mode == "bucket",
             pin_memory=torch.cuda.is_available(),
+            kept=self._kept,
         )
 
     # ---- reporting

@@ -31,10 +31,12 @@ class DataConfig(StrictConfig):
     cache_gib: float | None = Field(
         default=None,
         gt=0.0,
-        description="above this size the datasets in cache_dir that are least used go; null: never",
+        description="above this size what is least used of the datasets in cache_dir goes; null: never",
     )
-    stage_datasets: bool = Field(
-        default=False, description="copy the datasets to cache_dir once per node, checked, and read them there"
+    stage_datasets: bool | Literal["shards"] = Field(
+        default=False,
+        description="copy the datasets to cache_dir once per node, checked, and read them there; shards: fetch the "
+        "parts of .bin that are needed next, and let those go that are not, within cache_gib",
     )
     on_change: Literal["refuse", "continue"] = Field(
         default="refuse",
@@ -48,6 +50,8 @@ class DataConfig(StrictConfig):
     def _staging_needs_a_folder(self) -> DataConfig:
         if self.stage_datasets and self.cache_dir is None:
             raise ValueError("stage_datasets needs cache_dir; name a folder on this node's disk")
+        if self.stage_datasets == "shards" and self.cache_gib is None:
+            raise ValueError("stage_datasets: shards needs cache_gib; say how much of the node's disk they may take")
         return self
 
     def index_directory(self, run_directory: Path) -> Path:

@@ -31,7 +31,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -40,7 +40,7 @@ import numpy as np
 
 from megatron_speech.console import Progress
 from megatron_speech.data.dataset.cache_folder import ENTRY, RESERVED, file_size, gib, locked, make_room, remove
-from megatron_speech.data.dataset.indexed import file_of, read_index
+from megatron_speech.data.dataset.indexed import TokenDataset, file_of, read_index
 from megatron_speech.data.dataset.manifest import Manifest, read_manifest
 from megatron_speech.data.dataset.shard_store import ShardStore
 from megatron_speech.data.dataset.shard_table import LOCKS, SPARSE, TABLE, ShardTable, check_can_punch
@@ -48,12 +48,15 @@ from megatron_speech.data.dataset.shards import shard_edges
 from megatron_speech.data.dataset.source import RangeReader, open_source
 from megatron_speech.errors import InputError
 from megatron_speech.files import fsync_path, prepare_output_directory, read_json, sha256_file, sha256_hex, write_json
+from megatron_speech.recipe.data import DataConfig
+from megatron_speech.recipe.stage import StageDataConfig
 from megatron_speech.remote import is_url
 
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 23
 _MANIFEST = ".manifest.json"
+_BESIDE_SHARDS = (".idx", ".docs.parquet")  # copied whole: what training reads beside `.bin`
 _SHARD_BYTES, _LARGEST_SHARD_BYTES, _MOST_SHARDS = 1 << 26, 1 << 30, 1 << 14
 
 
@@ -149,16 +152,71 @@ def stage_shards(
     wanted = {source.key: source for source in sources.values()}
     limit = int(cache_gib * 2**30)
     whole = sum(source.bytes for source in wanted.values())
-    largest = max((source.shards.shard_bytes for source in wanted.values() if source.shards), default=0)
-    if whole + 2 * largest > limit:
-        raise InputError(
-            f"data.cache_gib is {cache_gib:g}, but the indices and document tables of the run's {len(wanted)} datasets "
-            f"are {gib(whole)}, and two shards are {gib(2 * largest)}; raise it"
-        )
     for source in wanted.values():
         _hold(folder, source, limit, set(wanted))
     stores = {key: ShardStore(folder / key, f"{source.prefix}.bin", limit) for key, source in wanted.items()}
+    # One that is read, and one that is fetched meanwhile.
+    two = 2 * max((int(np.diff(store.bounds).max(initial=0)) for store in stores.values()), default=0)
+    if whole + two > limit:
+        raise InputError(
+            f"data.cache_gib is {cache_gib:g}, but the indices and document tables of the run's {len(wanted)} datasets "
+            f"are {gib(whole)}, and two of their largest shards {gib(two)}; raise it"
+        )
     return {name: stores[source.key] for name, source in sources.items()}
+
+
+def check_windows(
+    stage: StageDataConfig, data: DataConfig, datasets: Mapping[str, TokenDataset], strata: Sequence[str]
+) -> None:
+    """Refuse a stage whose documents come from more shards at a time than `data.cache_gib` holds.
+
+    Args:
+        stage, data: sections of the recipe; nothing is refused where datasets are not staged by the shard.
+        datasets: name → dataset.
+        strata: of each stratum, the name of its dataset.
+
+    Raises:
+        InputError: names both sizes, and what would fit.
+    """
+    if data.stage_datasets != "shards":
+        return
+    assert data.cache_gib is not None  # checked by DataConfig
+    manifests = {name: dataset.manifest for name, dataset in datasets.items() if dataset.manifest is not None}
+    sizes = {name: manifest.files[".bin"].bytes for name, manifest in manifests.items()}
+    beside = sum(manifest.files[s].bytes for manifest in manifests.values() for s in _BESIDE_SHARDS)
+    # What the threads of the node's processes read at the moment may be none of it.
+    readers = data.workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    spare = readers * max(min(size, shard_bytes_of(size)) for size in sizes.values())
+    room = int(data.cache_gib * 2**30) - beside - spare
+
+    window = stage.shuffle_window
+
+    def needed(shards: int) -> int:
+        """Bytes of what is mixed with one another, with so many shards to a window; of all, where there is none."""
+        return sum(
+            size if window is None else min(size, strata.count(name) * shards * window.shard_bytes)
+            for name, size in sizes.items()
+            if name in strata
+        )
+
+    shards = 1 if window is None else window.shards
+    if needed(shards) <= room:
+        return
+    have = (
+        f"and of data.cache_gib {data.cache_gib:g}, {gib(max(0, room))} are left for them beside {gib(beside)} of "
+        f"indices and document tables and {gib(spare)} for what {readers} threads of this node read"
+    )
+    if window is None:
+        raise InputError(
+            f"stage {stage.name!r} takes its documents from all of its datasets at once, {gib(needed(1))}, {have}; "
+            f"set stages.{stage.name}.shuffle_window, or raise data.cache_gib"
+        )
+    fits = max((fewer for fewer in range(1, shards) if needed(fewer) <= room), default=0)
+    lower = f", or lower stages.{stage.name}.shuffle_window.shards to {fits}" if fits else ""
+    raise InputError(
+        f"stage {stage.name!r}: the windows of its {len(strata)} strata, {shards} shards of {window.shard_mib:g} MiB "
+        f"each, are {gib(needed(shards))}, {have}; raise data.cache_gib{lower}"
+    )
 
 
 def _by_shard(source: _Source, shard_bytes: int | None) -> _Source:
@@ -168,7 +226,7 @@ def _by_shard(source: _Source, shard_bytes: int | None) -> _Source:
         prefix=source.prefix,
         key=f"{source.key}-shards",
         manifest=source.manifest,
-        files={suffix: entry for suffix, entry in source.files.items() if suffix in (".idx", ".docs.parquet")},
+        files={suffix: entry for suffix, entry in source.files.items() if suffix in _BESIDE_SHARDS},
         shards=_Shards(size, shard_bytes or shard_bytes_of(size)),
     )
 

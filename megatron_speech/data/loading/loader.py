@@ -15,6 +15,7 @@ order, and what is in them does not depend on the number of threads.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import weakref
@@ -28,7 +29,8 @@ import numpy as np
 import torch
 
 from megatron_speech.data.dataset.indexed import TokenDataset
-from megatron_speech.data.loading.gathering import Gatherer, Segments
+from megatron_speech.data.loading.gathering import Gatherer, KeptRanges, Segments
+from megatron_speech.data.loading.lookahead import Lookahead, Shard
 from megatron_speech.data.sequences.packing import SegmentTable
 from megatron_speech.errors import InputError
 from megatron_speech.modalities import MODALITIES
@@ -126,7 +128,8 @@ class RowSource:
     where documents have no prompt (text: all of their tokens are learned whatever `policy.prompt` says), `TEXT_TARGET`
     where the target is text (asr); normalizers: 1 for
     the totals of all labels of a batch, 3 for those by modality; rectangular: the documents of a row lie at
-    multiples of the longest of them (packing mode bucket); pin_memory: make tensors that the GPU can fetch by itself.
+    multiples of the longest of them (packing mode bucket); pin_memory: make tensors that the GPU can fetch by itself;
+    kept: where documents of datasets that are staged by the shard are read without their shards, and kept.
     """
 
     table: SegmentTable
@@ -140,11 +143,12 @@ class RowSource:
     normalizers: int = 1
     rectangular: bool = False
     pin_memory: bool = False
+    kept: KeptRanges | None = None
 
     @functools.cached_property
     def gatherer(self) -> Gatherer:
         """What reads the datasets."""
-        return Gatherer(self.datasets)
+        return Gatherer(self.datasets, self.kept)
 
     def _rows(self, sequences: np.ndarray) -> _Rows:
         """Segments of some sequences, int64 [rows]; a number beyond the table gives a row of padding."""
@@ -205,6 +209,10 @@ class RowSource:
     def will_need(self, rows: np.ndarray) -> None:
         """Ask for what :meth:`chunk` of these sequences will read."""
         self.gatherer.will_need(self._rows(rows.ravel()).segments)
+
+    def shards_needed(self, rows: np.ndarray) -> list[Shard]:
+        """The shards that :meth:`chunk` of these sequences will read."""
+        return self.gatherer.shards_needed(self._rows(rows.ravel()).segments)
 
     def chunk(self, rows: np.ndarray) -> Chunk:
         """The micro-batches of these sequences, int64 [micro-batches, B]. Their tensors share memory."""
@@ -464,7 +472,8 @@ def global_batches(
     """This rank's share of `n_batches` global batches from sequence `first_sequence` on, one after the other.
 
     `workers` threads make chunks of them; at most two chunks a worker are under way or waiting beyond the batch
-    that is put together. What a chunk will read is asked for when it is put in line.
+    that is put together. What a chunk will read is asked for when it is put in line; shards of datasets are fetched
+    further ahead, by a thread of their own.
     """
 
     def share(index: int) -> tuple[int, list[np.ndarray]]:
@@ -472,9 +481,23 @@ def global_batches(
         rows = rank_sequences(first, micro_batch_size, global_batch_sequences, dp_rank, dp_size)
         return first, _chunks(rows, source.seq_length * source.gatherer.streams)
 
+    @functools.lru_cache(maxsize=1)
+    def chunks_of(index: int) -> list[np.ndarray]:
+        return share(index)[1]
+
+    per_batch = len(share(0)[1])
+
+    def shards_of(number: int) -> list[Shard]:
+        return source.shards_needed(chunks_of(number // per_batch)[number % per_batch])
+
     waiting: deque[Future[Chunk]] = deque()
     ahead = (chunk for index in range(n_batches) for chunk in share(index)[1])
-    with ThreadPoolExecutor(workers, thread_name_prefix="megatron-speech-loader-worker") as pool:
+    with (
+        ThreadPoolExecutor(workers, thread_name_prefix="megatron-speech-loader-worker") as pool,
+        Lookahead(n_batches * per_batch, shards_of, source.gatherer.wants_room, source.gatherer.ahead_bytes)
+        if source.gatherer.looks_ahead
+        else contextlib.nullcontext() as lookahead,
+    ):
 
         def put_in_line() -> None:
             for chunk in ahead:
@@ -490,6 +513,8 @@ def global_batches(
                 for _ in chunks:
                     put_in_line()
                     parts.append(waiting.popleft().result())
+                    if lookahead is not None:
+                        lookahead.passed()
                 yield GlobalBatch(
                     micro_batches=[batch for part in parts for batch in part.micro_batches],
                     loss_totals=np.sum([part.loss_totals for part in parts], axis=0),

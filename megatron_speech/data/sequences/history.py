@@ -32,7 +32,7 @@ import numpy as np
 from megatron_speech.data.blend.order import EpochPosition
 from megatron_speech.data.blend.strata import Blend, check_stage
 from megatron_speech.data.dataset.document_columns import DocumentTable
-from megatron_speech.data.dataset.indexed import CODE_OF_DTYPE, HEADER, MAGIC, VERSION, TokenDataset, file_of
+from megatron_speech.data.dataset.indexed import CODE_OF_DTYPE, HEADER, MAGIC, VERSION, TokenDataset
 from megatron_speech.data.sequences.index_cache import INDEX_VERSION
 from megatron_speech.data.sequences.packing import SegmentTable
 from megatron_speech.errors import InputError
@@ -143,10 +143,10 @@ def _refuse_replaced(name: str, old: Entry, dataset: TokenDataset) -> None:
     if index.hexdigest() != old["files"][".idx"]["sha256"]:
         raise replaced
     ids, left = hashlib.sha256(), int(old["files"][".bin"]["bytes"])
-    with open(file_of(dataset.prefix, ".bin"), "rb") as handle:
-        while left and (chunk := handle.read(min(left, 1 << 22))):
-            ids.update(chunk)
-            left -= len(chunk)
+    at = 0
+    while left and (chunk := dataset.read_bin(at, min(left, 1 << 22))):
+        ids.update(chunk)
+        at, left = at + len(chunk), left - len(chunk)
     if left or ids.hexdigest() != old["files"][".bin"]["sha256"]:
         raise replaced
 

@@ -176,7 +176,10 @@ def dataset_facts(dataset: TokenDataset) -> dict[str, str]:
         InputError: a file cannot be read.
     """
     facts = {}
-    for suffix in (".idx", ".bin", ".manifest.json"):
+    size = dataset.total_tokens * dataset.dtype.itemsize
+    ends = dataset.read_bin(0, _EDGE_BYTES) + dataset.read_bin(max(0, size - _EDGE_BYTES), _EDGE_BYTES)
+    facts[f"{Path(dataset.prefix).name}.bin"] = f"{size} bytes, SHA-256 of its ends {sha256_hex(ends)[:16]}"
+    for suffix in (".idx", ".manifest.json"):
         path = Path(f"{dataset.prefix}{suffix}")
         try:
             with open(path, "rb") as handle:
