@@ -229,3 +229,14 @@ def test_a_damaged_record_of_what_was_taken_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(InputError, match="cannot be read"):
         Continuation.load(path)
+
+
+def test_another_window_is_a_change_of_the_blend(datasets: dict[str, TokenDataset]) -> None:
+    config = data(list(datasets))
+    windows: list[dict[str, float] | None] = [None, {"shards": 2}, {"shards": 3}]
+    plain, two, three = (blend_spec(stage(shuffle_window=window), config, datasets, 0) for window in windows)
+    assert find_changes(plain, two, datasets) == [
+        "shuffle_window.shard_mib not set → 64", "shuffle_window.shards not set → 2",
+    ]  # fmt: skip
+    assert find_changes(two, three, datasets) == ["shuffle_window.shards 2 → 3"]
+    assert find_changes(two, plain, datasets) and not find_changes(plain, plain, datasets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,10 @@ def fetched(datasets: dict[str, ShardedTokenDataset]) -> int:
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("workers", [1, 3])
 def test_batches_of_a_cache_smaller_than_the_dataset_are_those_of_whole_ones(
-    datasets: dict[str, TokenDataset], toy_space: TokenSpace, tmp_path: Path, name: str, workers: int
-) -> None:
+    datasets: dict[str, TokenDataset], toy_space: TokenSpace, tmp_path: Path, name: str, workers: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level(logging.INFO)
     whole = open_stage(datasets, toy_space, tmp_path, **STAGES[name])
     size = 12 * SHARD
     staged = by_shard(datasets, tmp_path / "cache", size)
@@ -138,6 +141,8 @@ def test_batches_of_a_cache_smaller_than_the_dataset_are_those_of_whole_ones(
     assert sum(ShardTable(one.shards.entry).bytes_taken() for one in staged.values()) <= size
     if name != "sft":
         assert fetched(staged) > size  # some made room for others
+        shards = staged["speech"].shards.statistics.fetched
+        assert any(f"speech.bin: {shards} shards fetched (0.00 GiB)" in message for message in caplog.messages)
     # From the middle on, as one of two ranks, with nothing there yet.
     later = whole.stage.global_batch_sequences * 5
     assert_same(load(stage, 1, 2, later), load(whole, 1, 2, later))

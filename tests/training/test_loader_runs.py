@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_runs import read_metrics, toy_recipe, without_timing, write_recipe
+from toy_runs import copy_until, read_metrics, toy_recipe, without_timing, write_recipe
 
 from megatron_speech import cli
 from megatron_speech.data.dataset import staging
+from megatron_speech.data.dataset.shard_table import SPARSE, TABLE, ShardTable
 from megatron_speech.data.loading.loader import StageLoader
 from megatron_speech.training import loop
 
@@ -43,6 +44,38 @@ def test_threads_and_staging_change_no_number_of_a_run(toy: Path, tmp_path: Path
     assert list((tmp_path / "cache" / "indices").iterdir())
 
 
+def shards_recipe(toy: Path, cache: Path) -> dict[str, Any]:
+    """The toy recipe with windows, in a cache that holds a part of the datasets' shards of 256 bytes."""
+    recipe = toy_recipe(toy)
+    for stage in recipe["stages"]:
+        stage["shuffle_window"] = {"shards": 1, "shard_mib": 2**-12}
+    suffixes = (".idx", ".docs.parquet", ".manifest.json")
+    beside = sum((toy / f"{name}{suffix}").stat().st_size for name in ("speech", "tts", "text") for suffix in suffixes)
+    room = {"cache_dir": str(cache), "cache_gib": (beside + 24 * 2**8) / 2**30}
+    recipe["data"] |= room | {"stage_datasets": "shards"}
+    return recipe
+
+
+@pytest.mark.slow
+def test_staging_by_the_shard_changes_no_number_of_a_run_nor_of_one_that_is_continued(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "_SHARD_BYTES", 2**8)
+    recipe = shards_recipe(toy, tmp_path / "cache")
+    plain = recipe | {"data": toy_recipe(toy)["data"]}
+    lines = without_timing(train(tmp_path, "plain", plain))
+    assert without_timing(train(tmp_path, "shards", recipe)) == lines
+    sizes = sum((toy / f"{name}.bin").stat().st_size for name in ("speech", "tts", "text"))
+    taken = sum(ShardTable(path.parent).bytes_taken() for path in (tmp_path / "cache").glob(f"datasets/*/{TABLE}"))
+    assert 0 < taken <= 24 * 2**8 < sizes / 2
+    # As if it had been killed after step 10 and started again on a node that has nothing.
+    copy_until(tmp_path / "shards", tmp_path / "continued", 10)
+    staging.release()
+    recipe["data"]["cache_dir"] = str(tmp_path / "other")
+    assert without_timing(train(tmp_path, "continued", recipe))[-len(lines) :] == lines
+    staging.release()
+
+
 @pytest.mark.slow
 def test_datasets_can_be_staged_before_a_run(toy: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", short_recipe(toy))
@@ -54,6 +87,11 @@ def test_datasets_can_be_staged_before_a_run(toy: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert [line.partition(":")[0] for line in done.stdout.splitlines()] == ["speech", "tts", "text"]
     assert len(list((tmp_path / "cache" / "datasets").glob("*/data.bin"))) == 3
+    shards = [*command, f"data.cache_dir={tmp_path / 'other'}", "data.stage_datasets=shards", "data.cache_gib=1"]
+    done = subprocess.run(shards, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("nothing of it is fetched before it is needed") == 3
+    assert all(path.stat().st_blocks == 0 for path in (tmp_path / "other" / "datasets").glob(f"*/{SPARSE}"))
 
 
 def test_looking_at_a_blend_copies_nothing(toy: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ room (:meth:`ShardStore.wants_room`): so processes that share the room never wai
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import mmap
@@ -67,7 +68,7 @@ class ShardStore:
     def __init__(self, entry: Path, source: str, limit: int) -> None:
         self.entry, self.limit = entry, limit
         self.source = RangeReader(source)
-        self.statistics = ShardStatistics()
+        self.statistics, self._said = ShardStatistics(), ShardStatistics()
         self._table, self._locks = ShardTable(entry), ShardLocks(entry)
         self._path = entry / SPARSE
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
@@ -96,6 +97,19 @@ class ShardStore:
     def shards_at(self, places: np.ndarray) -> np.ndarray:
         """The shard of each of these bytes, int64."""
         return np.searchsorted(self.bounds, places, side="right") - 1
+
+    def log_statistics(self) -> None:
+        """Say what was fetched and waited for since this was said last."""
+        now, before = dataclasses.replace(self.statistics), self._said
+        if now.fetched > before.fetched:
+            logger.info(
+                "%s: %d shards fetched (%s); threads that read it waited %.1f s",
+                self.source.name,
+                now.fetched - before.fetched,
+                gib(now.fetched_bytes - before.fetched_bytes),
+                now.waited_seconds - before.waited_seconds,
+            )
+            self._said = now
 
     # ---- pins
 

@@ -209,8 +209,13 @@ class Gatherer:
 
     @property
     def ahead_bytes(self) -> int:
-        """How much may be held ahead of its use: half of the node's, since other processes hold some too."""
-        return max((store.limit // 2 for store, _ in self._stores.values()), default=0)
+        """How much may be held ahead of its use: not all of the node's, or nothing else would find room."""
+        return max((store.limit * 3 // 4 for store, _ in self._stores.values()), default=0)
+
+    def log_statistics(self) -> None:
+        """Say what was fetched, and waited for, of datasets that are staged by the shard."""
+        for store, _ in self._stores.values():
+            store.log_statistics()
 
     def wants_room(self) -> int:
         """When a process of the node last found no room for a shard."""

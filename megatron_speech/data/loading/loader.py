@@ -493,11 +493,13 @@ def global_batches(
     waiting: deque[Future[Chunk]] = deque()
     ahead = (chunk for index in range(n_batches) for chunk in share(index)[1])
     with (
+        contextlib.ExitStack() as at_end,
         ThreadPoolExecutor(workers, thread_name_prefix="megatron-speech-loader-worker") as pool,
         Lookahead(n_batches * per_batch, shards_of, source.gatherer.wants_room, source.gatherer.ahead_bytes)
         if source.gatherer.looks_ahead
         else contextlib.nullcontext() as lookahead,
     ):
+        at_end.callback(source.gatherer.log_statistics)
 
         def put_in_line() -> None:
             for chunk in ahead:
