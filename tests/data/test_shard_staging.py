@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,36 @@ def test_of_two_processes_one_fetches_a_shard(make: Make, tmp_path: Path) -> Non
     assert all(one.returncode == 0 for one in readers), said
     store = opened(source, tmp_path / "cache", shards=20).shards
     assert sum(int(output.split()[1]) for output, _ in said) == states(store).count(WHOLE) == len(store.bounds) - 1
+
+
+def test_who_waited_for_a_fetch_goes_on_when_it_has_ended_though_the_shard_is_held(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make("d")
+    # Of one process, but each with files, and so with locks, of its own.
+    one, two = (opened(source, tmp_path / "cache").shards for _ in range(2))
+    fetching, go_on = threading.Event(), threading.Event()
+
+    def held_up(store: ShardStore, shard: int, at: int) -> None:
+        fetching.set()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(shard_store, "_fetched", held_up)
+    first = threading.Thread(target=one.pin, args=[0], daemon=True)
+    first.start()
+    assert fetching.wait(60)
+    assert not two.try_pin(0)  # who looks ahead does not wait
+    obtain, waiting = two._obtain, threading.Event()
+    monkeypatch.setattr(two, "_obtain", lambda *shard, **wait: (waiting.set(), obtain(*shard, **wait))[1])
+    second = threading.Thread(target=two.pin, args=[0], daemon=True)
+    second.start()
+    assert waiting.wait(60)  # it has found the shard not there
+    go_on.set()
+    first.join(60)
+    second.join(60)
+    assert not first.is_alive() and not second.is_alive()
+    assert (one._pins, two._pins) == ({0: 1}, {0: 1})
+    assert (one.statistics.fetched, two.statistics.fetched) == (1, 0)
 
 
 KILLED = """

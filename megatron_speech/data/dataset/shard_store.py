@@ -12,6 +12,7 @@ import hashlib
 import logging
 import mmap
 import os
+import random
 import threading
 import time
 import weakref
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 _CHUNK = 1 << 23  # bytes fetched at a time
 _ASKED = ".room"  # in the folder: when a process last asked the others for room
 _WAIT_SECONDS = 0.02  # between two looks for room
+_TRY_AGAIN_SECONDS = 0.002  # at most, where several find a shard not there at once
 _SAY_AFTER_SECONDS = 30.0
 _GIVE_UP_AFTER_SECONDS = 1800.0
 
@@ -180,8 +182,19 @@ class ShardStore:
 
     def _obtain(self, shard: int, *, wait: bool) -> bool:
         """Take a shard's shared lock with all of its bytes there."""
-        if not self._locks.exclude(shard, wait=wait):  # another process fetches it, or frees it
-            return False
+        while True:
+            # Waits for who fetches it or frees it, and for no more: who has fetched it may hold it for long.
+            if not self._locks.share(shard, wait=wait):
+                return False
+            if self._table.state(shard) == WHOLE:
+                self._table.touch(shard, time.time_ns())
+                return True
+            self._locks.release(shard)
+            if self._locks.exclude(shard):
+                break
+            if not wait:
+                return False
+            time.sleep(random.uniform(0.1, 1.0) * _TRY_AGAIN_SECONDS)  # apart from others that find it not there
         state = self._table.state(shard)
         if state == UNCHECKED:
             state = self._check(shard)

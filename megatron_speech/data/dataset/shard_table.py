@@ -110,11 +110,9 @@ class ShardLocks:
         """Take the shared lock, also in place of the exclusive one; False where that would have to wait."""
         return self._set(fcntl.F_RDLCK, shard, wait=wait)
 
-    def exclude(self, shard: int, *, wait: bool = True) -> bool:
-        """Take the exclusive lock; False where that would have to wait. No other may be held: of two that wait so for
-        one another, neither would end.
-        """
-        return self._set(fcntl.F_WRLCK, shard, wait=wait)
+    def exclude(self, shard: int) -> bool:
+        """Take the exclusive lock; False where anybody holds one. It is never waited for: shared ones are held long."""
+        return self._set(fcntl.F_WRLCK, shard, wait=False)
 
     def release(self, shard: int) -> None:
         """Let go of the lock."""
@@ -191,7 +189,7 @@ def _excluded(entry: Path, shard: int) -> Iterator[ShardLocks | None]:
     """The exclusive lock of a shard, by a file opened for it: None while any thread of the node reads or changes it."""
     locks = ShardLocks(entry)
     try:
-        yield locks if locks.exclude(shard, wait=False) else None
+        yield locks if locks.exclude(shard) else None
     finally:
         locks.close()
 
