@@ -278,6 +278,20 @@ def test_what_is_held_ahead_is_let_go_when_somebody_finds_no_room(store: ShardSt
         store.unpin(fit)
 
 
+def test_nothing_stays_held_when_a_source_cannot_be_read_ahead(
+    toy_space: TokenSpace, tmp_path: Path, make_dataset: Any, document: Any
+) -> None:
+    lost = make_dataset(tmp_path / "lost", toy_space, "speech_lm", [document(codes=90)] * 200)
+    store = by_shard({"lost": lost}, tmp_path / "cache", 100 * SHARD)["lost"].shards
+    store.pin(0)
+    Path(f"{lost.prefix}.bin").unlink()
+    with looking(store, [[0], [1]], 100 * SHARD) as ahead:
+        ahead._thread.join(60)
+        assert not ahead._thread.is_alive() and holds(ahead)
+        assert store._pins == {0: 1}
+        ahead.passed()
+
+
 @pytest.mark.slow
 def test_ranks_in_step_with_hardly_any_room_do_not_wait_for_one_another_in_a_circle(
     datasets: dict[str, TokenDataset], toy_space: TokenSpace, tmp_path: Path

@@ -94,6 +94,10 @@ class Lookahead:
                         self._changed.wait(_POLL_SECONDS)
         except InputError as error:
             logger.debug("looking ahead ends: %s", error)  # the loader meets it, and raises it
+        finally:
+            with self._changed:
+                self._let_go(self._count)  # nobody would do so when room is wanted
+                self._changed.notify_all()
 
     def _take(self, chunk: int) -> bool:
         """Pin the shards of a chunk; False where that has to wait."""
