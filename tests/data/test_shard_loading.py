@@ -18,6 +18,7 @@ from megatron_speech.data.dataset.shard_table import ABSENT, ShardTable
 from megatron_speech.data.dataset.sharded import ShardedTokenDataset
 from megatron_speech.data.dataset.staging import check_windows, release, stage_shards
 from megatron_speech.data.loading import gathering
+from megatron_speech.data.loading.gathering import Gatherer, Segments
 from megatron_speech.data.loading.loader import GlobalBatch
 from megatron_speech.data.loading.lookahead import Lookahead, Shard
 from megatron_speech.data.sequences.history import blend_spec, find_changes
@@ -154,6 +155,45 @@ def test_batches_are_the_same_without_a_compiler(
     expected = load(open_stage(datasets, toy_space, tmp_path))
     monkeypatch.setattr(gathering, "extension", lambda: None)
     assert_same(load(open_stage(by_shard(datasets, tmp_path / "cache", 12 * SHARD), toy_space, tmp_path)), expected)
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_segments_are_gathered_as_from_whole_files(
+    toy_space: TokenSpace, tmp_path: Path, make_dataset: Any, document: Any, monkeypatch: pytest.MonkeyPatch,
+    streams: int, compiled: bool,
+) -> None:  # fmt: skip
+    random = np.random.default_rng(1)
+    # A document of n codes has an even number of ids where n is even.
+    parity = len(make_dataset(tmp_path / "one", toy_space, "speech_lm", [document(codes=2)]).tokens) % 2
+    whole = {
+        name: make_dataset(
+            tmp_path / name, toy_space, "speech_lm",
+            [document(codes=2 * int(n) + parity) for n in random.integers(20, 80, 150)], seed=seed, streams=streams,
+        )
+        for seed, name in enumerate("ab")
+    }  # fmt: skip
+    if not compiled:
+        monkeypatch.setattr(gathering, "extension", lambda: None)
+    staged = by_shard({"b": whole["b"]}, tmp_path / "cache", 4 * SHARD)
+    both = Gatherer([whole["a"], staged["b"]])
+    expected = Gatherer(list(whole.values()))
+    rows, width = 30, 200
+    for strided in (False, True):
+        dataset, document_number = random.integers(0, 2, rows * 2), random.integers(0, 150, rows * 2)
+        lengths = np.array([whole["ab"[k]].lengths[d] for k, d in zip(dataset, document_number, strict=True)])
+        start = random.integers(0, lengths // 2)
+        length = np.minimum(lengths - start, random.integers(0, width // 2 + 1, rows * 2))
+        length[::7] = 0
+        columns = [np.ascontiguousarray(column, np.int32) for column in (dataset, document_number, start, length)]
+        strides = np.full(rows, width // 2, np.int32) if strided else None
+        segments = Segments(*columns, np.arange(0, 2 * rows + 1, 2, dtype=np.int32), strides)
+        for found, one in zip(both.gather(segments, width, 7), expected.gather(segments, width, 7), strict=True):
+            np.testing.assert_array_equal(found, one, strict=True)
+        beyond = segments._replace(document=np.where(np.arange(2 * rows) == 9, 150, segments.document).astype(np.int32))
+        for gatherer in (both, expected):
+            with pytest.raises(InputError, match=r"of document 150 are asked for by the sequence index, but"):
+                gatherer.gather(beyond, width, 7)
 
 
 def test_a_window_reads_each_shard_about_once_an_epoch_where_a_uniform_order_reads_it_all_the_time(
