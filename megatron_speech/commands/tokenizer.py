@@ -68,6 +68,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_input(parser)
     parser.add_argument("--model", choices=("unigram", "bpe"), default="unigram", help="kind of model (unigram)")
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="pieces, byte pieces included")
+    parser.add_argument("--up-to", action="store_true", help="fewer pieces where the text yields no more")
     parser.add_argument(
         "--byte-fallback",
         action=argparse.BooleanOptionalAction,
@@ -139,6 +140,8 @@ def _check_sample(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    import sentencepiece
+
     from megatron_speech.files import sha256_hex
     from megatron_speech.text_tokenizers.corpus import draw_sample
     from megatron_speech.text_tokenizers.extend import RECORD_VERSION, check_model_output, write_model
@@ -149,15 +152,16 @@ def _train(args: argparse.Namespace) -> int:
     check_model_output(args.output)
     corpus = _corpus(args)
     sample = draw_sample(corpus, args.sample_characters, args.seed, args.temperature)
-    options = TrainOptions(args.model, args.vocab_size, args.byte_fallback, args.character_coverage)
+    options = TrainOptions(args.model, args.vocab_size, args.byte_fallback, args.character_coverage, args.up_to)
     payload = train(sample.passages, options)
+    pieces = int(sentencepiece.SentencePieceProcessor(model_proto=payload).vocab_size())
     record = {
         "format_version": RECORD_VERSION,
         "made_by": "train",
         "kind": "sentencepiece",
         "model": args.model,
         "sha256": sha256_hex(payload),
-        "ids": args.vocab_size,
+        "ids": pieces,
         "byte_fallback": args.byte_fallback,
         "character_coverage": args.character_coverage,
         "normalization_version": NORMALIZATION_VERSION,
@@ -171,7 +175,7 @@ def _train(args: argparse.Namespace) -> int:
     write_model(args.output, payload, record)
     _note(corpus)
     read, used = sum(sample.characters_read.values()), sum(sample.characters.values())
-    output(f"{args.output}: {args.model}, {args.vocab_size:,} pieces, of {used:,} characters ({read:,} read)")
+    output(f"{args.output}: {args.model}, {pieces:,} pieces, of {used:,} characters ({read:,} read)")
     return 0
 
 

@@ -34,12 +34,14 @@ class TrainOptions:
         vocab_size: pieces of the model, the unknown piece, the line end and byte pieces included.
         byte_fallback: characters that have no piece become their UTF-8 bytes, 256 pieces, instead of unknown.
         character_coverage: share of the sample's characters whose letters get a piece each.
+        up_to: take fewer pieces where the text yields no more, instead of refusing.
     """
 
     model: str
     vocab_size: int
     byte_fallback: bool = True
     character_coverage: float = 0.9995
+    up_to: bool = False
 
 
 class VocabularyTooLarge(Exception):
@@ -54,7 +56,8 @@ def train(passages: Sequence[str], options: TrainOptions) -> bytes:
     """A sentencepiece `.model` of the passages.
 
     Raises:
-        InputError: a vocabulary size that the text cannot have; the sentence names the nearest that works.
+        InputError: a vocabulary size that the text cannot have (unless `up_to`); the sentence names the nearest that
+            works.
     """
     if options.vocab_size < 1:
         raise InputError(f"--vocab-size is {options.vocab_size}; needed 1 or more")
@@ -68,10 +71,10 @@ def train(passages: Sequence[str], options: TrainOptions) -> bytes:
         character_coverage=options.character_coverage,
         user_defined_symbols=[_LINE_END],
     )
-    if size < options.vocab_size:
+    if size < options.vocab_size and not options.up_to:
         raise InputError(
             f"--vocab-size is {options.vocab_size:,}, but this text yields at most {size:,} pieces; "
-            f"ask for {size:,} or fewer, or give more text"
+            f"ask for {size:,} or fewer, add --up-to, or give more text"
         )
     return model
 

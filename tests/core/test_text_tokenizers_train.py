@@ -119,6 +119,18 @@ def test_a_vocabulary_too_large_names_the_largest_that_works(kind: str) -> None:
     assert sentencepiece.SentencePieceProcessor(model_proto=payload).vocab_size() == largest
 
 
+def test_up_to_takes_what_the_text_yields(tmp_path: Path) -> None:
+    source, output = tmp_path / "words.jsonl", tmp_path / "words.model"
+    words = ["one", "two", "three"]
+    source.write_text("".join(json.dumps({"text": " ".join(words)}) + "\n" for _ in range(50)))
+    command = ["tokenizer", "train", "--input", str(source), "--model", "bpe", "--vocab-size", "400"]
+    assert main([*command, "--output", str(output)]) == 2
+    assert main([*command, "--up-to", "--output", str(output)]) == 0
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(output))
+    assert json.loads(Path(f"{output}.json").read_text())["ids"] == processor.vocab_size() < 400
+    assert [len(processor.encode(word)) for word in words] == [1, 1, 1]
+
+
 def test_a_vocabulary_without_room_for_the_letters_is_a_sentence() -> None:
     with pytest.raises(InputError, match=r"the vocabulary of 270 pieces has no room for the \d+ letters and bytes"):
         train(text_corpora.sentences("am", 100), TrainOptions("bpe", 270))
