@@ -156,16 +156,20 @@ class Judge(nn.Module):
         pooled = torch.cat([x.mean(2), x.amax(2)], 1)
         return self.word_head(pooled), self.speaker_head(pooled)
 
+    def log_probabilities(self, clips: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Of words [clips, words] and of speakers [clips, speakers], for clips float [n] at `sample_rate_hz`."""
+        self.eval()
+        words, speakers = torch.zeros(len(clips), len(self.words)), torch.zeros(len(clips), len(self.speakers))
+        with torch.inference_mode():
+            for number, clip in enumerate(clips):  # one by one: a verdict must not depend on how long the others are
+                word, speaker = self(self.features(add_floor(frame([clip], self.sample_rate_hz))))
+                words[number], speakers[number] = word[0].log_softmax(-1), speaker[0].log_softmax(-1)
+        return words, speakers
+
     def judge(self, clips: Sequence[np.ndarray]) -> tuple[list[str], list[str]]:
         """The word and the speaker of each clip, float [n] at `sample_rate_hz`."""
-        self.eval()
-        words, speakers = [], []
-        with torch.inference_mode():
-            for clip in clips:  # one by one: a verdict must not depend on how long the others are
-                word, speaker = self(self.features(add_floor(frame([clip], self.sample_rate_hz))))
-                words.append(self.words[int(word.argmax())])
-                speakers.append(self.speakers[int(speaker.argmax())])
-        return words, speakers
+        words, speakers = self.log_probabilities(clips)
+        return [self.words[i] for i in words.argmax(1)], [self.speakers[i] for i in speakers.argmax(1)]
 
 
 def frame(clips: Sequence[np.ndarray], sample_rate_hz: int) -> Tensor:

@@ -92,6 +92,40 @@ def choose_prompts(samples: list[dict[str, Any]], held_out: list[dict[str, Any]]
     return prompts
 
 
+def encode(road: Pipeline, samples: Path, codes: Path, variants: int) -> None:
+    """Recordings (wav_path, transcript, speaker_id) → codes, each in some variants: start offsets and levels."""
+    road.step(
+        f"{samples.stem} → codes, {variants} of each",
+        script(
+            "preprocess/encode_audio.py",
+            *("--input", samples, "--codec", "codec2", "--output-dir", codes),
+            *("--augment", str(variants), "--workers", str(cores()), "--resume"),
+        ),
+    )
+
+
+def make_documents(road: Pipeline, title: str, task: str, codes: Path, prefix: Path, space: Path, *more: str) -> None:
+    """Codes → the dataset `prefix`."""
+    road.step(
+        title,
+        script(
+            "preprocess/preprocess_data.py",
+            *("--task", task, "--input", codes / "samples.jsonl", "--token-space", space, "--output-prefix", prefix),
+            *("--workers", str(cores()), "--language", "und", *more),
+        ),
+    )
+
+
+def road_overrides(out: Path, *datasets: str) -> list[str]:
+    """Where a recipe finds what was made under `out`, where its run goes, and what this machine computes in."""
+    return [
+        f"token_space={out / 'token_space.json'}",
+        *(f"data.datasets.{name}={out / 'data' / name}" for name in datasets),
+        f"run_dir={out / 'run'}",
+        precision_override(out / "run"),
+    ]
+
+
 @command
 def main() -> int:
     """Walk the whole road; a second call continues where the first one ended."""
@@ -110,42 +144,23 @@ def main() -> int:
     samples, out = args.samples.resolve(), args.output_dir.resolve()
     rows = check_samples(samples)
     prepare_output_directory(out)
-    recipe, space, workers, road = HERE / "recipe.yaml", out / "token_space.json", str(cores()), Pipeline()
+    recipe, road = HERE / "recipe.yaml", Pipeline()
 
+    space = out / "token_space.json"
     road.step(
         "Id space: bytes, specials, Codec2's four codebooks",
         megatron_speech("token-space", "--text-tokenizer", "bytes", "--codec", "codec2", "--output", space),
     )
-    road.step(
-        "Recordings → codes, 8 variants of each",
-        script(
-            "preprocess/encode_audio.py",
-            *("--input", samples, "--codec", "codec2", "--output-dir", out / "codes"),
-            *("--augment", "8", "--workers", workers, "--resume"),
-        ),
-    )
-    common = ("--input", out / "codes/samples.jsonl", "--token-space", space, "--workers", workers, "--language", "und")
-    preprocess = "preprocess/preprocess_data.py"
-    road.step(
-        "Codes → speech documents",
-        script(preprocess, "--task", "speech_lm", *common, "--output-prefix", out / "data/speech"),
-    )
-    road.step(
+    encode(road, samples, out / "codes", variants=8)
+    make_documents(road, "Codes → speech documents", "speech_lm", out / "codes", out / "data/speech", space)
+    make_documents(
+        road,
         "Codes + words → cloning documents, three references for each",
-        script(
-            preprocess,
-            *("--task", "tts", *common, "--output-prefix", out / "data/tts"),
-            *("--cloning", "same-speaker", "--references", "3"),
-        ),
+        *("tts", out / "codes", out / "data/tts", space, "--cloning", "same-speaker", "--references", "3"),
     )
-
     overrides = [
-        f"token_space={space}",
-        f"data.datasets.speech={out / 'data/speech'}",
-        f"data.datasets.tts={out / 'data/tts'}",
-        f"run_dir={out / 'run'}",
+        *road_overrides(out, "speech", "tts"),
         f"data.validation_fraction={held_out_share(rows)}",
-        precision_override(out / "run"),
         *batch_overrides(STAGES, seq_length=512, global_batch_tokens=2048),
         *args.overrides,
     ]

@@ -267,12 +267,13 @@ def wanted(listener: str, label: tuple[str, str]) -> str:
     return {"word": label[0], "speaker": label[1], "pocketsphinx": normalise_text(label[0])}[listener]
 
 
+def cell(value: float | None) -> str:
+    """A share as per cent; a dash for none."""
+    return f"{'–':>8}" if value is None else f"{100 * value:6.1f} %"
+
+
 def console(report: dict[str, Any]) -> list[str]:
     """The report as a table for people."""
-
-    def cell(value: float | None) -> str:
-        return f"{'–':>8}" if value is None else f"{100 * value:6.1f} %"
-
     lines = [f"{'':34}{'generated':>10}{'codec':>10}{'original':>10}{'chance':>10}"]
     for key, name in (
         ("word", "word, CNN trained on recordings"),

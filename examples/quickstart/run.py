@@ -108,7 +108,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", required=True, type=Path, help="everything goes here")
     parser.add_argument("--data", type=Path, help="your samples.jsonl; without it a corpus is synthesised")
-    parser.add_argument("--utterances", type=int, default=4200, help="to synthesise (4200)")
+    parser.add_argument("--utterances", type=int, default=4500, help="to synthesise (4500)")
     parser.add_argument("--canaries", type=int, default=40, help="held-out texts per language in the report (40)")
     parser.add_argument("--takes", type=int, default=3, help="times that each is spoken, with other seeds (3)")
     parser.add_argument("--seed", type=int, default=1, help="of the corpus and of the run (1)")

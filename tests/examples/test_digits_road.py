@@ -50,6 +50,29 @@ def test_any_words_by_any_speakers_are_spoken_and_scored(repository: Path, sampl
     assert (out / "run/status.json").is_file() and list((out / "run/checkpoints").glob("step_*"))
 
 
+@pytest.mark.xdist_group("quickstart")
+def test_sequences_of_words_are_spoken_and_scored(repository: Path, samples: Path, tmp_path: Path) -> None:
+    if not (repository / ".venv" / "bin" / "python").exists():
+        pytest.skip("run.sh uses the checkout's .venv, and there is none: run `make venv` first")
+    out = tmp_path / "out"
+    flags = ["--utterances", "120", "--exercises", "100", "--evaluation", "6"]
+    short = [f"stages.{stage}.tokens=8k" for stage in ("fast", "one_take", "pt", "sft")]
+    done = subprocess.run(
+        ["bash", repository / "examples/digits/run.sh", "--connected", samples, out, *flags, *short],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    rows = [json.loads(line) for line in (out / "generated.jsonl").read_text().splitlines()]
+    spoken = [json.loads(line) for line in (out / "joined/evaluation.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == [row["transcript"] for row in spoken]
+    report = json.loads((out / "report.json").read_text())
+    assert report["utterances"] == 6 and report["texts_seen_in_training"] == 0
+    # A model of a few thousand tokens says nothing; what it is measured with hears the recordings.
+    assert report["classifier"]["original"]["word_error_rate"] < report["classifier"]["generated"]["word_error_rate"]
+    assert report["speaker"]["chance"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
