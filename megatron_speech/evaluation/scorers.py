@@ -73,12 +73,13 @@ class PocketSphinx:
 
     Args:
         phrases: the sentences of the grammar, or None for free speech with the embedded language model.
+        repeated: an utterance is any number of the phrases, one after another, instead of one of them.
 
     Raises:
         InputError: pocketsphinx is not installed, no phrase is given, or a word is not in its dictionary.
     """
 
-    def __init__(self, phrases: Sequence[str] | None = None) -> None:
+    def __init__(self, phrases: Sequence[str] | None = None, *, repeated: bool = False) -> None:
         if importlib.util.find_spec("pocketsphinx") is None:
             raise InputError("pocketsphinx is not installed; pip install 'megatron-speech[evaluation]'")
         import pocketsphinx
@@ -98,7 +99,8 @@ class PocketSphinx:
                 f"{' …' if len(unknown) > 5 else ''}; use words of its English dictionary, or free mode"
             )
         alternatives = " | ".join(f"({phrase})" for phrase in self.phrases)
-        self._decoder.add_jsgf_string("phrases", f"#JSGF V1.0;\ngrammar phrases;\npublic <phrase> = {alternatives};\n")
+        rule = f"({alternatives})+" if repeated else alternatives
+        self._decoder.add_jsgf_string("phrases", f"#JSGF V1.0;\ngrammar phrases;\npublic <phrase> = {rule};\n")
         self._decoder.activate_search("phrases")
 
     def unknown_words(self) -> list[str]:
