@@ -10,8 +10,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pipeline import Pipeline, batch_overrides, launched, megatron_speech, read_jsonl, say, script, write_jsonl
-from run import HERE, ONE_THREAD, check_samples, encode, make_documents, road_overrides
+from pipeline import Pipeline, batch_overrides, megatron_speech, read_jsonl, say, script, write_jsonl
+from run import HERE, check_samples, encode, make_documents, road_overrides, train_and_speak
 
 from megatron_speech.errors import InputError, command
 from megatron_speech.files import prepare_output_directory
@@ -102,16 +102,8 @@ def main() -> int:
         *batch_overrides(STAGES, SEQ_LENGTH, BATCH_TOKENS),
         *args.overrides,
     ]
-    prompts = choose_prompts(joined)
-    write_jsonl(out / "prompts.jsonl", prompts)
-    road.step("Train: pretraining, then SFT", launched("train", recipe, *overrides), **ONE_THREAD)
-    road.step(
-        f"Speak: {len(prompts)} sequences that no document of the training has",
-        megatron_speech(
-            *("generate", "--checkpoint", out / "run", "--input", out / "prompts.jsonl", "--output-dir", out),
-            *("--temperature", str(args.temperature)),
-        ),
-    )
+    write_jsonl(out / "prompts.jsonl", choose_prompts(joined))
+    train_and_speak(road, recipe, overrides, out, args.temperature)
     road.step(
         "Score",
         script(

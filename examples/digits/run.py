@@ -126,6 +126,18 @@ def road_overrides(out: Path, *datasets: str) -> list[str]:
     ]
 
 
+def train_and_speak(road: Pipeline, recipe: Path, overrides: list[str], out: Path, temperature: float) -> None:
+    """Train the stages, then say `out/prompts.jsonl`."""
+    road.step("Train: pretraining, then SFT", launched("train", recipe, *overrides), **ONE_THREAD)
+    road.step(
+        "Speak in voices given by recordings that training never saw",
+        megatron_speech(
+            *("generate", "--checkpoint", out / "run", "--input", out / "prompts.jsonl", "--output-dir", out),
+            *("--temperature", str(temperature)),
+        ),
+    )
+
+
 @command
 def main() -> int:
     """Walk the whole road; a second call continues where the first one ended."""
@@ -168,15 +180,7 @@ def main() -> int:
     held_out = held_out_recordings(out / "codes", out / "data/speech", data)
     prompts = choose_prompts(rows, held_out, args.utterances, args.seeds)
     write_jsonl(out / "prompts.jsonl", prompts)
-
-    road.step("Train: pretraining, then SFT", launched("train", recipe, *overrides), **ONE_THREAD)
-    road.step(
-        f"Speak: {len(prompts)} utterances in voices given by recordings that training never saw",
-        megatron_speech(
-            *("generate", "--checkpoint", out / "run", "--input", out / "prompts.jsonl", "--output-dir", out),
-            *("--temperature", str(args.temperature)),
-        ),
-    )
+    train_and_speak(road, recipe, overrides, out, args.temperature)
     road.step(
         "Score",
         script(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from megatron_speech.data.dataset.dataset_writer import DatasetWriter
 from megatron_speech.data.dataset.documents_table import SCHEMA, derive_columns
 from megatron_speech.data.dataset.indexed import TokenDataset
 from megatron_speech.data.dataset.manifest import CodecEntry, FilterStatistics, Manifest, Totals
+from megatron_speech.data.dataset.staging import release
 from megatron_speech.tokens.space import CodecDescription, TokenSpace
 from megatron_speech.tokens.templates import TEMPLATE_HASH, compile_document, count_target_tokens
 
@@ -28,6 +29,13 @@ class Document:
     source: str = "toy"
     source_id: str = ""
     columns: dict[str, object] = field(default_factory=dict)  # further columns of the documents table
+
+
+@pytest.fixture
+def no_entry_held() -> Iterator[None]:
+    """Staged datasets are let go after the test, which this process would hold until it ends."""
+    yield
+    release()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from megatron_speech.data.dataset.indexed import TokenDataset
 from megatron_speech.data.dataset.shard_store import ShardStore
 from megatron_speech.data.dataset.shard_table import ABSENT, ShardTable
 from megatron_speech.data.dataset.sharded import ShardedTokenDataset
-from megatron_speech.data.dataset.staging import check_windows, release, stage_shards
+from megatron_speech.data.dataset.staging import check_windows, stage_shards
 from megatron_speech.data.loading import gathering
 from megatron_speech.data.loading.gathering import Gatherer, Segments
 from megatron_speech.data.loading.loader import GlobalBatch
@@ -29,6 +28,7 @@ from megatron_speech.recipe.stage import StageDataConfig
 from megatron_speech.tokens.space import TokenSpace
 from megatron_speech.training.health.preflight import dataset_facts
 
+pytestmark = pytest.mark.usefixtures("no_entry_held")
 SHARD, S = 4096, 64
 WINDOW = {"shards": 2, "shard_mib": SHARD / 2**20}
 STAGES: dict[str, dict[str, Any]] = {
@@ -39,12 +39,6 @@ STAGES: dict[str, dict[str, Any]] = {
     "stitched": {"stitch": {"missing": "single"}},
 }
 TENSORS = ("tokens", "labels", "loss_weights", "position_ids", "group_ids", "cu_seqlens", "row_pointers", "counts")
-
-
-@pytest.fixture(autouse=True)
-def let_go() -> Iterator[None]:
-    yield
-    release()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,9 @@ from megatron_speech.errors import InputError
 from megatron_speech.files import read_json
 from megatron_speech.tokens.space import TokenSpace
 
+pytestmark = pytest.mark.usefixtures("no_entry_held")
 Make = Callable[..., TokenDataset]
 SHARD = 16_384
-
-
-@pytest.fixture(autouse=True)
-def let_go() -> Iterator[None]:
-    yield
-    release()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,8 @@ from megatron_speech.files import read_json, write_json
 from megatron_speech.recipe.data import DataConfig
 from megatron_speech.tokens.space import TokenSpace
 
+pytestmark = pytest.mark.usefixtures("no_entry_held")
 Make = Callable[..., TokenDataset]
-
-
-@pytest.fixture(autouse=True)
-def let_go() -> Iterator[None]:
-    yield
-    release()
 
 
 @pytest.fixture
