@@ -35,15 +35,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from classifier import read_recordings
 from pipeline import write_jsonl
 
+from megatron_speech.codecs.codec2 import FRAME_SAMPLES, Codec2
 from megatron_speech.errors import InputError, command
 from megatron_speech.files import prepare_output_directory
 
-SAMPLE_RATE_HZ = 8000
+SAMPLE_RATE_HZ = Codec2.sample_rate_hz
 # How long a speaker pauses between two words: someone who reads a number out for another to write it down.
 PAUSE_SECONDS, FAST_PAUSE_SECONDS = (0.16, 0.32), (0.04, 0.08)
 FAST = 4
 FADE_SECONDS = 0.01
-FRAME_SAMPLES = 320
 # How many words an utterance of the training set has, and how often; exercises begin with the short ones.
 TRAINING_WORDS = {1: 0.2, 2: 0.15, 3: 0.15, 4: 0.14, 5: 0.12, 6: 0.12, 7: 0.12}
 EXERCISE_WORDS = {1: 0.35, 2: 0.2, 3: 0.15, 4: 0.1, 5: 0.08, 6: 0.06, 7: 0.06}

@@ -224,19 +224,17 @@ class _Lookup:
     def __init__(self, number: int, given: StratumDocuments) -> None:
         self.number, self.given = number, given
         self.epoch = given.first_epoch
-        partly = bool(len(given.first_documents))
-        self.documents = given.first_documents if partly else given.documents
-        self.bounds = given.first_bounds if partly else given.bounds
+        self._begin_epoch(partly=bool(len(given.first_documents)))
+
+    def _begin_epoch(self, *, partly: bool) -> None:
+        self.documents = self.given.first_documents if partly else self.given.documents
+        self.bounds = self.given.first_bounds if partly else self.given.bounds
         self.at = 0
 
     def block(self) -> Iterator[tuple[int, int, int, float]]:
         if self.at == len(self.documents):
-            self.epoch, self.documents, self.bounds, self.at = (
-                self.epoch + 1,
-                self.given.documents,
-                self.given.bounds,
-                0,
-            )
+            self.epoch += 1
+            self._begin_epoch(partly=False)
         stop = min(self.at + _AHEAD, len(self.documents))
         key = epoch_key(self.given.key, self.epoch)
         if self.given.window_shards:

@@ -108,7 +108,6 @@ class Gatherer:
             for number, dataset in enumerate(self._datasets)
             if isinstance(dataset, ShardedTokenDataset)
         }
-        self._by_shard = bool(self._stores)
         by_streams = {dataset.streams: dataset.prefix for dataset in self._datasets}
         if len(by_streams) > 1:
             found = ", ".join(f"{streams} in {prefix}" for streams, prefix in sorted(by_streams.items()))
@@ -117,7 +116,7 @@ class Gatherer:
         self._lock = threading.Lock()
         self._bytes = 0
         # Where shards are read, the sources are made of what was read, batch by batch.
-        self._sources = None if self._by_shard else self._sources_of(self._datasets)
+        self._sources = None if self._stores else self._sources_of(self._datasets)
 
     def _sources_of(self, datasets: Sequence[TokenDataset | _Excerpt]) -> Any:
         """The datasets as the kernel reads them, or None where there is none."""
@@ -154,7 +153,7 @@ class Gatherer:
         goes_on = np.empty(len(segments.dataset), dtype=np.uint8)
         datasets: Sequence[TokenDataset | _Excerpt] = self._datasets
         sources, places = self._sources, segments
-        if self._by_shard:
+        if self._stores:
             datasets, places = self._excerpts(segments)
             sources = self._sources_of(datasets)
         if sources is not None:
@@ -205,7 +204,7 @@ class Gatherer:
     @property
     def looks_ahead(self) -> bool:
         """Whether there are shards to be fetched before they are read."""
-        return self._by_shard and self._kept is None
+        return bool(self._stores) and self._kept is None
 
     @property
     def ahead_bytes(self) -> int:
