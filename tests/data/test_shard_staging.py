@@ -211,13 +211,18 @@ def reader(source: TokenDataset, cache: Path, shards: float, seed: int, reads: i
     )
 
 
+def counts_of(readers: list[subprocess.Popen[str]]) -> np.ndarray:
+    """What readers that all ended well have printed: int [readers, 2], wrong reads and shards fetched."""
+    said = [one.communicate() for one in readers]
+    assert all(one.returncode == 0 for one in readers), said
+    return np.array([[int(word) for word in output.split()] for output, _ in said])
+
+
 @pytest.mark.slow
 def test_processes_that_fetch_and_evict_at_once_never_read_a_hole(make: Make, tmp_path: Path) -> None:
     source = make("d")
     readers = [reader(source, tmp_path / "cache", 3.5, seed, 250) for seed in range(4)]
-    said = [one.communicate() for one in readers]
-    assert all(one.returncode == 0 for one in readers), said
-    counts = np.array([[int(word) for word in output.split()] for output, _ in said])
+    counts = counts_of(readers)
     assert counts[:, 0].tolist() == [0, 0, 0, 0]
     assert counts[:, 1].sum() > 60  # they did take it from under one another
 
@@ -226,10 +231,9 @@ def test_processes_that_fetch_and_evict_at_once_never_read_a_hole(make: Make, tm
 def test_of_two_processes_one_fetches_a_shard(make: Make, tmp_path: Path) -> None:
     source = make("d")
     readers = [reader(source, tmp_path / "cache", 20, seed, 300) for seed in range(2)]
-    said = [one.communicate() for one in readers]
-    assert all(one.returncode == 0 for one in readers), said
+    counts = counts_of(readers)
     store = opened(source, tmp_path / "cache", shards=20).shards
-    assert sum(int(output.split()[1]) for output, _ in said) == states(store).count(WHOLE) == len(store.bounds) - 1
+    assert counts[:, 1].sum() == states(store).count(WHOLE) == len(store.bounds) - 1
 
 
 def test_who_waited_for_a_fetch_goes_on_when_it_has_ended_though_the_shard_is_held(
